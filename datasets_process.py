@@ -1,0 +1,265 @@
+"""A folder of talking-head videos -> the cache that musetalk_trainer.py trains from.
+
+    python datasets_process.py                                             the built-in sample, small models
+    python datasets_process.py --hdtf-dir videos --hdtf-samples-dir data/mine --models-dir models
+
+Reads every video below `hdtf_dir` (25 frames a second are made of whatever it has), finds and follows the face,
+crops and encodes it, and encodes the audio. Writes one file of tensors and one record per clip into
+`hdtf_samples_dir` (see musetalk/cache.py), a contact sheet of the crops, and a reason for every video it refuses.
+Run the same command again to go on after an interruption: clips that are done are not made again.
+`identities.json` in `hdtf_dir`, if there is one, says who is in which video (path without ending -> name).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+
+import cv2
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+from musetalk.audio import audio_features, sync_mel
+from musetalk.cache import (
+    MAX_CLIP_FRAMES,
+    Cache,
+    CacheError,
+    CacheWriter,
+    clip_name,
+    encode_jpegs,
+    identity_of,
+    write_atomically,
+)
+from musetalk.contract import (
+    CONTRACTS,
+    FEATURES_PER_FRAME,
+    SYNC_MEL_RATE,
+    VIDEO_FPS,
+    ContractError,
+    FeatureContract,
+)
+from musetalk.crop import CroppedClip, crop_clips
+from musetalk.face import FaceBackend, load_face_backend
+from musetalk.models.audio_encoder import AudioEncoder, load_audio_encoder
+from musetalk.models.vae import VAE, load_vae
+from musetalk.sample import make_sample
+from musetalk.script import run_script
+from musetalk.video import MediaError, count_frames, read_audio, read_frames
+
+VIDEO_ENDINGS = {".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"}
+SAMPLE_DIR = Path("data/sample")  # where the built-in sample is made
+PASSES = 2  # every frame is first looked at, then encoded
+CONTACT_SHEET = (8, 24, 128)  # columns, most rows, pixels of a face
+
+
+@dataclass
+class PrepareConfig:
+    """The constants of preparing; edit them here or override them on the command line."""
+
+    # Paths
+    hdtf_dir: Path = SAMPLE_DIR  # videos, searched in all subfolders
+    hdtf_samples_dir: Path = Path("data/cache")  # the cache
+    models_dir: Path = Path("models/mini")  # models/mini: the small set; models: the published weights
+
+    # Features: must be the same wherever the weights are used
+    contract: str = "rigid"  # or musetalk_v15, musetalk_v1: those of the published weights
+    bbox_shift: int = 0  # source pixels that the border of the mask moves down
+    margins: tuple[int, ...] = ()  # source pixels below the chin; () is the contract's own
+    encode_dtype: str = "float32"  # or bfloat16, faster on devices that have it
+
+    # Run
+    face_backend: str = "mediapipe"
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass
+class Tools:
+    """The frozen networks, and the rules they are used under."""
+
+    backend: FaceBackend
+    vae: VAE
+    audio_encoder: AudioEncoder
+    contract: FeatureContract
+
+
+def main(config: PrepareConfig) -> None:
+    """Prepare all videos of a folder."""
+    # Make the built-in sample if that is what is asked for.
+    if config.hdtf_dir == SAMPLE_DIR and not SAMPLE_DIR.exists():
+        print(f"{SAMPLE_DIR} is not there: making the built-in sample (set hdtf_dir to use your own videos)")
+        make_sample(SAMPLE_DIR)
+
+    # Find the videos, load the networks, open the cache.
+    sources = find_videos(config.hdtf_dir)
+    identities = read_identities(config.hdtf_dir)
+    tools = load_tools(config)
+    writer = CacheWriter(config.hdtf_samples_dir, tools.contract)
+
+    # Prepare one video after another; a bad one is recorded and never ends the run.
+    records = []
+    expected = [PASSES * expected_frames(source) for source in sources]
+    with tqdm(total=sum(expected), desc="prepare", unit="frame", unit_scale=1 / PASSES) as bar:
+        for index, source in enumerate(sources):
+            bar.set_postfix_str(source.name)
+            relative = source.relative_to(config.hdtf_dir)
+            about = {"source": relative.as_posix(), "identity": identity_of(relative, identities)}
+            try:
+                records += prepare_source(source, about, writer, tools, bar)
+            except MediaError as error:
+                records.append(writer.reject(clip_name(relative), about | {"last": True}, error.kind, str(error)))
+                bar.write(f"refused: {error}")
+            bar.update(sum(expected[: index + 1]) - bar.n)
+
+    # Report.
+    report(config.hdtf_samples_dir, records)
+
+
+def find_videos(folder: Path) -> list[Path]:
+    """All videos below a folder, sorted. Raises MediaError where there is no folder or no video."""
+    if not folder.is_dir():
+        raise MediaError("unreadable", f"{folder}: there is no such folder; set hdtf_dir to your folder of videos")
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEO_ENDINGS and p.is_file())
+    if not found:
+        raise MediaError("no video", f"{folder}: no video in it ({', '.join(sorted(VIDEO_ENDINGS))})")
+    return found
+
+
+def read_identities(folder: Path) -> dict[str, str]:
+    """identities.json of a folder of videos, {} where there is none. Raises MediaError where it is unfit."""
+    path = folder / "identities.json"
+    if not path.exists():
+        return {}
+    try:
+        identities = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MediaError("unreadable", f"{path}: is not JSON ({error})") from error
+    if not isinstance(identities, dict) or not all(isinstance(name, str) for name in identities.values()):
+        raise MediaError("unreadable", f'{path}: must be one object of "path without ending": "name of the person"')
+    return identities
+
+
+def load_tools(config: PrepareConfig) -> Tools:
+    """Networks and contract of a configuration. Raises WeightsError, ContractError."""
+    if config.contract not in CONTRACTS:
+        raise ContractError(f"contract must be one of {', '.join(CONTRACTS)}, not {config.contract!r}")
+    base = CONTRACTS[config.contract]
+    contract = replace(
+        base,
+        bbox_shift=config.bbox_shift,
+        margins=config.margins or base.margins,
+        encode_dtype=config.encode_dtype,
+    )
+    if config.device == "cpu":
+        torch.set_num_threads(1)  # with more, a batch of another size would give other last bits
+    vae = load_vae(config.models_dir, config.device, getattr(torch, config.encode_dtype))
+    audio_encoder = load_audio_encoder(config.models_dir, config.device)
+    contract = replace(contract, vae=vae.fingerprint, audio_encoder=audio_encoder.fingerprint)
+    return Tools(load_face_backend(config.face_backend), vae, audio_encoder, contract)
+
+
+def expected_frames(source: Path) -> int:
+    """Frames of a video by its own word, for the progress bar; 0 where it cannot be read, which is said later."""
+    try:
+        return count_frames(source)
+    except MediaError:
+        return 0
+
+
+def prepare_source(source: Path, about: dict, writer: CacheWriter, tools: Tools, bar: tqdm) -> list[dict]:
+    """Put the clips of one video into the cache; returns all their records, those of earlier runs first.
+
+    about: source and identity, for the records. Raises MediaError.
+    """
+    relative = PurePath(about["source"])
+    records = writer.finished(relative)
+    bar.update(PASSES * sum(record.get("frames", 0) for record in records))
+    if records and records[-1]["last"]:
+        return records
+
+    # Audio of the whole source, its video clip by clip.
+    audio = read_audio(source)
+    features, mel = audio_features(audio, tools.audio_encoder, tools.contract), sync_mel(audio)
+    frames = counted(read_frames(source, len(records) * MAX_CLIP_FRAMES), bar)
+    for name, cropped, last in crop_clips(relative, frames, tools.backend, tools.contract, len(records)):
+        start = len(records) * MAX_CLIP_FRAMES
+        now = about | {"start": start, "last": last}
+        if any(face is not None for face in cropped.faces):
+            heard = features[FEATURES_PER_FRAME * start :], mel[SYNC_MEL_RATE * start // VIDEO_FPS :]
+            records.append(writer.write(name, clip_tensors(name, cropped, *heard, tools, bar), now))
+        else:
+            records.append(writer.reject(name, now, "no face", f"{source}: no face was found from frame {start} on"))
+            bar.write(f"refused: {records[-1]['reason']}")
+    return records
+
+
+def counted(items: Iterable, bar: tqdm) -> Iterator:
+    """The items, each moving the bar on."""
+    for item in items:
+        yield item
+        bar.update()
+
+
+def clip_tensors(
+    name: str, cropped: CroppedClip, features: np.ndarray, mel: np.ndarray, tools: Tools, bar: tqdm
+) -> dict[str, np.ndarray]:
+    """Tensors of a clip as musetalk/cache.py lists them. features, mel: from the clip's first frame on."""
+    count = len(cropped.faces)
+    seen = np.array([face is not None for face in cropped.faces])
+    usable = seen & (FEATURES_PER_FRAME * np.arange(count) < len(features))
+    crops = [faces if good else None for faces, good in zip(cropped.crops, usable, strict=True)]
+    masked_latents, latents = tools.vae.encode_clip(name, counted(crops, bar), tools.contract)
+    none = [None] * len(tools.contract.margins)
+    jpegs, offsets = encode_jpegs([image for faces in crops for image in faces or none])
+    unknown = np.zeros((68, 2), np.float32)
+    return {
+        "face_jpeg": jpegs,
+        "face_jpeg_offsets": offsets,
+        "latents": latents,
+        "masked_latents": masked_latents,
+        "audio_features": features[: FEATURES_PER_FRAME * count],
+        "mel": mel[: SYNC_MEL_RATE * count // VIDEO_FPS + 1],
+        "landmarks": np.stack([unknown if face is None else face.landmarks for face in cropped.faces]),
+        "boxes": cropped.boxes,
+        "usable": usable,
+    }
+
+
+def report(folder: Path, records: list[dict]) -> None:
+    """Print what became of the videos and draw the contact sheet. Raises CacheError where none could be used."""
+    outcomes = Counter(f"refused: {record['kind']}" if "kind" in record else "cached" for record in records)
+    print(f"\n{'clips':<24}{'count':>6}\n" + "\n".join(f"{o:<24}{n:>6}" for o, n in sorted(outcomes.items())))
+    if refused := len(records) - outcomes["cached"]:
+        print(f"{refused} refused for the reasons in {folder / 'rejected'}; delete a record there to try it again")
+    if not outcomes["cached"]:
+        raise CacheError(f"{folder}: no video could be used; the reasons are in {folder / 'rejected'}")
+    cached = [record for record in records if "kind" not in record]
+    total, usable, size = (sum(record[key] for record in cached) for key in ("frames", "usable_frames", "bytes"))
+    print(f"{usable} of {total} frames usable ({total / VIDEO_FPS:.0f} s), {size / total:.0f} bytes a frame")
+    print(f"cache: {folder}\ncontact sheet: {write_contact_sheet(folder)}")
+
+
+def write_contact_sheet(folder: Path) -> Path:
+    """A picture of the crops: a row for each clip (evenly chosen where there are many), a column for each moment."""
+    columns, most_rows, size = CONTACT_SHEET
+    clips = list(Cache(folder).clips.values())
+    rows = []
+    for clip in clips[:: -(-len(clips) // most_rows)]:
+        usable = np.flatnonzero(clip.usable)
+        if len(usable):
+            moments = usable[np.linspace(0, len(usable) - 1, columns).astype(int)]
+            row = np.hstack(
+                [cv2.resize(clip.image(frame), (size, size), interpolation=cv2.INTER_AREA) for frame in moments]
+            )
+            rows.append(cv2.putText(row, clip.name, (4, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 255, 0)))
+    path = folder / "contact_sheet.png"
+    write_atomically(path, cv2.imencode(".png", np.vstack(rows))[1].tobytes())
+    return path
+
+
+if __name__ == "__main__":
+    run_script(main, tyro.cli(PrepareConfig))

@@ -1,0 +1,15 @@
+"""How far the prediction is from the truth, in latents and in pixels."""
+
+from __future__ import annotations
+
+import torch
+
+
+def latent_l1(pred_latents: torch.Tensor, target_latents: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of latents (N, 4, 32, 32), in float32."""
+    return (pred_latents.float() - target_latents.float()).abs().mean()
+
+
+def pixel_l1(pred_image: torch.Tensor, target_image: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of RGB images (N, 3, 256, 256) in [-1, 1], in float32."""
+    return (pred_image.float() - target_image.float()).abs().mean()

@@ -1,0 +1,78 @@
+"""Audio -> features -> one window per video frame; and the mel spectrogram of the sync expert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import librosa
+import numpy as np
+import torch
+import whisper.audio
+
+from musetalk.contract import (
+    AUDIO_SAMPLE_RATE,
+    CONTEXT_FRAMES,
+    FEATURES_PER_FRAME,
+    SAMPLES_PER_FEATURE,
+    SYNC_MEL_BINS,
+    SYNC_MEL_RATE,
+    WINDOW_STEPS,
+    FeatureContract,
+)
+from musetalk.models.audio_encoder import AudioEncoder
+
+SEGMENT_SAMPLES = whisper.audio.N_SAMPLES  # 30 s, what Whisper hears at once
+SEGMENT_MEL_FRAMES = whisper.audio.N_FRAMES  # 3000
+
+
+def audio_features(audio: np.ndarray, encoder: AudioEncoder, contract: FeatureContract) -> np.ndarray:
+    """Hidden states of Whisper's encoder, 50 a second.
+
+    audio: float32 (N,) in [-1, 1] at 16 kHz, of any length. Returns float16 (F, S, D), F = N / 320 rounded down,
+    at least 1. Encoded in segments of 30 s without overlap, as MuseTalk does.
+    """
+    features = [
+        encoder(mel, contract.final_layer_norm).cpu() for mel in _segment_mels(audio, encoder.mel_bins, contract)
+    ]
+    count = max(1, len(audio) // SAMPLES_PER_FEATURE)
+    return torch.cat(features)[:count].half().numpy()
+
+
+def _segment_mels(audio: np.ndarray, mel_bins: int, contract: FeatureContract) -> list[torch.Tensor]:
+    """Whisper's log-mel of each 30 s, (mel_bins, 3000)."""
+    samples = torch.from_numpy(audio).float()
+    if contract.tail == "silence":
+        samples = torch.nn.functional.pad(samples, (0, -len(samples) % SEGMENT_SAMPLES))
+    if contract.mel_scope == "file":
+        mels = whisper.audio.log_mel_spectrogram(samples, mel_bins).split(SEGMENT_MEL_FRAMES, dim=1)
+    else:
+        mels = [whisper.audio.log_mel_spectrogram(piece, mel_bins) for piece in samples.split(SEGMENT_SAMPLES)]
+    return [whisper.audio.pad_or_trim(mel, SEGMENT_MEL_FRAMES) for mel in mels]
+
+
+def audio_windows(features: np.ndarray, frames: Sequence[int], contract: FeatureContract) -> np.ndarray:
+    """What the UNet hears at each of T frames: features [2f - 4, 2f + 6), time-major.
+
+    features: (F, S, D). Returns (T, W, D) of the same dtype, W = 10 S. Beyond the features there are zeros
+    (window_edge "zero") or the nearest one again ("clamp").
+    """
+    first = FEATURES_PER_FRAME * (np.asarray(frames) + contract.sync_offset - CONTEXT_FRAMES)  # (T,)
+    index = first[:, None] + np.arange(WINDOW_STEPS)  # (T, 10)
+    inside = np.clip(index, 0, len(features) - 1)
+    windows = features[inside]  # (T, 10, S, D)
+    if contract.window_edge == "zero":
+        windows = np.where((index == inside)[..., None, None], windows, np.zeros((), features.dtype))
+    return windows.reshape(len(index), -1, features.shape[-1])
+
+
+def sync_mel(audio: np.ndarray) -> np.ndarray:
+    """The sync expert's log-mel, 80 frames a second, float16 (M, 80) in [-4, 4], M = 1 + N / 200 rounded down.
+
+    audio: float32 (N,) at 16 kHz. Source: Wav2Lip, hparams.py and audio.py (numbers only).
+    """
+    emphasised = librosa.effects.preemphasis(audio, coef=0.97, zi=[0.0])
+    hop = AUDIO_SAMPLE_RATE // SYNC_MEL_RATE
+    spectrum = np.abs(librosa.stft(emphasised, n_fft=4 * hop, hop_length=hop, pad_mode="reflect"))
+    bank = librosa.filters.mel(sr=AUDIO_SAMPLE_RATE, n_fft=4 * hop, n_mels=SYNC_MEL_BINS, fmin=55, fmax=7600)
+    decibels = 20 * np.log10(np.maximum(1e-5, bank @ spectrum)) - 20
+    return np.clip(8 * (decibels + 100) / 100 - 4, -4, 4).T.astype(np.float16)

@@ -1,0 +1,79 @@
+"""What training leaves behind: training-state-<step>.pt to go on, unet-<step>.safetensors to use."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from musetalk.contract import ALL_FIELDS, FeatureContract
+from musetalk.models.unet import UNet, load_unet
+from musetalk.weights import WeightsError, read_tensors
+
+STATE_NAME = re.compile(r"^training-state-(\d+)\.pt$")
+UNET_NAME = re.compile(r"^unet-(\d+)\.safetensors$")
+
+
+def _newest(run_dir: Path, pattern: re.Pattern) -> list[Path]:
+    """Files of a run by step, the newest first."""
+    found = [(int(match[1]), path) for path in run_dir.glob("*") if (match := pattern.match(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def save_state(run_dir: Path, step: int, state: dict, keep: int) -> Path:
+    """Write a training state that is either whole or not there; only the newest `keep` of a run stay."""
+    path = run_dir / f"training-state-{step:07d}.pt"
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        torch.save(state | {"step": step}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    for old in _newest(run_dir, STATE_NAME)[keep:]:
+        old.unlink()
+    return path
+
+
+def load_latest_state(run_dir: Path) -> dict | None:
+    """The newest training state of a run on the CPU, None where there is none. Raises WeightsError."""
+    paths = _newest(run_dir, STATE_NAME)
+    return read_tensors(paths[0]) if paths else None
+
+
+def save_unet(run_dir: Path, step: int, tensors: dict[str, torch.Tensor], contract: FeatureContract) -> Path:
+    """Write weights to use: plain diffusers names, the feature contract in the one metadata key."""
+    path = run_dir / f"unet-{step:07d}.safetensors"
+    partial = path.with_suffix(".partial")
+    metadata = {"contract": json.dumps(contract.as_dict(ALL_FIELDS))}
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    os.replace(partial, path)
+    return path
+
+
+def latest_unet(run_dir: Path) -> Path:
+    """The newest weights of a run. Raises WeightsError where there are none."""
+    paths = _newest(run_dir, UNET_NAME)
+    if not paths:
+        raise WeightsError(f"{run_dir} has no unet-<step>.safetensors in it; train one with musetalk_trainer.py")
+    return paths[0]
+
+
+def read_unet_contract(path: Path) -> FeatureContract:
+    """The contract inside weights of `save_unet`. Raises WeightsError where there is none."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            values = json.loads((file.metadata() or {})["contract"])
+    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+        raise WeightsError(f"{path} cannot be read as weights with a feature contract in them: {error}") from error
+    return FeatureContract.from_dict(values, ALL_FIELDS)
+
+
+def load_trained_unet(path: Path, models_dir: Path) -> tuple[UNet, FeatureContract]:
+    """A trained UNet and the contract it was trained under. Raises WeightsError, ContractError."""
+    contract = read_unet_contract(path)
+    return load_unet(models_dir, path, contract.positional_encoding), contract

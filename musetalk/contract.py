@@ -1,0 +1,115 @@
+"""What preparing, training and inference must agree on: physical constants and the feature contract.
+
+MuseTalk sees a video as 25 frames a second and its audio as 50 Whisper features a second. Everything else
+follows by arithmetic. Shape legend of the package:
+B batch, T video frames, F audio features, S encoder states, W window tokens, D their width, K margin variants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+
+from musetalk.script import UserError
+
+VIDEO_FPS = 25  # video frames a second, whatever the source had
+AUDIO_SAMPLE_RATE = 16_000  # samples a second, mono
+FEATURE_RATE = 50  # audio encoder states a second
+SAMPLES_PER_FRAME = AUDIO_SAMPLE_RATE // VIDEO_FPS  # 640 samples
+SAMPLES_PER_FEATURE = AUDIO_SAMPLE_RATE // FEATURE_RATE  # 320 samples
+FEATURES_PER_FRAME = FEATURE_RATE // VIDEO_FPS  # 2
+CONTEXT_FRAMES = 2  # video frames of audio context on either side
+WINDOW_STEPS = FEATURES_PER_FRAME * (2 * CONTEXT_FRAMES + 1)  # 10 features; x S states = W tokens
+
+SYNC_MEL_RATE = 80  # mel frames a second for the sync expert
+SYNC_MEL_BINS = 80
+
+IMAGE_SIZE = 256  # pixels, width and height of a face crop
+MASK_TOP = IMAGE_SIZE // 2  # first row of the half that is repainted
+VAE_FACTOR = 8  # pixels per latent pixel
+LATENT_SIZE = IMAGE_SIZE // VAE_FACTOR  # 32
+LATENT_CHANNELS = 4
+
+
+class ContractError(UserError):
+    """Two parts of the chain were made under different rules. The message names the field and both values."""
+
+
+@dataclass(frozen=True)
+class FeatureContract:
+    """All that must be equal where features are made, learnt from and used.
+
+    The fields down to `audio_encoder` are fixed when a cache is made, the rest when training starts.
+    """
+
+    crop: str = "nose_centred"  # MuseTalk's box, or "rigid": see crop.face_box
+    bbox_shift: int = 0  # source pixels that the border moves down
+    margins: tuple[int, ...] = (0,)  # source pixels added below the chin, one per variant
+    mask: str = "lower_half"  # rows from MASK_TOP on are -1 before encoding
+    posterior: str = "mode"  # "mode", or "sample" with noise seeded by clip, frame and variant
+    final_layer_norm: bool = False  # is the last audio state taken after the encoder's final layer norm?
+    mel_scope: str = "file"  # the mel's floor is relative to the loudest bin of the "file" or 30 s "segment"
+    tail: str = "mel_zero"  # what fills the last 30 s segment: "mel_zero" or "silence"
+    encode_dtype: str = "float32"  # of the VAE while a cache is made
+    vae: str = ""  # fingerprint of the loaded tensors
+    audio_encoder: str = ""  # fingerprint of the loaded tensors
+    window_edge: str = "zero"  # what an audio window sees beyond the clip: "zero" or "clamp"
+    positional_encoding: bool = True  # is a sinusoid added to the window's tokens?
+    sync_offset: int = 0  # video frames that the audio is moved by, measured by a sync expert
+
+    def __post_init__(self) -> None:
+        choices = {
+            "crop": ("nose_centred", "rigid"),
+            "mask": ("lower_half",),
+            "posterior": ("mode", "sample"),
+            "mel_scope": ("file", "segment"),
+            "tail": ("mel_zero", "silence"),
+            "encode_dtype": ("float32", "bfloat16"),
+            "window_edge": ("zero", "clamp"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ContractError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        margins = tuple(self.margins)
+        if not margins or any(type(margin) is not int or margin < 0 for margin in margins):
+            raise ContractError(f"margins must be one or more whole pixels, 0 or more, not {self.margins!r}")
+        object.__setattr__(self, "margins", margins)  # JSON gives a list
+
+    @classmethod
+    def from_dict(cls, values: dict, names: tuple[str, ...]) -> FeatureContract:
+        """The contract of a dict that `as_dict` made of these fields. Raises ContractError for any other dict."""
+        if set(values) != set(names):
+            odd = ", ".join(sorted(set(names).symmetric_difference(values)))
+            raise ContractError(f"not a feature contract of this version: unknown or missing fields {odd}")
+        return cls(**values)
+
+    def as_dict(self, names: tuple[str, ...]) -> dict:
+        """The values of these fields, plain for JSON."""
+        return {name: value for name, value in asdict(self).items() if name in names}
+
+    def require(self, wanted: FeatureContract, names: tuple[str, ...], source: str) -> None:
+        """Refuse `source`, made under this contract, where a reader that wants `wanted` would misread it.
+
+        A margin asked for must be among those this contract has. Raises ContractError with both values.
+        """
+        for name in names:
+            have, want = getattr(self, name), getattr(wanted, name)
+            if (not set(want) <= set(have)) if name == "margins" else (have != want):
+                raise ContractError(
+                    f"{source} was made with {name} = {have!r}, but {want!r} is asked for; "
+                    f"set {name} to {have!r}, or make it again"
+                )
+
+
+ALL_FIELDS = tuple(field.name for field in fields(FeatureContract))
+MODEL_FIELDS = ("window_edge", "positional_encoding", "sync_offset")
+CACHE_FIELDS = tuple(name for name in ALL_FIELDS if name not in MODEL_FIELDS)
+
+# The official inference of each version (https://github.com/TMElyralab/MuseTalk).
+MUSETALK_V1 = FeatureContract(posterior="sample", window_edge="clamp")
+MUSETALK_V15 = replace(
+    MUSETALK_V1, margins=(10,), final_layer_norm=True, mel_scope="segment", tail="silence", window_edge="zero"
+)
+# v1.5's features without its two faults for a training from scratch: a box whose height gives the mouth away, and
+# noise in the latents.
+RIGID = replace(MUSETALK_V15, crop="rigid", margins=(0,), posterior="mode")
+CONTRACTS = {"rigid": RIGID, "musetalk_v15": MUSETALK_V15, "musetalk_v1": MUSETALK_V1}

@@ -1,0 +1,167 @@
+"""Landmarks -> box -> face crop of 256 x 256, its lower half masked; and the image conventions.
+
+On disk and in OpenCV an image is BGR uint8 (H, W, 3); in networks it is RGB float (B, 3, H, W) in [-1, 1].
+Only `to_tensor` and `to_uint8` convert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import PurePath
+
+import cv2
+import numpy as np
+import torch
+
+from musetalk.cache import MAX_CLIP_FRAMES, clip_name
+from musetalk.contract import IMAGE_SIZE, MASK_TOP, FeatureContract
+from musetalk.face import Face, FaceBackend, follow_person
+from musetalk.video import batched
+
+DETECT_BATCH = 16  # frames given to the detector at once
+NOSE_POINT = 29  # low on the bridge of the nose, of the 68 landmarks
+NOSE_TIP = 30
+EYE_CORNERS = (36, 45)  # the outer ones
+RIGID_HALF_WIDTH, RIGID_HALF_HEIGHT = 0.82, 1.25  # of the "rigid" box, in skull sizes: a wide open mouth fits in
+
+
+@dataclass(frozen=True)
+class CroppedClip:
+    """One person through T frames, in K margin variants.
+
+    faces: T faces, None where the person is not seen. crops: for each face K BGR uint8 (256, 256, 3), else None.
+    boxes: int32 (T, K, 4) in source pixels, zero where there is no face.
+    """
+
+    faces: list[Face | None]
+    crops: list[list[np.ndarray] | None]
+    boxes: np.ndarray
+
+
+def crop_person(frames: Iterable[np.ndarray], backend: FaceBackend, contract: FeatureContract) -> CroppedClip:
+    """Find and crop the main person of a clip, reading each frame once.
+
+    frames: BGR uint8 (H, W, 3). Every face is cropped as it comes and the frame let go; who the person is shows
+    at the end.
+    """
+    found: list[list[Face]] = []
+    cropped: dict[int, tuple[list[np.ndarray], list[np.ndarray]]] = {}  # id of a face -> its K boxes, its K crops
+    for batch in batched(frames, DETECT_BATCH):
+        for frame, faces in zip(batch, backend.detect(batch), strict=True):
+            found.append([])
+            for face in faces:
+                boxes = [
+                    face_box(face.landmarks, frame.shape, contract.bbox_shift, margin, contract.crop)
+                    for margin in contract.margins
+                ]
+                if all(box is not None for box in boxes):
+                    found[-1].append(face)
+                    cropped[id(face)] = boxes, [crop_face(frame, box) for box in boxes]
+    person = follow_person(found)
+    boxes = np.zeros((len(person), len(contract.margins), 4), np.int32)
+    for index, face in enumerate(person):
+        if face is not None:
+            boxes[index] = cropped[id(face)][0]
+    return CroppedClip(person, [None if face is None else cropped[id(face)][1] for face in person], boxes)
+
+
+def crop_clips(
+    source: PurePath,
+    frames: Iterable[np.ndarray],
+    backend: FaceBackend,
+    contract: FeatureContract,
+    part: int = 0,
+) -> Iterator[tuple[str, CroppedClip, bool]]:
+    """Cut a video into clips of at most a minute and crop each: its name, its faces, and whether it is the last.
+
+    source: path below the folder of videos, for the names. frames: from the first one of `part` on.
+    """
+    frames = iter(frames)
+    ahead = list(islice(frames, 1))
+    while ahead:
+        cropped = crop_person(chain(ahead, islice(frames, MAX_CLIP_FRAMES - 1)), backend, contract)
+        ahead = list(islice(frames, 1))
+        yield clip_name(source, part if part or ahead else None), cropped, not ahead
+        part += 1
+
+
+def face_box(
+    landmarks: np.ndarray, frame_shape: Sequence[int], bbox_shift: int = 0, margin: int = 0, crop: str = "nose_centred"
+) -> np.ndarray | None:
+    """The box of a face that is cropped, with nose point 29 half way down.
+
+    crop "nose_centred" is MuseTalk's: to the outermost landmarks left, right and below. Its height tells how far the
+    jaw has dropped, which a network learns to read instead of the audio. "rigid" is ours: sized by the eyes alone.
+    landmarks: (68, 2) in source pixels. frame_shape: (H, W, ...).
+    bbox_shift: source pixels that the border of the mask moves down. margin: source pixels added below.
+    Returns int32 (4,) x1, y1, x2, y2, half-open and inside the frame, or None where nothing is left of it.
+    Source of the first: MuseTalk, get_landmark_and_bbox (v1.0) and its extra_margin (v1.5).
+    """
+    points = landmarks.astype(np.int32)  # rounded down as MuseTalk does
+    centre = points[NOSE_POINT, 1] + bbox_shift
+    if crop == "rigid":
+        size = skull_size(landmarks)
+        middle = landmarks[list(EYE_CORNERS), 0].mean()
+        left, right = round(middle - RIGID_HALF_WIDTH * size), round(middle + RIGID_HALF_WIDTH * size)
+        half = round(RIGID_HALF_HEIGHT * size)
+    else:
+        left, right = points[:, 0].min(), points[:, 0].max()
+        half = points[:, 1].max() - centre
+    box = np.array([left, centre - half, right, centre + half + margin])
+    height, width = frame_shape[:2]
+    box = np.clip(box, 0, [width, height, width, height]).astype(np.int32)
+    return box if box[2] > box[0] and box[3] > box[1] else None
+
+
+def skull_size(landmarks: np.ndarray) -> float:
+    """Distance between the outer corners of the eyes as if the head faced the camera, in source pixels.
+
+    Turning by an angle shortens it by the cosine and moves the tip of the nose, half as far before the eyes as they
+    are apart, by the sine. landmarks: (68, 2).
+    """
+    left, right = landmarks[list(EYE_CORNERS)]
+    seen = max(float(np.linalg.norm(right - left)), 1e-6)
+    aside = float((landmarks[NOSE_TIP] - (left + right) / 2) @ (right - left)) / seen
+    return float(np.hypot(seen, 2 * aside))
+
+
+def crop_face(frame: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """The box of a frame stretched to BGR uint8 (256, 256, 3)."""
+    x1, y1, x2, y2 = box
+    return cv2.resize(frame[y1:y2, x1:x2], (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_LANCZOS4)
+
+
+def paste_back(frame: np.ndarray, face: np.ndarray, box: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """A copy of the frame with a crop put back into its box: the inverse of `crop_face`.
+
+    face: BGR uint8 (256, 256, 3). alpha: float32 (y2 - y1, x2 - x1), how much of the face shows, in [0, 1].
+    Where alpha is 0 the frame's own bytes stay.
+    """
+    x1, y1, x2, y2 = box
+    face = cv2.resize(face, (int(x2 - x1), int(y2 - y1)), interpolation=cv2.INTER_LANCZOS4)
+    result = frame.copy()
+    below = result[y1:y2, x1:x2]
+    blended = below + alpha[..., None] * (face.astype(np.float32) - below)
+    result[y1:y2, x1:x2] = np.round(blended).astype(np.uint8)
+    return result
+
+
+def to_tensor(images: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """BGR uint8 (B, H, W, 3) -> RGB float32 (B, 3, H, W) in [-1, 1], on the device of the images."""
+    rgb = torch.as_tensor(images).flip(-1).permute(0, 3, 1, 2)
+    return rgb.float() / 127.5 - 1
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """RGB float (B, 3, H, W) in [-1, 1], clamped -> BGR uint8 (B, H, W, 3)."""
+    scaled = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return scaled.permute(0, 2, 3, 1).cpu().numpy()[..., ::-1]
+
+
+def mask_lower_half(images: torch.Tensor) -> torch.Tensor:
+    """A copy of images (B, 3, 256, 256) whose lower half is black (-1)."""
+    masked = images.clone()
+    masked[:, :, MASK_TOP:] = -1
+    return masked

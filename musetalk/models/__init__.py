@@ -1,0 +1,1 @@
+"""The networks: each built from its published configuration and loaded by its published names."""

@@ -1,0 +1,67 @@
+"""MuseTalk's UNet: Stable Diffusion's architecture used once, without noise, from masked and reference latents.
+
+Not diffusion: one step at timestep 0 whose output is the latents themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from musetalk.weights import find, load_strictly, read_json, read_tensors
+
+SINGLE_STEP_TIMESTEP = 0  # the network was made for diffusion and asks for one
+MAX_TOKENS = 5000
+
+
+class UNet(nn.Module):
+    """diffusers' UNet2DConditionModel (as `.model`, whose state dict is what files hold) and the positions."""
+
+    def __init__(self, model: UNet2DConditionModel, positional_encoding: bool) -> None:
+        super().__init__()
+        self.model = model
+        width = model.config.cross_attention_dim
+        positions = sinusoid(MAX_TOKENS, width) if positional_encoding else torch.zeros(MAX_TOKENS, width)
+        self.register_buffer("positions", positions, persistent=False)
+
+    def forward(self, unet_input: torch.Tensor, audio_window: torch.Tensor) -> torch.Tensor:
+        """unet_input: (B, 8, 32, 32) masked then reference latents. audio_window: (B, W, D), time-major.
+
+        Returns predicted latents (B, 4, 32, 32).
+        """
+        timestep = torch.tensor(SINGLE_STEP_TIMESTEP, device=unet_input.device)
+        tokens = audio_window + self.positions[: audio_window.shape[1]]  # (B, W, D)
+        return self.model(unet_input, timestep, encoder_hidden_states=tokens).sample  # (B, 4, 32, 32)
+
+
+def sinusoid(length: int, width: int) -> torch.Tensor:
+    """Fixed positions (length, width): sines at even, cosines at odd places (Vaswani et al. 2017, section 3.5)."""
+    position = torch.arange(length)[:, None]
+    frequency = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000) / width))
+    table = torch.zeros(length, width)
+    table[:, 0::2] = torch.sin(position * frequency)
+    table[:, 1::2] = torch.cos(position * frequency[: width // 2])
+    return table
+
+
+def build_unet(models_dir: Path, seed: int, positional_encoding: bool) -> UNet:
+    """An untrained UNet of musetalk/musetalk.json in a models folder, the same for the same seed.
+
+    Raises WeightsError.
+    """
+    config = read_json(find(models_dir, "musetalk/musetalk.json"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UNet(UNet2DConditionModel.from_config(config), positional_encoding)
+
+
+def load_unet(models_dir: Path, path: Path, positional_encoding: bool) -> UNet:
+    """A UNet of musetalk/musetalk.json with the weights of a file. Raises WeightsError."""
+    config = read_json(find(models_dir, "musetalk/musetalk.json"))
+    model = UNet2DConditionModel.from_config(config)
+    load_strictly(model, read_tensors(path), path)
+    return UNet(model, positional_encoding)

@@ -1,0 +1,92 @@
+"""The frozen VAE between images and latents: Stable Diffusion's AutoencoderKL (sd-vae-ft-mse) by diffusers.
+
+Three states of a face: crop (uint8 pixels) -> cached latents (float16, scaled) -> what the UNet sees (the same).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from musetalk.contract import LATENT_CHANNELS, LATENT_SIZE, FeatureContract
+from musetalk.crop import mask_lower_half, to_tensor
+from musetalk.video import batched
+from musetalk.weights import find, fingerprint, freeze, load_strictly, read_json, read_tensors
+
+ENCODE_BATCH = {"cpu": 1, "cuda": 16}  # frames encoded at once, masked and whole; more is slower on a CPU
+
+
+class VAE:
+    """Images RGB (B, 3, 256, 256) in [-1, 1] <-> latents (B, 4, 32, 32), scaled as the UNet sees them."""
+
+    def __init__(self, autoencoder: AutoencoderKL) -> None:
+        self.fingerprint = fingerprint(autoencoder)
+        self.autoencoder = freeze(autoencoder)
+        self.scaling_factor = autoencoder.config.scaling_factor
+
+    def encode(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Latents float32 (B, 4, 32, 32): the posterior's mode, or a sample with the noise given (same shape)."""
+        posterior = self.autoencoder.encode(images.to(self.autoencoder.device, self.autoencoder.dtype)).latent_dist
+        latents = posterior.mode().float()
+        if noise is not None:
+            latents = latents + posterior.std.float() * noise.to(latents.device)
+        return latents * self.scaling_factor
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images float32 (B, 3, 256, 256), about [-1, 1]. Gradients flow to the latents."""
+        return self.autoencoder.decode(latents.to(self.autoencoder.dtype) / self.scaling_factor).sample.float()
+
+    @torch.no_grad()
+    def encode_clip(
+        self, clip: str, crops: Iterable[Sequence[np.ndarray] | None], contract: FeatureContract
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What the cache stores and the UNet sees of the faces of a clip, in batches from its frame 0.
+
+        crops: for each of T frames K images BGR uint8 (256, 256, 3), or None for a frame without a face.
+        Returns masked and full latents, each float16 (T, K, 4, 32, 32), zero where there is no face.
+        """
+        device, variants = self.autoencoder.device, len(contract.margins)
+        pieces = []
+        for batch in batched(enumerate(crops), ENCODE_BATCH[device.type]):
+            shape = (2, len(batch), variants, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
+            pieces.append(np.zeros(shape, np.float16))  # masked, full
+            seen = [i for i, (_, faces) in enumerate(batch) if faces is not None]
+            if not seen:
+                continue
+            images = np.stack([image for _, faces in batch if faces is not None for image in faces])
+            images = to_tensor(torch.from_numpy(images).to(device))  # (n K, 3, 256, 256)
+            noise = None
+            if contract.posterior == "sample":
+                drawn = [posterior_noise(clip, batch[i][0], margin) for i in seen for margin in contract.margins]
+                noise = torch.from_numpy(np.stack(drawn, axis=1)).flatten(0, 1)  # (2 n K, 4, 32, 32)
+            both = self.encode(torch.cat([mask_lower_half(images), images]), noise).half().cpu().numpy()
+            pieces[-1][:, seen] = both.reshape(2, len(seen), variants, *shape[3:])
+        masked_latents, latents = np.concatenate(pieces, axis=1)
+        return masked_latents, latents
+
+
+def posterior_noise(clip: str, frame: int, margin: int) -> np.ndarray:
+    """Normal noise float32 (2, 4, 32, 32) for the masked and the full face, always the same for these three."""
+    seed = int.from_bytes(hashlib.sha256(f"{clip}/{frame}/{margin}".encode()).digest()[:16], "big")
+    shape = (2, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def load_vae(
+    models_dir: Path, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format = torch.channels_last
+) -> VAE:
+    """The VAE of a models folder. channels_last is faster, but for bfloat16 gradients on a CPU. Raises WeightsError."""
+    config = read_json(find(models_dir, "sd-vae-ft-mse/config.json"))
+    path = find(models_dir, "sd-vae-ft-mse/diffusion_pytorch_model.safetensors")
+    autoencoder = AutoencoderKL.from_config(config)
+    load_strictly(autoencoder, read_tensors(path), path)
+    vae = VAE(autoencoder)  # its fingerprint is of the float32 tensors
+    # nn.Module's own `to`: diffusers' warns of layers to keep in float32 even where there are none.
+    nn.Module.to(autoencoder, device, dtype, memory_format=memory_format)
+    return vae

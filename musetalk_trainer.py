@@ -1,0 +1,374 @@
+"""A cache of clips -> a trained lip-sync UNet.
+
+    python musetalk_trainer.py                           preset demo: the small set, the cache of the built-in sample
+    python musetalk_trainer.py stage1 --hdtf-samples-dir data/mine
+    python musetalk_trainer.py stage1 --help             all constants
+
+Writes `<checkpoint_dir>/<preset>/training-state-<step>.pt` to go on and `unet-<step>.safetensors` to use, and in
+`log_dir` trainer.log, `<preset>/stats.jsonl`, `<preset>/samples/<step>.png` (masked | reference | prediction |
+truth, of clips held out) and TensorBoard files. Run the same command again to go on from the newest state, exactly
+as if there had been no interruption.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from losses import weighted_sum
+from losses.pixel_branch import pixel_branch
+from losses.reconstruction import latent_l1, pixel_l1
+from musetalk.cache import Cache
+from musetalk.checkpoint import load_latest_state, save_state, save_unet
+from musetalk.contract import ALL_FIELDS, CONTRACTS, MASK_TOP, MODEL_FIELDS, FeatureContract
+from musetalk.crop import to_tensor
+from musetalk.dataset import FaceDataset, split_clips
+from musetalk.models.unet import UNet, build_unet
+from musetalk.models.vae import VAE, load_vae
+from musetalk.pipeline import LipSyncPipeline
+from musetalk.run_log import RunLog
+from musetalk.script import UserError, run_script
+
+
+@dataclass
+class TrainConfig:
+    """The constants of a training; edit a preset below or override them on the command line."""
+
+    # Paths
+    hdtf_samples_dir: Path = Path("data/cache")  # what datasets_process.py made
+    checkpoint_dir: Path = Path("checkpoints")  # each preset has a folder in it
+    log_dir: Path = Path("log")
+    models_dir: Path = Path("models")
+
+    # Data
+    contract: str = "rigid"  # whose audio window and positions the UNet learns: or musetalk_v15, musetalk_v1
+    held_out: float = 0.1  # share of identities (or clips, of a single one) kept for the samples
+    num_workers: int = 4  # processes that read the cache
+    batch_size: int = 8  # samples in one forward
+    grad_accum_steps: int = 1  # forwards in one optimizer step
+
+    # Losses: a weight for each term, 0 is off
+    loss_weights: dict[str, float] = field(default_factory=lambda: {"latent_l1": 1.0, "pixel_l1": 1.0})
+    pixel_every: int = 1  # steps between those with losses on images, which cost most of the time
+    chunk_size: int = 4  # samples decoded at once for them
+
+    # Optimizer
+    optimizer: str = "adamw"  # or adamax (the original's), adam
+    learning_rate: float = 2e-5
+    warmup_steps: int = 1000  # the rate rises from 0, then falls along a cosine ...
+    final_learning_rate: float = 2e-5  # ... to this
+    weight_decay: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999  # of the weights that are used; kept in host memory
+    ema_every: int = 1  # steps
+    gradient_checkpointing: bool = False  # of the UNet: less memory, a third more time
+
+    # Run
+    num_steps: int = 250_000  # optimizer updates
+    log_every: int = 100
+    sample_every: int = 2000
+    save_every: int = 2000
+    keep_states: int = 2  # training states of the newest steps; weights to use are all kept
+    seed: int = 1234
+
+
+PRESETS = {
+    "demo": TrainConfig(
+        models_dir=Path("models/mini"),
+        held_out=0.25,
+        num_workers=0,
+        batch_size=8,
+        pixel_every=10,
+        learning_rate=3e-3,
+        final_learning_rate=1e-4,
+        warmup_steps=20,
+        ema_decay=0.98,
+        num_steps=800,
+        log_every=20,
+        sample_every=200,
+        save_every=200,
+    ),
+    "stage1": TrainConfig(batch_size=32),
+}
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adamax": torch.optim.Adamax, "adam": torch.optim.Adam}
+TERMS = ("latent_l1", "pixel_l1")  # names of losses; those on decoded images follow the first
+GRID_ROWS = 6  # moments in a sample grid
+
+
+class TrainError(UserError):
+    """Training cannot start or go on."""
+
+
+@dataclass
+class TrainState:
+    """All that moves in training."""
+
+    unet: UNet
+    optimizer: torch.optim.Optimizer
+    ema: dict[str, torch.Tensor]  # averaged weights under diffusers' names, in host memory
+    step: int = 0  # optimizer updates made
+
+    def as_dict(self) -> dict:
+        """For the training state file."""
+        return {
+            "unet": self.unet.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema,
+        }
+
+    def restore(self, saved: dict) -> None:
+        """Go on from what `as_dict` gave."""
+        self.unet.model.load_state_dict(saved["unet"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.ema, self.step = saved["ema"], saved["step"]
+
+    @torch.no_grad()
+    def update_ema(self, decay: float) -> None:
+        """Move the average towards the weights; at first faster, so that the start is soon forgotten."""
+        decay = min(decay, (1 + self.step) / (10 + self.step))
+        for name, value in self.unet.model.state_dict().items():
+            self.ema[name].lerp_(value.to("cpu"), 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the UNet has the averaged weights."""
+        own = {name: value.to("cpu", copy=True) for name, value in self.unet.model.state_dict().items()}
+        self.unet.model.load_state_dict(self.ema)
+        yield
+        self.unet.model.load_state_dict(own)
+
+
+def train(preset: str, config: TrainConfig) -> None:
+    """Train until `num_steps`, going on from the newest state in the preset's folder."""
+    check(config)
+    accelerator = Accelerator(mixed_precision=precision())
+    if accelerator.num_processes > 1:
+        raise TrainError("training on several processes is not supported yet; start it with plain python")
+
+    # Set up data and networks.
+    cache = Cache(config.hdtf_samples_dir)
+    vae = load_pixel_vae(config.models_dir, accelerator)
+    contract = training_contract(config, cache, vae)
+    train_clips, held_clips, note = split_clips(cache, config.held_out, config.seed)
+    slots = config.batch_size * config.grad_accum_steps
+    dataset = FaceDataset(cache, train_clips, contract, seed=config.seed, slots=slots)
+    shown = FaceDataset(cache, held_clips or train_clips, contract, seed=config.seed, slots=GRID_ROWS)
+    state = build_state(config, contract, accelerator)
+    pipeline = LipSyncPipeline(state.unet, vae, contract, config.models_dir)
+
+    # Go on from the newest state, if there is one.
+    run_dir = config.checkpoint_dir / preset
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if saved := load_latest_state(run_dir):
+        FeatureContract.from_dict(saved["contract"], ALL_FIELDS).require(contract, ALL_FIELDS, str(run_dir))
+        state.restore(saved)
+    log = RunLog(config.log_dir, preset, state.step)
+    log.line(f"preset {preset}: {json.dumps(asdict(config), default=str)}")
+    log.line(f"{len(train_clips)} clips to train on; {note}")
+    size = sum(parameter.numel() for parameter in state.unet.parameters())
+    log.line(
+        f"UNet of {size:,} parameters on {accelerator.device}, {accelerator.mixed_precision}; at step {state.step}"
+    )
+
+    batches = iter(loader(dataset, config, state.step))
+    bar = tqdm(total=config.num_steps, initial=state.step, desc="train", unit="step")
+    while state.step < config.num_steps:
+        # Forward and backward: this step's samples and chances, the same ones whatever happened before.
+        torch.manual_seed(config.seed + state.step)
+        drawn, rate = [], learning_rate(state.step, config)
+        for _ in range(config.grad_accum_steps):
+            batch = next(batches)
+            drawn += batch["where"]
+            terms = generator_step(state, vae, batch, config, accelerator)
+
+        # Update, unless a gradient is not finite.
+        norm = accelerator.clip_grad_norm_(state.unet.parameters(), config.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise not_finite(terms, drawn, state.step + 1, run_dir)
+        state.optimizer.param_groups[0]["lr"] = rate
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        if state.step % config.ema_every == 0:
+            state.update_ema(config.ema_decay)
+        bar.update()
+
+        # Report.
+        last = state.step == config.num_steps
+        if last or state.step % config.log_every == 0:
+            values = {name: value.item() for name, value in terms.items()}
+            log.record(state.step, values | {"grad_norm": norm.item(), "learning_rate": rate})
+
+        # Sample and save.
+        if last or state.step % config.sample_every == 0:
+            with state.averaged():
+                log.picture(state.step, draw_grid(pipeline, shown))
+        if last or state.step % config.save_every == 0:
+            path = save_unet(run_dir, state.step, state.ema, contract)
+            moving = state.as_dict() | {"contract": contract.as_dict(ALL_FIELDS)}
+            save_state(run_dir, state.step, moving, config.keep_states)
+            log.line(f"saved {path}")
+
+    bar.close()
+    log.line(f"done at step {state.step}: weights and states in {run_dir}, pictures in {log.folder / 'samples'}")
+
+
+def check(config: TrainConfig) -> None:
+    """Raises TrainError for constants that cannot work."""
+    if config.optimizer not in OPTIMIZERS:
+        raise TrainError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {config.optimizer!r}")
+    if config.contract not in CONTRACTS:
+        raise TrainError(f"contract must be one of {', '.join(CONTRACTS)}, not {config.contract!r}")
+    if unknown := config.loss_weights.keys() - set(TERMS):
+        raise TrainError(f"loss_weights has no term {', '.join(sorted(unknown))}; there are {', '.join(TERMS)}")
+    if not any(weight > 0 for weight in config.loss_weights.values()):
+        raise TrainError("loss_weights must have a term with a weight over 0")
+    for name in (
+        "batch_size",
+        "grad_accum_steps",
+        "chunk_size",
+        "num_steps",
+        "log_every",
+        "sample_every",
+        "save_every",
+        "keep_states",
+        "ema_every",
+        "pixel_every",
+    ):
+        if getattr(config, name) < 1:
+            raise TrainError(f"{name} must be at least 1, not {getattr(config, name)}")
+
+
+def precision() -> str:
+    """bf16 where the device computes in it, else full float32; accelerate's word for it."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "no"
+
+
+def load_pixel_vae(models_dir: Path, accelerator: Accelerator) -> VAE:
+    """The frozen VAE in the precision and layout in which the losses on images are fastest."""
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    layout = torch.contiguous_format if accelerator.device.type == "cpu" else torch.channels_last
+    return load_vae(models_dir, accelerator.device, dtype, layout)
+
+
+def training_contract(config: TrainConfig, cache: Cache, vae: VAE) -> FeatureContract:
+    """The cache's own rules with the model fields of the constants. Raises ContractError for another VAE."""
+    cache.contract.require(replace(cache.contract, vae=vae.fingerprint), ("vae",), str(cache.folder))
+    chosen = CONTRACTS[config.contract]
+    return replace(cache.contract, **{name: getattr(chosen, name) for name in MODEL_FIELDS})
+
+
+def build_state(config: TrainConfig, contract: FeatureContract, accelerator: Accelerator) -> TrainState:
+    """An untrained UNet with its optimizer and average."""
+    unet = build_unet(config.models_dir, config.seed, contract.positional_encoding)
+    if config.gradient_checkpointing:
+        unet.model.enable_gradient_checkpointing()
+    make = OPTIMIZERS[config.optimizer]
+    optimizer = make(unet.parameters(), config.learning_rate, config.betas, weight_decay=config.weight_decay)
+    ema = {name: value.clone() for name, value in unet.model.state_dict().items()}
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    return TrainState(unet, optimizer, ema)
+
+
+def loader(dataset: FaceDataset, config: TrainConfig, step: int) -> DataLoader:
+    """Batches from a step on, in the order of their slots."""
+    items = range(step * dataset.slots, config.num_steps * dataset.slots)
+    pin = torch.cuda.is_available()
+    return DataLoader(dataset, config.batch_size, sampler=items, num_workers=config.num_workers, pin_memory=pin)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The rate at an update: up in a line over the warm-up, then down along half a cosine."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
+    fall = (config.learning_rate - config.final_learning_rate) * (1 + math.cos(math.pi * min(1, progress))) / 2
+    return config.final_learning_rate + fall
+
+
+def generator_step(
+    state: TrainState, vae: VAE, batch: dict, config: TrainConfig, accelerator: Accelerator
+) -> dict[str, torch.Tensor]:
+    """Losses of one batch, their gradients added to the UNet's. Returns the terms, detached, on the device."""
+    data = {
+        name: value.flatten(0, 1).to(accelerator.device, non_blocking=True)  # (B, T, ...) -> (B T, ...)
+        for name, value in batch.items()
+        if isinstance(value, torch.Tensor)
+    }
+    weights = {name: weight for name, weight in config.loss_weights.items() if weight > 0}
+    unet_input = torch.cat([data["masked_latents"], data["reference_latents"]], dim=1).float()
+    pred_latents = state.unet(unet_input, data["audio_window"].float())
+
+    # Terms on latents.
+    terms = {"latent_l1": latent_l1(pred_latents, data["target_latents"])} if "latent_l1" in weights else {}
+    loss = weighted_sum(terms, weights)
+    terms = {name: value.detach() for name, value in terms.items()}
+
+    # Terms on images: their gradient at the latents, a few samples at a time.
+    if "pixel_l1" in weights and (state.step + 1) % config.pixel_every == 0:
+        target = data["target_image"]
+
+        def image_terms(image: torch.Tensor, chunk: slice) -> dict[str, torch.Tensor]:
+            return {"pixel_l1": pixel_l1(image, to_tensor(target[chunk]))}
+
+        image_values, gradient = pixel_branch(pred_latents, vae.decode, image_terms, weights, config.chunk_size)
+        terms |= image_values
+        loss = loss + (pred_latents * gradient).sum()
+
+    accelerator.backward(loss / config.grad_accum_steps)
+    return terms
+
+
+def not_finite(terms: dict[str, torch.Tensor], drawn: list[str], step: int, run_dir: Path) -> TrainError:
+    """The error that names what was not finite, and where."""
+    broken = [name for name, value in terms.items() if not torch.isfinite(value)] or ["none of the terms"]
+    return TrainError(
+        f"step {step}: the gradient is not finite (terms not finite: {', '.join(broken)}); no update was made. "
+        f"Samples of this step: {'; '.join(drawn)}. The last good state is in {run_dir}"
+    )
+
+
+def draw_grid(pipeline: LipSyncPipeline, shown: FaceDataset) -> np.ndarray:
+    """masked | reference | prediction | truth of fixed moments, BGR uint8, a row each."""
+    rows = []
+    for slot in range(GRID_ROWS):
+        sample = shown.draw(0, slot)
+        item = shown.read(sample)
+        truth = item["target_image"][0].numpy()
+        masked = truth.copy()
+        masked[MASK_TOP:] = 0
+        reference = shown.cache.clips[sample.clip].image(sample.references[0], sample.variant)
+        names = ("masked_latents", "reference_latents", "audio_window")
+        prediction = pipeline.generate(*(item[name].numpy() for name in names))[0]
+        rows.append(np.hstack([masked, reference, prediction, truth]))
+    return np.vstack(rows)
+
+
+def parse(arguments: list[str]) -> tuple[str, TrainConfig]:
+    """Preset and constants of a command line."""
+    named = arguments and not arguments[0].startswith("-")
+    preset = arguments[0] if named else "demo"
+    if preset not in PRESETS:
+        sys.exit(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+    rest = arguments[1:] if named else arguments
+    return preset, tyro.cli(TrainConfig, default=PRESETS[preset], args=rest, description=__doc__)
+
+
+if __name__ == "__main__":
+    run_script(lambda parsed: train(*parsed), parse(sys.argv[1:]))

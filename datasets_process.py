@@ -33,7 +33,6 @@ from musetalk.cache import (
     clip_name,
     encode_jpegs,
     identity_of,
-    write_atomically,
 )
 from musetalk.contract import (
     CONTRACTS,
@@ -45,6 +44,7 @@ from musetalk.contract import (
 )
 from musetalk.crop import CroppedClip, crop_clips
 from musetalk.face import FaceBackend, load_face_backend
+from musetalk.files import write_whole
 from musetalk.models.audio_encoder import AudioEncoder, load_audio_encoder
 from musetalk.models.vae import VAE, load_vae
 from musetalk.sample import make_sample
@@ -89,30 +89,37 @@ class Tools:
 
 def main(config: PrepareConfig) -> None:
     """Prepare all videos of a folder."""
-    # Make the built-in sample if that is what is asked for.
+    # Load the networks first, so that a wrong constant costs no time.
+    tools = load_tools(config)
     if config.hdtf_dir == SAMPLE_DIR and not SAMPLE_DIR.exists():
         print(f"{SAMPLE_DIR} is not there: making the built-in sample (set hdtf_dir to use your own videos)")
         make_sample(SAMPLE_DIR)
-
-    # Find the videos, load the networks, open the cache.
     sources = find_videos(config.hdtf_dir)
     identities = read_identities(config.hdtf_dir)
-    tools = load_tools(config)
     writer = CacheWriter(config.hdtf_samples_dir, tools.contract)
 
     # Prepare one video after another; a bad one is recorded and never ends the run.
-    records = []
+    records, names = [], set()
     expected = [PASSES * expected_frames(source) for source in sources]
     with tqdm(total=sum(expected), desc="prepare", unit="frame", unit_scale=1 / PASSES) as bar:
         for index, source in enumerate(sources):
             bar.set_postfix_str(source.name)
             relative = source.relative_to(config.hdtf_dir)
+            name = clip_name(relative)
             about = {"source": relative.as_posix(), "identity": identity_of(relative, identities)}
+            done = []
             try:
-                records += prepare_source(source, about, writer, tools, bar)
+                if name in names:
+                    name += source.suffix
+                    raise MediaError("same name", f"{source}: another video gives clips of the same name; rename it")
+                names.add(name)
+                for record in prepare_source(source, about, writer, tools, bar):
+                    done.append(record)
             except MediaError as error:
-                records.append(writer.reject(clip_name(relative), about | {"last": True}, error.kind, str(error)))
+                refused = clip_name(relative, len(done)) if done else name  # the clips before stay
+                done.append(writer.reject(refused, about | {"last": True}, error.kind, str(error)))
                 bar.write(f"refused: {error}")
+            records += done
             bar.update(sum(expected[: index + 1]) - bar.n)
 
     # Report.
@@ -170,31 +177,34 @@ def expected_frames(source: Path) -> int:
         return 0
 
 
-def prepare_source(source: Path, about: dict, writer: CacheWriter, tools: Tools, bar: tqdm) -> list[dict]:
-    """Put the clips of one video into the cache; returns all their records, those of earlier runs first.
+def prepare_source(source: Path, about: dict, writer: CacheWriter, tools: Tools, bar: tqdm) -> Iterator[dict]:
+    """Put the clips of one video into the cache; gives their records in order, those of earlier runs first.
 
     about: source and identity, for the records. Raises MediaError.
     """
     relative = PurePath(about["source"])
-    records = writer.finished(relative)
-    bar.update(PASSES * sum(record.get("frames", 0) for record in records))
-    if records and records[-1]["last"]:
-        return records
+    finished = writer.finished(relative)
+    bar.update(PASSES * sum(record.get("frames", 0) for record in finished))
+    yield from finished
+    if finished and finished[-1]["last"]:
+        return
 
     # Audio of the whole source, its video clip by clip.
     audio = read_audio(source)
     features, mel = audio_features(audio, tools.audio_encoder, tools.contract), sync_mel(audio)
-    frames = counted(read_frames(source, len(records) * MAX_CLIP_FRAMES), bar)
-    for name, cropped, last in crop_clips(relative, frames, tools.backend, tools.contract, len(records)):
-        start = len(records) * MAX_CLIP_FRAMES
+    begun = len(finished)
+    frames = counted(read_frames(source, begun * MAX_CLIP_FRAMES), bar)
+    clips = crop_clips(relative, frames, tools.backend, tools.contract, begun)
+    for part, (name, cropped, last) in enumerate(clips, begun):
+        start = part * MAX_CLIP_FRAMES
         now = about | {"start": start, "last": last}
         if any(face is not None for face in cropped.faces):
             heard = features[FEATURES_PER_FRAME * start :], mel[SYNC_MEL_RATE * start // VIDEO_FPS :]
-            records.append(writer.write(name, clip_tensors(name, cropped, *heard, tools, bar), now))
+            yield writer.write(name, clip_tensors(name, cropped, *heard, tools, bar), now)
         else:
-            records.append(writer.reject(name, now, "no face", f"{source}: no face was found from frame {start} on"))
-            bar.write(f"refused: {records[-1]['reason']}")
-    return records
+            reason = f"{source}: no face was found from second {start // VIDEO_FPS} on"
+            bar.write(f"refused: {reason}")
+            yield writer.reject(name, now, "no face", reason)
 
 
 def counted(items: Iterable, bar: tqdm) -> Iterator:
@@ -257,7 +267,7 @@ def write_contact_sheet(folder: Path) -> Path:
             )
             rows.append(cv2.putText(row, clip.name, (4, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 255, 0)))
     path = folder / "contact_sheet.png"
-    write_atomically(path, cv2.imencode(".png", np.vstack(rows))[1].tobytes())
+    write_whole(path, cv2.imencode(".png", np.vstack(rows))[1].tobytes())
     return path
 
 

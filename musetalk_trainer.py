@@ -174,7 +174,9 @@ def train(preset: str, config: TrainConfig) -> None:
     run_dir = config.checkpoint_dir / preset
     run_dir.mkdir(parents=True, exist_ok=True)
     if saved := load_latest_state(run_dir):
-        FeatureContract.from_dict(saved["contract"], ALL_FIELDS).require(contract, ALL_FIELDS, str(run_dir))
+        FeatureContract.from_dict(saved["contract"], ALL_FIELDS, str(run_dir)).require(
+            contract, ALL_FIELDS, str(run_dir)
+        )
         state.restore(saved)
     log = RunLog(config.log_dir, preset, state.step)
     log.line(f"preset {preset}: {json.dumps(asdict(config), default=str)}")

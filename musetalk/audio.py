@@ -44,10 +44,16 @@ def _segment_mels(audio: np.ndarray, mel_bins: int, contract: FeatureContract) -
     if contract.tail == "silence":
         samples = torch.nn.functional.pad(samples, (0, -len(samples) % SEGMENT_SAMPLES))
     if contract.mel_scope == "file":
-        mels = whisper.audio.log_mel_spectrogram(samples, mel_bins).split(SEGMENT_MEL_FRAMES, dim=1)
+        mels = _log_mel(samples, mel_bins).split(SEGMENT_MEL_FRAMES, dim=1)
     else:
-        mels = [whisper.audio.log_mel_spectrogram(piece, mel_bins) for piece in samples.split(SEGMENT_SAMPLES)]
+        mels = [_log_mel(piece, mel_bins) for piece in samples.split(SEGMENT_SAMPLES)]
     return [whisper.audio.pad_or_trim(mel, SEGMENT_MEL_FRAMES) for mel in mels]
+
+
+def _log_mel(samples: torch.Tensor, mel_bins: int) -> torch.Tensor:
+    """Whisper's log-mel; of less than one of its windows, as if silence followed."""
+    short = max(0, whisper.audio.N_FFT - len(samples))
+    return whisper.audio.log_mel_spectrogram(torch.nn.functional.pad(samples, (0, short)), mel_bins)
 
 
 def audio_windows(features: np.ndarray, frames: Sequence[int], contract: FeatureContract) -> np.ndarray:

@@ -23,5 +23,6 @@ def face_alpha(landmarks: np.ndarray, box: np.ndarray) -> np.ndarray:
     cv2.fillConvexPoly(face, hull, 1.0)
     face = cv2.dilate(face, np.ones((radius, radius)))  # the generated jaw may be a little lower
     face[: height // 2] = 0
-    face[height - radius :] = face[:, :radius] = face[:, width - radius :] = 0
+    border = radius + 1  # the blur reaches as far as the radius
+    face[-border:] = face[:, :border] = face[:, -border:] = 0
     return cv2.GaussianBlur(face, (2 * radius + 1, 2 * radius + 1), 0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePath
@@ -31,6 +31,7 @@ from musetalk.contract import (
     VIDEO_FPS,
     FeatureContract,
 )
+from musetalk.files import write_whole
 from musetalk.script import UserError
 
 VERSION = 1
@@ -82,17 +83,6 @@ def encode_jpegs(images: Sequence[np.ndarray | None]) -> tuple[np.ndarray, np.nd
     return np.concatenate(pieces), offsets
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """A file that is either whole or not there, whatever happens meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def _json_bytes(values: dict) -> bytes:
     return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
 
@@ -119,7 +109,7 @@ class CacheWriter:
             have.require(contract, CACHE_FIELDS, str(folder))
             contract.require(have, ("margins",), "this run")
         else:
-            write_atomically(path, _json_bytes({"version": VERSION, "contract": contract.as_dict(CACHE_FIELDS)}))
+            write_whole(path, _json_bytes({"version": VERSION, "contract": contract.as_dict(CACHE_FIELDS)}))
 
     def finished(self, source: PurePath) -> list[dict]:
         """Records of the clips of a source that are done, refused ones included, in order; [] to begin with.
@@ -149,14 +139,14 @@ class CacheWriter:
             "bytes": len(content),
             "sha256": hashlib.sha256(content).hexdigest(),
         }
-        write_atomically(self.folder / "clips" / f"{clip}.safetensors", content)
-        write_atomically(self.folder / "clips" / f"{clip}.json", _json_bytes(record))
+        write_whole(self.folder / "clips" / f"{clip}.safetensors", content)
+        write_whole(self.folder / "clips" / f"{clip}.json", _json_bytes(record))
         return record
 
     def reject(self, clip: str, about: dict, kind: str, reason: str) -> dict:
         """Note why a source or a part of it was refused. kind: a word or two to count by. Returns the record."""
         record = about | {"kind": kind, "reason": reason}
-        write_atomically(self.folder / "rejected" / f"{clip}.json", _json_bytes(record))
+        write_whole(self.folder / "rejected" / f"{clip}.json", _json_bytes(record))
         return record
 
 
@@ -171,7 +161,7 @@ def read_contract(folder: Path) -> FeatureContract:
             f"{folder} is a cache of version {values.get('version')}, this code reads version {VERSION}; "
             "make it again with datasets_process.py in another folder"
         )
-    return FeatureContract.from_dict(values.get("contract") or {}, CACHE_FIELDS)
+    return FeatureContract.from_dict(values.get("contract"), CACHE_FIELDS, str(path))
 
 
 class Clip:
@@ -180,7 +170,10 @@ class Clip:
     def __init__(self, folder: Path, name: str) -> None:
         """Raises CacheError where the tensors' file is missing or not what `TENSORS` says."""
         self.name = name
-        self.about = _read_json(folder / "clips" / f"{name}.json")
+        record = folder / "clips" / f"{name}.json"
+        self.about = _read_json(record)
+        if not isinstance(self.about.get("identity"), str):
+            raise CacheError(f"{record} names no identity; delete it and run datasets_process.py again")
         path = folder / "clips" / f"{name}.safetensors"
         try:
             self._file = safetensors.safe_open(path, framework="numpy")
@@ -202,25 +195,30 @@ class Clip:
             {k: (np.dtype(kinds.get(s.get_dtype(), object)), tuple(s.get_shape())) for k, s in self._slices.items()},
         )
         self.identity: str = self.about["identity"]
-        self.usable: np.ndarray = self._slices["usable"][:]
-        self._offsets: np.ndarray = self._slices["face_jpeg_offsets"][:]
+        self.usable = self.tensor("usable")
+        self._offsets = self.tensor("face_jpeg_offsets")
         self.variants: int = self._slices["boxes"].get_shape()[1]
 
     def __len__(self) -> int:
         return len(self.usable)
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows [start, stop) of a tensor of `TENSORS`."""
-        return self._slices[name][start:stop]
+        """Rows [start, stop) of a tensor of `TENSORS`, as many as there are."""
+        rows = self._slices[name]
+        length, *rest = rows.get_shape()
+        stop = length if stop is None else min(stop, length)
+        if start >= stop:  # safetensors has no empty slices
+            return np.zeros((0, *rest), TENSORS[name][0])
+        return rows[start:stop]
 
     def image(self, frame: int, variant: int = 0) -> np.ndarray:
-        """The face crop of a usable frame, BGR uint8 (256, 256, 3)."""
+        """The face crop of a usable frame, BGR uint8 (256, 256, 3). Raises CacheError for any other frame."""
         index = frame * self.variants + variant
-        jpeg = self._slices["face_jpeg"][int(self._offsets[index]) : int(self._offsets[index + 1])]
+        jpeg = self.tensor("face_jpeg", int(self._offsets[index]), int(self._offsets[index + 1]))
         image = cv2.imdecode(jpeg, cv2.IMREAD_COLOR) if len(jpeg) else None
         if image is None or image.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
             raise CacheError(
-                f"clip {self.name}: the picture of frame {frame} is broken; delete its record and prepare again"
+                f"clip {self.name}: there is no picture of frame {frame}; delete its record and prepare again"
             )
         return image
 
@@ -249,7 +247,7 @@ def _check_tensors(source: str, found: dict[str, tuple[np.dtype, tuple[int, ...]
         fits = have_dtype == dtype and len(shape) == len(wanted)
         for size, letter in zip(shape, wanted, strict=False):
             if letter == "T*K+1":
-                fits = fits and size == found["boxes"][1][0] * found["boxes"][1][1] + 1
+                fits = fits and size == math.prod(found["boxes"][1][:2]) + 1
             else:
                 fits = fits and size == (sizes.setdefault(letter, size) if isinstance(letter, str) else letter)
         if not fits:

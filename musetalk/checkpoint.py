@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import safetensors.torch
 import torch
 
 from musetalk.contract import ALL_FIELDS, FeatureContract
+from musetalk.files import whole_file
 from musetalk.models.unet import UNet, load_unet
 from musetalk.weights import WeightsError, read_tensors
 
@@ -28,12 +28,8 @@ def _newest(run_dir: Path, pattern: re.Pattern) -> list[Path]:
 def save_state(run_dir: Path, step: int, state: dict, keep: int) -> Path:
     """Write a training state that is either whole or not there; only the newest `keep` of a run stay."""
     path = run_dir / f"training-state-{step:07d}.pt"
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save(state | {"step": step}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        torch.save(state | {"step": step}, partial)
     for old in _newest(run_dir, STATE_NAME)[keep:]:
         old.unlink()
     return path
@@ -48,10 +44,9 @@ def load_latest_state(run_dir: Path) -> dict | None:
 def save_unet(run_dir: Path, step: int, tensors: dict[str, torch.Tensor], contract: FeatureContract) -> Path:
     """Write weights to use: plain diffusers names, the feature contract in the one metadata key."""
     path = run_dir / f"unet-{step:07d}.safetensors"
-    partial = path.with_suffix(".partial")
     metadata = {"contract": json.dumps(contract.as_dict(ALL_FIELDS))}
-    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
     return path
 
 
@@ -70,7 +65,7 @@ def read_unet_contract(path: Path) -> FeatureContract:
             values = json.loads((file.metadata() or {})["contract"])
     except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
         raise WeightsError(f"{path} cannot be read as weights with a feature contract in them: {error}") from error
-    return FeatureContract.from_dict(values, ALL_FIELDS)
+    return FeatureContract.from_dict(values, ALL_FIELDS, str(path))
 
 
 def load_trained_unet(path: Path, models_dir: Path) -> tuple[UNet, FeatureContract]:

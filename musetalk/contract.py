@@ -69,18 +69,27 @@ class FeatureContract:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ContractError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        margins = tuple(self.margins)
-        if not margins or any(type(margin) is not int or margin < 0 for margin in margins):
+        if isinstance(self.margins, list):
+            object.__setattr__(self, "margins", tuple(self.margins))  # as JSON gives it
+        for field in fields(self):
+            if type(getattr(self, field.name)) is not type(field.default):
+                kind = type(field.default).__name__
+                raise ContractError(f"{field.name} must be of type {kind}, not {getattr(self, field.name)!r}")
+        if not self.margins or any(type(margin) is not int or margin < 0 for margin in self.margins):
             raise ContractError(f"margins must be one or more whole pixels, 0 or more, not {self.margins!r}")
-        object.__setattr__(self, "margins", margins)  # JSON gives a list
 
     @classmethod
-    def from_dict(cls, values: dict, names: tuple[str, ...]) -> FeatureContract:
-        """The contract of a dict that `as_dict` made of these fields. Raises ContractError for any other dict."""
+    def from_dict(cls, values: object, names: tuple[str, ...], source: str) -> FeatureContract:
+        """The contract that `as_dict` made of these fields. Raises ContractError naming `source` for anything else."""
+        if not isinstance(values, dict):
+            raise ContractError(f"{source}: holds no feature contract")
         if set(values) != set(names):
             odd = ", ".join(sorted(set(names).symmetric_difference(values)))
-            raise ContractError(f"not a feature contract of this version: unknown or missing fields {odd}")
-        return cls(**values)
+            raise ContractError(f"{source}: its feature contract has unknown or missing fields: {odd}")
+        try:
+            return cls(**values)
+        except ContractError as error:
+            raise ContractError(f"{source}: {error}") from error
 
     def as_dict(self, names: tuple[str, ...]) -> dict:
         """The values of these fields, plain for JSON."""

@@ -129,7 +129,8 @@ def split_clips(cache: Cache, held_out: float, seed: int) -> tuple[list[str], li
         by, groups, identities = "clips", sorted(identities), {name: name for name in identities}
     if len(groups) == 1:
         return sorted(cache.clips), [], "a single clip: nothing is held out, samples show what was trained on"
-    chosen = set(np.random.default_rng(seed).permutation(groups)[: max(1, round(held_out * len(groups)))])
+    count = min(max(1, round(held_out * len(groups))), len(groups) - 1)
+    chosen = set(np.random.default_rng(seed).permutation(groups)[:count])
     train = sorted(name for name, group in identities.items() if group not in chosen)
     held = sorted(name for name, group in identities.items() if group in chosen)
     note = " (all clips show one identity)" if by == "clips" else ""

@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from musetalk.cache import write_atomically
+from musetalk.files import write_whole
 
 
 class RunLog:
@@ -31,7 +31,7 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.stats.exists():
             kept = [line for line in self.stats.read_text().splitlines() if json.loads(line)["step"] <= step]
-            write_atomically(self.stats, "".join(f"{line}\n" for line in kept).encode())
+            write_whole(self.stats, "".join(f"{line}\n" for line in kept).encode())
         self.board = SummaryWriter(self.folder, purge_step=step + 1)
 
     def line(self, text: str) -> None:
@@ -52,5 +52,5 @@ class RunLog:
     def picture(self, step: int, image: np.ndarray) -> Path:
         """A picture of a step, BGR uint8 (H, W, 3). Returns where it is."""
         path = self.folder / "samples" / f"{step:07d}.png"
-        write_atomically(path, cv2.imencode(".png", image)[1].tobytes())
+        write_whole(path, cv2.imencode(".png", image)[1].tobytes())
         return path

@@ -5,7 +5,6 @@ Time 0 is the presentation time of the first picture; audio is shifted to it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from itertools import chain, islice
@@ -15,8 +14,11 @@ import av
 import numpy as np
 
 from musetalk.contract import AUDIO_SAMPLE_RATE, VIDEO_FPS
+from musetalk.files import whole_file
 from musetalk.script import UserError
 
+EXACT_SEEK = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # formats that seek to a key frame before the time asked for
+LOST_SOUND = Fraction(1, 20)  # s, a gap between pieces of sound that is no rounding of their times
 BT709 = 1  # code of the HD colour matrix in ISO/IEC 23091-2; untagged files would be guessed differently
 
 
@@ -76,12 +78,17 @@ def read_frames(path: str | Path, start: int = 0, stop: int | None = None) -> It
     with _open(path) as container:
         stream = _stream(container, "video", path)
         stream.thread_type = "AUTO"
-        first = next(_source_frames(container, stream, path), None)
+        frames = _source_frames(container, stream, path)
+        first = next(frames, None)
         if first is None:
             raise MediaError("no video", f"{path}: no picture in it can be decoded")
         origin, size = first.pts, (first.height, first.width)
-        container.seek(origin + int(Fraction(start, VIDEO_FPS) / stream.time_base), stream=stream)
-        frames = (f for f in _source_frames(container, stream, path) if (f.height, f.width) == size)
+        if start and container.format.name in EXACT_SEEK:
+            container.seek(origin + int(Fraction(start, VIDEO_FPS) / stream.time_base), stream=stream)
+            frames = _source_frames(container, stream, path)
+        else:
+            frames = chain([first], frames)
+        frames = (frame for frame in frames if (frame.height, frame.width) == size)
 
         index = start
         previous, previous_time = None, None
@@ -117,34 +124,54 @@ def count_frames(path: Path) -> int:
 def read_audio(path: str | Path, sample_rate: int = AUDIO_SAMPLE_RATE) -> np.ndarray:
     """The first audio track as mono float32 (N,) in [-1, 1], beginning with the first picture if there is one.
 
-    Raises MediaError where the file has no audio that can be decoded.
+    Every piece stands at its time; what is missing between pieces is silence. Channels are averaged in 16 bits, as
+    Whisper's own loader does. Raises MediaError where the file has no audio that can be decoded.
     """
     with _open(path) as container:
         audio = _stream(container, "audio", path)
         video = next((s for s in container.streams.video if s.start_time is not None), None)
-        origin = video.start_time * video.time_base if video else 0
-        resampler = av.AudioResampler(format="flt", layout="mono", rate=sample_rate)
-        pieces, begin = [], None
-        try:
-            for packet in container.demux(audio):
-                try:
-                    frames = packet.decode()
-                except av.InvalidDataError:
-                    continue
-                for frame in frames:
-                    if begin is None and frame.pts is not None:
-                        begin = frame.pts * frame.time_base
-                    pieces += [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
-        except (av.FFmpegError, OSError) as error:
-            raise MediaError("unreadable", f"{path}: broken audio ({error.strerror or error})") from error
-        pieces += [piece.to_ndarray()[0] for piece in resampler.resample(None)] if pieces else []
-    if not pieces:
+        origin = video.start_time * video.time_base if video else None
+        runs: list[tuple[Fraction, list[np.ndarray]]] = []  # when a run of sound without gaps begins, its samples
+        resampler, expected = None, None
+        for frame in _source_sound(container, audio, path):
+            time = expected or Fraction(0) if frame.pts is None else frame.pts * frame.time_base
+            if expected is None or abs(time - expected) > LOST_SOUND:
+                if resampler:
+                    runs[-1][1].extend(_samples(resampler, None))
+                resampler = av.AudioResampler(format="s16", layout="mono", rate=sample_rate)
+                runs.append((time, []))
+            runs[-1][1].extend(_samples(resampler, frame))
+            expected = time + Fraction(frame.samples, frame.sample_rate)
+        if resampler:
+            runs[-1][1].extend(_samples(resampler, None))
+    origin = runs[0][0] if runs and origin is None else origin
+    pieces = [(round((begin - origin) * sample_rate), np.concatenate(parts)) for begin, parts in runs if parts]
+    length = max((at + len(samples) for at, samples in pieces), default=0)
+    if length <= 0:
         raise MediaError("no audio", f"{path}: no audio in it can be decoded")
-    samples = np.concatenate(pieces)
+    result = np.zeros(length, np.float32)
+    for at, samples in pieces:
+        result[max(0, at) : max(0, at + len(samples))] = samples[max(0, -at) :]
+    return result
 
-    # Shift to the first picture: silence in front where audio starts later, a cut where it starts earlier.
-    late = round(((begin or 0) - origin) * sample_rate)
-    return np.pad(samples, (late, 0)) if late > 0 else samples[-late:]
+
+def _source_sound(
+    container: av.container.InputContainer, stream: av.stream.Stream, path: str | Path
+) -> Iterator[av.AudioFrame]:
+    """Pieces of sound as they are decoded; what cannot be decoded is skipped."""
+    try:
+        for packet in container.demux(stream):
+            try:
+                yield from packet.decode()
+            except av.InvalidDataError:
+                continue
+    except (av.FFmpegError, OSError) as error:
+        raise MediaError("unreadable", f"{path}: broken audio ({error.strerror or error})") from error
+
+
+def _samples(resampler: av.AudioResampler, frame: av.AudioFrame | None) -> list[np.ndarray]:
+    """What comes out of the resampler for a frame, or what is left in it for None: float32 (n,) in [-1, 1]."""
+    return [piece.to_ndarray()[0].astype(np.float32) / 2**15 for piece in resampler.resample(frame)]
 
 
 def write_video(path: Path, frames: Iterable[np.ndarray], audio: np.ndarray, sample_rate: int) -> int:
@@ -154,16 +181,14 @@ def write_video(path: Path, frames: Iterable[np.ndarray], audio: np.ndarray, sam
     audio: float32 (N,) in [-1, 1], cut or filled with silence to the length of the video.
     Returns the number of frames written. Raises ValueError where there is no frame.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     frames = iter(frames)
     first = next(frames, None)
     if first is None:
         raise ValueError(f"{path}: there is no frame to write")
     height, width = first.shape[:2]
     count = 0
-    try:
-        with av.open(str(partial), "w", options={"movflags": "+faststart"}) as container:
+    with whole_file(path) as partial:
+        with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             picture = container.add_stream("libx264", rate=VIDEO_FPS, options={"crf": "15", "preset": "fast"})
             picture.width, picture.height = width + width % 2, height + height % 2
             picture.pix_fmt = "yuv420p"
@@ -191,9 +216,6 @@ def write_video(path: Path, frames: Iterable[np.ndarray], audio: np.ndarray, sam
                 count += 1
             container.mux(picture.encode(None))
             container.mux(sound.encode(None))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return count
 
 

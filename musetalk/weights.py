@@ -23,6 +23,9 @@ SOURCES = {
     "65147644a518d12f04e32d6f3b26facc3f8dd46e5390956a9424a650c0ce22b9/tiny.pt",
 }
 
+# What torch's own unpickler lets through where the bytes make no sense.
+BROKEN_PICKLE = (ValueError, RuntimeError, IndexError, KeyError, TypeError, AttributeError)
+
 
 class WeightsError(UserError):
     """A weight file is missing or is not what it should be. The message names it and what to do."""
@@ -52,10 +55,13 @@ def read_tensors(path: Path) -> dict:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, SafetensorError, pickle.UnpicklingError, *BROKEN_PICKLE) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"{path} cannot be read as weights: {reason}") from error
+    if not isinstance(values, dict):
+        raise WeightsError(f"{path} holds no weights by name but a {type(values).__name__}")
+    return values
 
 
 def load_strictly(module: nn.Module, tensors: dict, path: Path) -> None:

@@ -1,0 +1,212 @@
+"""What several test files need: real clips, the small networks, small videos and made-up clips of a cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+from datasets_process import PrepareConfig
+from datasets_process import main as prepare
+from musetalk.cache import Cache
+from musetalk.contract import (
+    AUDIO_SAMPLE_RATE,
+    IMAGE_SIZE,
+    LATENT_CHANNELS,
+    LATENT_SIZE,
+    SAMPLES_PER_FRAME,
+    SYNC_MEL_BINS,
+)
+from musetalk.sample import clip_script, render_frames
+from musetalk.video import write_video
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+SMALL_FRAMES = 30
+
+# The same examples at every run, and no clock.
+settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """With more threads a batch of another size gives other last bits, and small networks are slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def clips() -> Path:
+    """The folder of real clips."""
+    folder = SHARED / "clips"
+    if not folder.is_dir():
+        pytest.skip(f"needs the real clips in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mini() -> Path:
+    """The models folder of the small networks that are committed."""
+    return ROOT / "models" / "mini"
+
+
+@pytest.fixture(scope="session")
+def real_whisper_models(tmp_path_factory) -> Path:
+    """A models folder whose whisper/tiny.pt is the published English one."""
+    weights = SHARED / "weights" / "whisper" / "tiny.en.pt"
+    if not weights.is_file():
+        pytest.skip(f"needs the published weights {weights}")
+    folder = tmp_path_factory.mktemp("real_whisper")
+    (folder / "whisper").mkdir()
+    (folder / "whisper" / "tiny.pt").symlink_to(weights)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def face_backend():
+    from musetalk.face import load_face_backend  # heavy
+
+    return load_face_backend("mediapipe")
+
+
+@pytest.fixture(scope="session")
+def voice() -> Callable[[float], np.ndarray]:
+    """A function: seconds -> float32 samples at 16 kHz of a made-up voice, different at every moment."""
+
+    def make(seconds: float) -> np.ndarray:
+        time = np.arange(round(seconds * AUDIO_SAMPLE_RATE)) / AUDIO_SAMPLE_RATE
+        pitch = 110 + 30 * np.sin(2 * np.pi * 0.7 * time) + 4 * time
+        phase = 2 * np.pi * np.cumsum(pitch) / AUDIO_SAMPLE_RATE
+        tone = sum(np.sin(k * phase) / k for k in range(1, 12))
+        loudness = np.clip(np.sin(2 * np.pi * 1.9 * time) + 0.3 * np.sin(2 * np.pi * 0.31 * time), 0, None)
+        return (0.1 * tone * loudness).astype(np.float32)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_source() -> Callable:
+    """A function that writes a video as other programs would: any container, codec, time of each picture, audio."""
+
+    def write(
+        path: Path,
+        pictures: Sequence[np.ndarray],
+        times: Sequence[Fraction] = (),
+        *,
+        rate: Fraction = Fraction(25),
+        codec: str = "libx264",
+        keyframe_every: int = 12,
+        audio: np.ndarray | None = None,
+        audio_start: Fraction = Fraction(0),
+    ) -> Path:
+        """times: of each picture in seconds, k / rate if none are given; audio: mono at 16 kHz."""
+        options = {"crf": "8", "preset": "veryfast"} if codec == "libx264" else {}
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream(codec, rate=rate, options=options)
+            stream.height, stream.width = pictures[0].shape[:2]
+            stream.pix_fmt = "yuv420p"
+            stream.gop_size = keyframe_every
+            if codec != "libx264":
+                stream.bit_rate = 4_000_000
+            tick = Fraction(1, 90_000) if times else 1 / Fraction(rate)
+            stream.codec_context.time_base = tick
+            if audio is not None:
+                sound = container.add_stream("aac", rate=AUDIO_SAMPLE_RATE, layout="mono")
+                frame = av.AudioFrame.from_ndarray(audio[None].astype(np.float32), format="fltp", layout="mono")
+                frame.sample_rate, frame.time_base = AUDIO_SAMPLE_RATE, Fraction(1, AUDIO_SAMPLE_RATE)
+                frame.pts = round(audio_start * AUDIO_SAMPLE_RATE)
+                container.mux(sound.encode(frame))
+                container.mux(sound.encode(None))
+            for index, picture in enumerate(pictures):
+                frame = av.VideoFrame.from_ndarray(picture, format="bgr24")
+                frame.pts, frame.time_base = round(times[index] / tick) if times else index, tick
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def random_tensors() -> Callable[..., dict[str, np.ndarray]]:
+    """A function: sizes -> the tensors of a made-up clip, as musetalk/cache.py lists them."""
+    from musetalk.cache import encode_jpegs
+
+    def make(
+        frames: int,
+        *,
+        variants: int = 1,
+        features: int | None = None,
+        mels: int = 7,
+        states: int = 2,
+        width: int = 3,
+        unusable: Sequence[int] = (),
+        seed: int = 0,
+    ) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        usable = np.ones(frames, bool)
+        usable[list(unusable)] = False
+        images = [
+            np.full((IMAGE_SIZE, IMAGE_SIZE, 3), rng.integers(256, size=3), np.uint8) if good else None
+            for good in usable
+            for _ in range(variants)
+        ]
+        jpegs, offsets = encode_jpegs(images)
+        latents = (frames, variants, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
+        features = 2 * frames if features is None else features
+        return {
+            "face_jpeg": jpegs,
+            "face_jpeg_offsets": offsets,
+            "latents": rng.standard_normal(latents).astype(np.float16),
+            "masked_latents": rng.standard_normal(latents).astype(np.float16),
+            "audio_features": rng.standard_normal((features, states, width)).astype(np.float16),
+            "mel": rng.uniform(-4, 4, (mels, SYNC_MEL_BINS)).astype(np.float16),
+            "landmarks": rng.uniform(0, 500, (frames, 68, 2)).astype(np.float32),
+            "boxes": rng.integers(0, 500, (frames, variants, 4)).astype(np.int32),
+            "usable": usable,
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_clips(tmp_path_factory) -> Path:
+    """A folder of videos: the first 30 frames of three clips of the built-in sample, with their identities.json."""
+    folder = tmp_path_factory.mktemp("videos")
+    for index in range(3):
+        audio = clip_script(index).audio[: SMALL_FRAMES * SAMPLES_PER_FRAME]
+        frames = islice(render_frames(index), SMALL_FRAMES)
+        write_video(folder / f"sample_{index:02d}.mp4", frames, audio, AUDIO_SAMPLE_RATE)
+    (folder / "identities.json").write_text(json.dumps({f"sample_{index:02d}": "astronaut" for index in range(3)}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_cache(small_clips, tmp_path_factory) -> Callable[[str], Cache]:
+    """Prepares `small_clips` under a contract of a name by the real script, once."""
+    made = {}
+
+    def make(contract: str) -> Cache:
+        if contract not in made:
+            made[contract] = tmp_path_factory.mktemp(contract)
+            prepare(PrepareConfig(hdtf_dir=small_clips, hdtf_samples_dir=made[contract], contract=contract))
+        return Cache(made[contract])
+
+    return make
+
+
+@pytest.fixture
+def sample_cache(make_cache) -> Cache:
+    """`small_clips` as the demo prepares them."""
+    return make_cache("rigid")

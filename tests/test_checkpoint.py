@@ -1,0 +1,196 @@
+"""What training leaves: the newest states to go on from, and weights that diffusers alone can use."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from diffusers import UNet2DConditionModel
+from hypothesis import given
+from hypothesis import strategies as st
+
+from musetalk.checkpoint import (
+    latest_unet,
+    load_latest_state,
+    load_trained_unet,
+    read_unet_contract,
+    save_state,
+    save_unet,
+)
+from musetalk.contract import MUSETALK_V15, RIGID, ContractError, FeatureContract
+from musetalk.models.unet import build_unet
+from musetalk.weights import WeightsError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# States to go on from.
+
+
+def test_a_state_comes_back_with_its_step(tmp_path):
+    state = {"unet": {"weight": torch.randn(2, 3)}, "rng": torch.get_rng_state(), "scheduler": {"last_epoch": 3}}
+    path = save_state(tmp_path, 12, state, keep=2)
+    assert path == tmp_path / "training-state-0000012.pt" and names(tmp_path) == [path.name]
+    found = load_latest_state(tmp_path)
+    assert found["step"] == 12 and found["scheduler"] == {"last_epoch": 3} and found.keys() == state.keys() | {"step"}
+    assert torch.equal(found["unet"]["weight"], state["unet"]["weight"]) and torch.equal(found["rng"], state["rng"])
+    assert "step" not in state
+
+
+@given(steps=st.lists(st.integers(0, 10**9), min_size=1, max_size=8, unique=True), keep=st.integers(1, 4))
+def test_only_the_newest_states_are_kept(tmp_path_factory, steps, keep):
+    folder = tmp_path_factory.mktemp("run")
+    for step in sorted(steps):
+        save_state(folder, step, {}, keep)
+    assert names(folder) == sorted(f"training-state-{step:07d}.pt" for step in sorted(steps)[-keep:])
+    assert load_latest_state(folder)["step"] == max(steps)
+
+
+def test_the_newest_is_the_highest_step_not_the_last_in_the_alphabet(tmp_path):
+    for step in (9_999_999, 10_000_000):
+        save_state(tmp_path, step, {}, keep=5)
+        save_unet(tmp_path, step, {"a": torch.ones(1)}, RIGID)
+    assert sorted(names(tmp_path))[-1] == "unet-9999999.safetensors"
+    assert load_latest_state(tmp_path)["step"] == 10_000_000
+    assert latest_unet(tmp_path).name == "unet-10000000.safetensors"
+
+
+def test_other_files_are_neither_taken_nor_deleted(tmp_path):
+    others = [
+        "training-state-0000099.partial",
+        "training-state-0000099.pt.partial",
+        "training-state-x.pt",
+        "old-training-state-0000099.pt",
+        "training-state-0000099.pt.bak",
+        "unet-0000099.partial",
+        "unet-0000099.pth",
+        "notes.txt",
+    ]
+    for name in others:
+        (tmp_path / name).write_bytes(b"half")
+    assert load_latest_state(tmp_path) is None
+    with pytest.raises(WeightsError, match="unet-<step>.safetensors"):
+        latest_unet(tmp_path)
+    for step in (1, 2):
+        save_state(tmp_path, step, {}, keep=1)
+    assert load_latest_state(tmp_path)["step"] == 2
+    assert names(tmp_path) == sorted([*others, "training-state-0000002.pt"])
+
+
+def test_no_folder_is_no_state_and_no_weights(tmp_path):
+    assert load_latest_state(tmp_path / "none") is None
+    with pytest.raises(WeightsError, match="none"):
+        latest_unet(tmp_path / "none")
+
+
+@pytest.mark.parametrize("save", [save_state, save_unet])
+def test_a_save_cut_off_leaves_what_was_there(monkeypatch, tmp_path, save):
+    rest = ({"a": 1}, 1) if save is save_state else ({"a": torch.ones(1)}, RIGID)
+    first = save(tmp_path, 1, *rest)
+    content = first.read_bytes()
+
+    def fail(*paths):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    for step in (1, 2):
+        with pytest.raises(OSError, match="No space"):
+            save(tmp_path, step, *rest)
+    assert first.read_bytes() == content
+    assert load_latest_state(tmp_path)["step"] == 1 if save is save_state else latest_unet(tmp_path) == first
+
+
+def test_a_state_that_cannot_be_read_is_named(tmp_path):
+    save_state(tmp_path, 1, {}, keep=5)
+    (tmp_path / "training-state-0000002.pt").write_bytes(b"cut off")
+    with pytest.raises(WeightsError, match="training-state-0000002.pt"):
+        load_latest_state(tmp_path)
+
+
+# Weights to use.
+
+
+@pytest.fixture(scope="module")
+def unet(mini):
+    return build_unet(mini, 5, positional_encoding=False)
+
+
+CONTRACT = replace(MUSETALK_V15, vae="abc", audio_encoder="def", positional_encoding=False, sync_offset=-2)
+
+
+def test_weights_carry_plain_names_and_the_contract_in_one_metadata_key(tmp_path, unet):
+    path = save_unet(tmp_path, 7, unet.model.state_dict(), CONTRACT)
+    assert path == tmp_path / "unet-0000007.safetensors" and names(tmp_path) == [path.name]
+    with safetensors.safe_open(path, framework="pt") as file:
+        assert list(file.metadata()) == ["contract"]
+        assert set(file.keys()) == set(unet.model.state_dict())
+    assert read_unet_contract(path) == CONTRACT
+
+
+def test_the_same_weights_give_the_same_bytes(tmp_path, unet):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    contents = [save_unet(tmp_path / x, 1, unet.model.state_dict(), CONTRACT).read_bytes() for x in "ab"]
+    assert contents[0] == contents[1]
+
+
+def test_weights_and_contract_come_back_as_a_network(tmp_path, mini, unet):
+    path = save_unet(tmp_path, 7, unet.model.state_dict(), CONTRACT)
+    found, contract = load_trained_unet(path, mini)
+    assert contract == CONTRACT and not found.positions.any()
+    assert all(torch.equal(found.model.state_dict()[k], v) for k, v in unet.model.state_dict().items())
+    with_positions, _ = load_trained_unet(save_unet(tmp_path, 8, unet.model.state_dict(), RIGID), mini)
+    assert with_positions.positions.any()
+
+
+def test_diffusers_alone_can_load_the_weights(tmp_path, mini, unet):
+    path = save_unet(tmp_path, 7, unet.model.state_dict(), CONTRACT)
+    config = json.loads((mini / "musetalk" / "musetalk.json").read_text())
+    model = UNet2DConditionModel(**{key: value for key, value in config.items() if not key.startswith("_")})
+    model.load_state_dict(safetensors.torch.load_file(path), strict=True)
+    x, tokens = torch.randn(1, 8, 32, 32), torch.randn(1, 50, 64)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x, 0, encoder_hidden_states=tokens).sample, unet.eval()(x, tokens))
+
+
+def test_transposed_tensors_are_stored_by_their_values(tmp_path):
+    tensor = torch.arange(6.0).reshape(2, 3)
+    path = save_unet(tmp_path, 1, {"a": tensor.T}, RIGID)
+    assert torch.equal(safetensors.torch.load_file(path)["a"], tensor.T)
+
+
+@pytest.mark.parametrize("fault", ["missing", "text", "no metadata", "other metadata", "no json"])
+def test_weights_without_a_contract_are_refused_by_name(tmp_path, fault):
+    path = tmp_path / "unet-0000001.safetensors"
+    metadata = {"other metadata": {"format": "pt"}, "no json": {"contract": "{"}}.get(fault)
+    if fault == "text":
+        path.write_bytes(b"what? " * 99)
+    elif fault != "missing":
+        safetensors.torch.save_file({"a": torch.ones(1)}, path, metadata)
+    with pytest.raises(WeightsError) as caught:
+        read_unet_contract(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"fps": 25}', "null", '"x"'])
+def test_a_contract_of_other_fields_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "unet-0000001.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(1)}, path, {"contract": content})
+    with pytest.raises((WeightsError, ContractError)) as caught:
+        read_unet_contract(path)
+    assert str(path) in str(caught.value)
+
+
+def test_weights_of_another_network_are_refused_by_name(tmp_path, mini):
+    path = save_unet(tmp_path, 1, {"conv_in.weight": torch.ones(1)}, FeatureContract())
+    with pytest.raises(WeightsError, match="missing") as caught:
+        load_trained_unet(path, mini)
+    assert str(path) in str(caught.value) and "wrongly shaped: conv_in.weight" in str(caught.value)

@@ -1,0 +1,190 @@
+"""The numbers that all follow from 25, 16000 and 50, and the rules that three parts of the chain must share."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from musetalk import contract
+from musetalk.contract import (
+    ALL_FIELDS,
+    CACHE_FIELDS,
+    CONTRACTS,
+    MODEL_FIELDS,
+    MUSETALK_V1,
+    MUSETALK_V15,
+    RIGID,
+    ContractError,
+    FeatureContract,
+)
+from musetalk.script import UserError
+
+OTHER = {
+    "crop": "rigid",
+    "bbox_shift": 3,
+    "mask": None,  # there is only one
+    "posterior": "sample",
+    "final_layer_norm": True,
+    "mel_scope": "segment",
+    "tail": "silence",
+    "encode_dtype": "bfloat16",
+    "vae": "abc",
+    "audio_encoder": "def",
+    "window_edge": "clamp",
+    "positional_encoding": False,
+    "sync_offset": 1,
+}
+
+contracts = st.builds(
+    FeatureContract,
+    crop=st.sampled_from(["nose_centred", "rigid"]),
+    bbox_shift=st.integers(-20, 20),
+    margins=st.lists(st.integers(0, 40), min_size=1, max_size=4).map(tuple),
+    posterior=st.sampled_from(["mode", "sample"]),
+    final_layer_norm=st.booleans(),
+    mel_scope=st.sampled_from(["file", "segment"]),
+    tail=st.sampled_from(["mel_zero", "silence"]),
+    encode_dtype=st.sampled_from(["float32", "bfloat16"]),
+    vae=st.text(max_size=8),
+    audio_encoder=st.text(max_size=8),
+    window_edge=st.sampled_from(["zero", "clamp"]),
+    positional_encoding=st.booleans(),
+    sync_offset=st.integers(-15, 15),
+)
+
+
+def test_the_constants_are_those_of_musetalk():
+    assert (contract.VIDEO_FPS, contract.AUDIO_SAMPLE_RATE, contract.FEATURE_RATE) == (25, 16_000, 50)
+    assert (contract.SAMPLES_PER_FRAME, contract.SAMPLES_PER_FEATURE) == (640, 320)
+    assert (contract.FEATURES_PER_FRAME, contract.WINDOW_STEPS) == (2, 10)
+    assert (contract.SYNC_MEL_RATE, contract.SYNC_MEL_BINS) == (80, 80)
+    assert (contract.IMAGE_SIZE, contract.MASK_TOP) == (256, 128)
+    assert (contract.LATENT_SIZE, contract.LATENT_CHANNELS) == (32, 4)
+
+
+def test_no_rate_leaves_a_rest():
+    assert contract.SAMPLES_PER_FRAME * contract.VIDEO_FPS == contract.AUDIO_SAMPLE_RATE
+    assert contract.SAMPLES_PER_FEATURE * contract.FEATURE_RATE == contract.AUDIO_SAMPLE_RATE
+    assert contract.FEATURES_PER_FRAME * contract.VIDEO_FPS == contract.FEATURE_RATE
+    assert contract.LATENT_SIZE * contract.VAE_FACTOR == contract.IMAGE_SIZE
+
+
+def test_version_1_is_its_official_inference():
+    assert MUSETALK_V1.as_dict(ALL_FIELDS) == {
+        "crop": "nose_centred",
+        "bbox_shift": 0,
+        "margins": (0,),
+        "mask": "lower_half",
+        "posterior": "sample",
+        "final_layer_norm": False,
+        "mel_scope": "file",
+        "tail": "mel_zero",
+        "encode_dtype": "float32",
+        "vae": "",
+        "audio_encoder": "",
+        "window_edge": "clamp",
+        "positional_encoding": True,
+        "sync_offset": 0,
+    }
+
+
+def test_version_15_is_its_official_inference():
+    assert MUSETALK_V15.as_dict(ALL_FIELDS) == MUSETALK_V1.as_dict(ALL_FIELDS) | {
+        "margins": (10,),
+        "final_layer_norm": True,
+        "mel_scope": "segment",
+        "tail": "silence",
+        "window_edge": "zero",
+    }
+
+
+def test_the_rigid_preset_differs_from_version_15_in_box_margin_and_noise_alone():
+    one, other = RIGID.as_dict(ALL_FIELDS), MUSETALK_V15.as_dict(ALL_FIELDS)
+    assert {name for name in one if one[name] != other[name]} == {"crop", "margins", "posterior"}
+    assert CONTRACTS == {"rigid": RIGID, "musetalk_v15": MUSETALK_V15, "musetalk_v1": MUSETALK_V1}
+
+
+def test_every_field_is_a_cache_field_or_a_model_field():
+    assert set(CACHE_FIELDS) | set(MODEL_FIELDS) == set(ALL_FIELDS) == {field.name for field in fields(FeatureContract)}
+    assert not set(CACHE_FIELDS) & set(MODEL_FIELDS)
+    assert set(MODEL_FIELDS) == {"window_edge", "positional_encoding", "sync_offset"}
+
+
+@given(value=contracts, names=st.sampled_from([ALL_FIELDS, CACHE_FIELDS, MODEL_FIELDS]))
+def test_a_contract_survives_json(value, names):
+    again = FeatureContract.from_dict(json.loads(json.dumps(value.as_dict(names))), names, "here")
+    assert again.as_dict(names) == value.as_dict(names)
+    assert set(again.as_dict(names)) == set(names)
+    again.require(value, names, "the copy")
+    assert isinstance(again.margins, tuple)
+    hash(again)
+
+
+@pytest.mark.parametrize("names", [ALL_FIELDS, CACHE_FIELDS])
+def test_a_dict_of_other_fields_is_refused_by_their_names(names):
+    values = FeatureContract().as_dict(names)
+    with pytest.raises(ContractError, match="fps"):
+        FeatureContract.from_dict(values | {"fps": 25}, names, "here")
+    with pytest.raises(ContractError, match="posterior"):
+        FeatureContract.from_dict({k: v for k, v in values.items() if k != "posterior"}, names, "here")
+
+
+@pytest.mark.parametrize("name", [name for name, other in OTHER.items() if other is not None])
+def test_a_mismatch_names_the_source_the_field_and_both_values(name):
+    have, want = FeatureContract(), replace(FeatureContract(), **{name: OTHER[name]})
+    with pytest.raises(ContractError) as caught:
+        have.require(want, (name,), "data/cache")
+    message = str(caught.value)
+    assert message.startswith("data/cache ") and f"{name} = {getattr(have, name)!r}" in message
+    assert repr(OTHER[name]) in message and issubclass(ContractError, UserError)
+
+
+def test_every_field_can_be_a_mismatch():
+    assert set(OTHER) | {"margins"} == set(ALL_FIELDS)
+
+
+def test_fields_that_a_reader_does_not_use_may_differ():
+    have, want = FeatureContract(), replace(FeatureContract(), window_edge="clamp", sync_offset=2)
+    have.require(want, CACHE_FIELDS, "data/cache")
+    with pytest.raises(ContractError, match="window_edge"):
+        have.require(want, MODEL_FIELDS, "a checkpoint")
+
+
+margin_sets = st.lists(st.integers(0, 6), min_size=1, max_size=4).map(tuple)
+
+
+@given(have=margin_sets, want=margin_sets)
+def test_margins_asked_for_must_be_among_those_there_are(have, want):
+    has, wants = replace(FeatureContract(), margins=have), replace(FeatureContract(), margins=want)
+    if all(margin in have for margin in want):
+        has.require(wants, ("margins",), "data/cache")
+    else:
+        with pytest.raises(ContractError, match="margins"):
+            has.require(wants, ("margins",), "data/cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("crop", "square"),
+        ("mask", "upper_half"),
+        ("posterior", "mean"),
+        ("mel_scope", "global"),
+        ("tail", ""),
+        ("encode_dtype", "float16"),
+        ("window_edge", "repeat"),
+        ("margins", ()),
+        ("margins", (-1,)),
+        ("margins", (1.5,)),
+        ("margins", (True,)),
+        ("margins", ("3",)),
+    ],
+)
+def test_a_value_that_means_nothing_is_refused_by_name(name, value):
+    with pytest.raises(ContractError, match=name) as caught:
+        replace(FeatureContract(), **{name: value})
+    assert repr(value) in str(caught.value)

@@ -1,0 +1,353 @@
+"""The box of a face in numbers worked by hand, what may move it, and the way back into the frame."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import PurePath
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from musetalk import crop
+from musetalk.blend import FEATHER, face_alpha
+from musetalk.contract import IMAGE_SIZE, MASK_TOP, RIGID, FeatureContract
+from musetalk.crop import (
+    crop_clips,
+    crop_face,
+    crop_person,
+    face_box,
+    mask_lower_half,
+    paste_back,
+    skull_size,
+    to_tensor,
+    to_uint8,
+)
+from musetalk.face import Face
+from musetalk.video import read_frames
+
+FRAME = (480, 640, 3)
+MOVED_BY_SPEECH = [*range(17), *range(48, 68)]  # jaw and lips
+
+
+def head(x: float = 300, y: float = 200, eyes: float = 90, jaw: float = 0) -> np.ndarray:
+    """Landmarks (68, 2) of a face looking at the camera: x, y is the middle between its eyes."""
+    points = np.zeros((68, 2))
+    angle = np.linspace(0, np.pi, 17)
+    points[:17] = np.stack([-np.cos(angle) * 0.76, 0.1 + np.sin(angle) * (1.25 + jaw)], axis=1)
+    points[17:27] = np.stack([np.linspace(-0.7, 0.7, 10), np.full(10, -0.25)], axis=1)
+    points[27:31] = np.stack([np.zeros(4), [0.05, 0.22, 0.4, 0.55]], axis=1)
+    points[31:36] = np.stack([np.linspace(-0.15, 0.15, 5), np.full(5, 0.65)], axis=1)
+    points[36:42] = [(-0.5, 0), (-0.4, -0.05), (-0.3, -0.05), (-0.2, 0), (-0.3, 0.05), (-0.4, 0.05)]
+    points[42:48] = -points[[39, 38, 37, 36, 41, 40]] * (1, -1)
+    around = np.linspace(np.pi, 3 * np.pi, 12, endpoint=False)
+    points[48:60] = np.stack([0.3 * np.cos(around), 0.95 + (0.12 + jaw / 2) * np.sin(around)], axis=1)
+    around = np.linspace(np.pi, 3 * np.pi, 8, endpoint=False)
+    points[60:68] = np.stack([0.22 * np.cos(around), 0.95 + (0.03 + jaw / 2) * np.sin(around)], axis=1)
+    return (points * eyes + (x, y)).astype(np.float32)
+
+
+def simple(left: float, right: float, nose: float, chin: float) -> np.ndarray:
+    """Landmarks of which only these four numbers matter to MuseTalk's box."""
+    points = np.full((68, 2), ((left + right) / 2, nose), np.float32)
+    points[0, 0], points[16, 0], points[8, 1] = left, right, chin
+    return points
+
+
+class Planted:
+    """A backend that finds, in every frame, the faces that its first pixel names by a number."""
+
+    def __init__(self, faces: dict[int, list[Face]]) -> None:
+        self.faces, self.batches = faces, []
+
+    def detect(self, frames):
+        self.batches.append(len(frames))
+        return [self.faces[int(frame[0, 0, 0])] for frame in frames]
+
+
+def frame_of(k: int) -> np.ndarray:
+    frame = np.random.default_rng(k).integers(256, size=FRAME, dtype=np.uint8)
+    frame[0, 0] = k
+    return frame
+
+
+def face_at(x: float = 300, **size) -> Face:
+    points = head(x, **size)
+    return Face(np.array([*points.min(axis=0), *points.max(axis=0)], np.float32), points, 0.9)
+
+
+# The box.
+
+
+@pytest.mark.parametrize(
+    ("points", "options", "box"),
+    [
+        ((100, 200, 150, 250), {}, (100, 50, 200, 250)),
+        ((100.9, 200.9, 150.9, 250.9), {}, (100, 50, 200, 250)),  # rounded down
+        ((100, 200, 150, 250), {"bbox_shift": 7}, (100, 64, 200, 250)),  # 157 -+ 93
+        ((100, 200, 150, 250), {"bbox_shift": -7}, (100, 36, 200, 250)),
+        ((100, 200, 150, 250), {"margin": 10}, (100, 50, 200, 260)),  # v1.5
+        ((100, 200, 150, 250), {"bbox_shift": 7, "margin": 10}, (100, 64, 200, 260)),
+        ((100, 200, 60, 250), {}, (100, 0, 200, 250)),  # above the frame
+        ((100, 200, 350, 475), {"margin": 10}, (100, 225, 200, 480)),  # below it
+        ((100, 200, 350, 500), {}, (100, 200, 200, 480)),
+        ((-20, 700, 150, 250), {}, (0, 50, 640, 250)),
+    ],
+)
+def test_the_box_of_musetalk_by_hand(points, options, box):
+    found = face_box(simple(*points), FRAME, **options)
+    assert tuple(found) == box and found.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    "points",
+    [(150, 150, 150, 250), (100, 200, 250, 250), (700, 800, 150, 250), (-90, -9, 150, 250), (100, 200, -90, -50)],
+)
+def test_a_box_of_which_nothing_is_left_is_none(points):
+    assert face_box(simple(*points), FRAME) is None
+
+
+def test_a_shift_beyond_the_chin_leaves_no_box():
+    assert face_box(simple(100, 200, 150, 250), FRAME, bbox_shift=100) is None
+
+
+def test_nose_point_29_is_half_way_down_in_both_recipes():
+    points = head()
+    for recipe in ("nose_centred", "rigid"):
+        x1, y1, x2, y2 = face_box(points, FRAME, crop=recipe)
+        assert (y1 + y2) / 2 == int(points[29, 1])
+        assert x1 < points[:17, 0].min() + 1 and points[:17, 0].max() - 1 < x2 and points[:, 1].max() - 1 < y2
+
+
+def test_the_rigid_box_by_hand():
+    """Eyes 100 apart, nose straight before them: 164 wide and 250 high about point 29, the margin added below."""
+    points = head(300, 200, 100)
+    assert tuple(face_box(points, FRAME, crop="rigid")) == (218, 115, 382, 365)
+    assert tuple(face_box(points, FRAME, bbox_shift=5, margin=9, crop="rigid")) == (218, 120, 382, 379)
+
+
+@given(
+    moves=st.lists(st.tuples(st.floats(-30, 30), st.floats(-30, 60)), min_size=37, max_size=37),
+    shift=st.integers(-5, 5),
+    margin=st.integers(0, 20),
+)
+def test_the_rigid_box_does_not_see_jaw_and_mouth(moves, shift, margin):
+    still, moved = head(), head()
+    moved[MOVED_BY_SPEECH] += np.array(moves, np.float32)
+    boxes = [face_box(points, FRAME, shift, margin, "rigid") for points in (still, moved)]
+    np.testing.assert_array_equal(*boxes)
+
+
+def test_the_box_of_musetalk_tells_how_far_the_jaw_has_dropped():
+    heights = [np.diff(face_box(head(jaw=jaw), FRAME)[[1, 3]])[0] for jaw in (0, 0.1, 0.2)]
+    assert heights == sorted(set(heights))
+
+
+def test_a_wide_open_mouth_is_inside_the_rigid_box():
+    points = head(jaw=0.3)
+    assert points[48:68, 1].max() < face_box(points, FRAME, crop="rigid")[3]
+
+
+@given(yaw=st.floats(-60, 60), roll=st.floats(-30, 30), eyes=st.floats(20, 200))
+def test_the_size_of_a_skull_does_not_change_when_it_turns(yaw, roll, eyes):
+    """A rigid head in 3-D, seen from far away, with the tip of its nose half an eye distance before the eyes."""
+    corners = np.array([[-0.5, 0, 0], [0.5, 0, 0], [0, 0.5, 0.5]]) * eyes
+    a, b = np.radians([yaw, roll])
+    turn = np.array([[np.cos(a), 0, np.sin(a)], [0, 1, 0], [-np.sin(a), 0, np.cos(a)]])
+    tilt = np.array([[np.cos(b), -np.sin(b)], [np.sin(b), np.cos(b)]])
+    points = np.zeros((68, 2))
+    points[[36, 45, 30]] = (corners @ turn.T)[:, :2] @ tilt.T + 300
+    assert skull_size(points) == pytest.approx(eyes, rel=1e-6)
+
+
+@given(x=st.floats(-200, 800), y=st.floats(-200, 600), eyes=st.floats(1, 400), margin=st.integers(0, 40))
+def test_a_box_is_never_empty_nor_outside_the_frame(x, y, eyes, margin):
+    for recipe in ("nose_centred", "rigid"):
+        box = face_box(head(x, y, eyes), FRAME, 0, margin, recipe)
+        if box is not None:
+            assert 0 <= box[0] < box[2] <= FRAME[1] and 0 <= box[1] < box[3] <= FRAME[0]
+            assert crop_face(frame_of(0), box).shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+
+
+# Images.
+
+
+def test_to_uint8_undoes_to_tensor_exactly():
+    images = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    images = np.concatenate([images, images[:, ::-1]])
+    images[..., 1] //= 2
+    tensor = to_tensor(images)
+    assert tensor.dtype == torch.float32 and tensor.shape == (2, 3, 16, 16)
+    assert tensor.min() == -1 and tensor.max() == 1
+    np.testing.assert_array_equal(to_uint8(tensor), images)
+    np.testing.assert_array_equal(to_uint8(to_tensor(torch.from_numpy(images))), images)
+
+
+def test_a_tensor_is_rgb_and_a_picture_bgr():
+    blue = np.zeros((1, 2, 2, 3), np.uint8)
+    blue[..., 0] = 255
+    assert to_tensor(blue)[0, :, 0, 0].tolist() == [-1, -1, 1]
+
+
+def test_to_uint8_clamps_what_is_out_of_range():
+    tensor = torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0], requires_grad=True).expand(1, 3, 1, 5)
+    assert to_uint8(tensor)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_masking_blackens_the_lower_half_of_a_copy():
+    images = torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    before = images.clone()
+    masked = mask_lower_half(images)
+    assert torch.equal(images, before)
+    assert torch.equal(masked[:, :, :MASK_TOP], images[:, :, :MASK_TOP]) and (masked[:, :, MASK_TOP:] == -1).all()
+
+
+# Back into the frame.
+
+
+@pytest.fixture(scope="module")
+def picture() -> np.ndarray:
+    """A soft picture: stretching it to a crop and back loses little."""
+    y, x = np.mgrid[: FRAME[0], : FRAME[1]]
+    channels = [np.sin(x / 40), np.cos(y / 35), np.sin((x - y) / 50)]
+    return np.round(127.5 + 100 * np.stack(channels, axis=-1)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("box", [(200, 100, 400, 380), (0, 0, 640, 480), (10, 20, 111, 99)])
+def test_a_crop_pasted_back_is_the_frame_again(picture, box):
+    face = crop_face(picture, np.array(box))
+    assert face.shape == (IMAGE_SIZE, IMAGE_SIZE, 3) and face.dtype == np.uint8
+    x1, y1, x2, y2 = box
+    back = paste_back(picture, face, np.array(box), np.ones((y2 - y1, x2 - x1), np.float32))
+    assert np.abs(back.astype(int) - picture).max() <= 6
+    outside = np.ones(FRAME[:2], bool)
+    outside[y1:y2, x1:x2] = False
+    assert back.dtype == np.uint8 and np.array_equal(back[outside], picture[outside])
+
+
+def test_where_alpha_is_zero_the_bytes_of_the_frame_stay(picture):
+    before, box = picture.copy(), np.array([200, 100, 400, 380])
+    alpha = np.zeros((280, 200), np.float32)
+    alpha[100:200, 50:150] = 1
+    alpha[200:220, 50:150] = 0.25
+    back = paste_back(picture, np.full((IMAGE_SIZE, IMAGE_SIZE, 3), 200, np.uint8), box, alpha)
+    np.testing.assert_array_equal(picture, before)
+    inside = back[100:380, 200:400]
+    np.testing.assert_array_equal(inside[alpha == 0], picture[100:380, 200:400][alpha == 0])
+    assert (inside[alpha == 1] == 200).all()
+    quarter = picture[100:380, 200:400][alpha == 0.25] * 0.75 + 50
+    np.testing.assert_allclose(inside[alpha == 0.25], quarter, atol=0.51)
+
+
+@pytest.mark.parametrize("recipe", ["nose_centred", "rigid"])
+@pytest.mark.parametrize("eyes", [20, 30, 61, 90])
+@pytest.mark.parametrize("margin", [0, 10])
+@pytest.mark.parametrize("jaw", [0, 0.2])
+def test_alpha_is_nothing_at_the_edges_of_its_box_and_all_at_the_mouth(recipe, eyes, margin, jaw):
+    points = head(eyes=eyes, jaw=jaw)
+    box = face_box(points, FRAME, 0, margin, recipe)
+    alpha = face_alpha(points, box)
+    assert alpha.dtype == np.float32 and alpha.shape == (box[3] - box[1], box[2] - box[0])
+    assert alpha.min() >= 0 and alpha.max() <= 1 + 1e-6
+    edges = np.concatenate([alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]])
+    assert (edges == 0).all()
+    for x, y in np.round(points[48:68] - box[:2]).astype(int):
+        assert alpha[y, x] == pytest.approx(1, abs=1e-5)
+
+
+def test_alpha_leaves_the_upper_face_alone_but_for_its_feather():
+    points = head()
+    box = face_box(points, FRAME)
+    alpha = face_alpha(points, box)
+    height, width = alpha.shape
+    radius = round(FEATHER * width)
+    assert (alpha[: height // 2 - radius] == 0).all()
+    assert alpha[height // 2 + radius :].max() == pytest.approx(1)
+
+
+def test_alpha_of_a_face_at_the_edge_of_the_frame_is_nothing_there():
+    points = head(x=20, y=400)
+    box = face_box(points, FRAME)
+    assert box[0] == 0 and box[3] == FRAME[0]
+    alpha = face_alpha(points, box)
+    assert (alpha[:, 0] == 0).all() and (alpha[-1] == 0).all()
+
+
+# A person through a clip.
+
+
+def test_a_person_is_cropped_in_every_variant():
+    contract = FeatureContract(margins=(0, 10), bbox_shift=2)
+    backend = Planted({0: [face_at(eyes=40), face_at(100, eyes=15)], 1: []})
+    frames = [frame_of(k) for k in (0, 0, 1, 0)]
+    clip = crop_person(iter(frames), backend, contract)
+    assert (
+        [face is None for face in clip.faces] == [crops is None for crops in clip.crops] == [False, False, True, False]
+    )
+    assert clip.boxes.shape == (4, 2, 4) and clip.boxes.dtype == np.int32 and (clip.boxes[2] == 0).all()
+    for variant, margin in enumerate(contract.margins):
+        box = face_box(face_at(eyes=40).landmarks, FRAME, 2, margin)
+        np.testing.assert_array_equal(clip.boxes[3, variant], box)
+        np.testing.assert_array_equal(clip.crops[3][variant], crop_face(frames[3], box))
+
+
+def test_a_face_that_cannot_be_cropped_is_no_face():
+    gone = face_at(x=1500)
+    clip = crop_person([frame_of(0)] * 2, Planted({0: [gone]}), FeatureContract())
+    assert clip.faces == [None, None] and clip.crops == [None, None]
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 40])
+def test_the_detector_sees_every_frame_once_in_small_batches(count):
+    backend = Planted({0: []})
+    crop_person((frame_of(0) for _ in range(count)), backend, FeatureContract())
+    assert sum(backend.batches) == count and max(backend.batches) <= crop.DETECT_BATCH
+
+
+@pytest.mark.parametrize(
+    ("count", "part", "wanted"),
+    [
+        (0, 0, []),
+        (1, 0, [("a__b", 1, True)]),
+        (5, 0, [("a__b", 5, True)]),
+        (6, 0, [("a__b-0000", 5, False), ("a__b-0001", 1, True)]),
+        (10, 0, [("a__b-0000", 5, False), ("a__b-0001", 5, True)]),
+        (12, 0, [("a__b-0000", 5, False), ("a__b-0001", 5, False), ("a__b-0002", 2, True)]),
+        (7, 1, [("a__b-0001", 5, False), ("a__b-0002", 2, True)]),
+        (2, 3, [("a__b-0003", 2, True)]),
+    ],
+)
+def test_a_long_source_is_cut_into_clips_with_numbers(monkeypatch, count, part, wanted):
+    monkeypatch.setattr(crop, "MAX_CLIP_FRAMES", 5)
+    backend = Planted({k: [face_at(300 + k)] for k in range(count)})
+    frames = (frame_of(k) for k in range(count))
+    found = list(crop_clips(PurePath("a/b.mp4"), frames, backend, FeatureContract(), part))
+    assert [(name, len(clip.faces), last) for name, clip, last in found] == wanted
+    seen = [face.landmarks[29, 0] for _, clip, _ in found for face in clip.faces]
+    assert seen == [300 + k for k in range(count)]  # none lost, none twice
+
+
+def test_a_clip_is_handed_out_before_the_next_one_is_read(monkeypatch):
+    monkeypatch.setattr(crop, "MAX_CLIP_FRAMES", 5)
+    read = []
+
+    def frames():
+        for k in range(20):
+            read.append(k)
+            yield frame_of(0)
+
+    next(crop_clips(PurePath("a.mp4"), frames(), Planted({0: []}), FeatureContract()))
+    assert len(read) == 6  # one ahead, to know whether this is the last
+
+
+def test_a_real_clip_gives_crops_with_the_nose_in_their_middle(clips, face_backend):
+    clip = crop_person(islice(read_frames(clips / "talking_b.mp4"), 6), face_backend, RIGID)
+    assert all(face is not None for face in clip.faces)
+    for face, (x1, y1, x2, y2) in zip(clip.faces, clip.boxes[:, 0], strict=True):
+        assert abs(face.landmarks[29, 1] - (y1 + y2) / 2) <= 1.5
+        mouth = face.landmarks[48:68]
+        assert (mouth > (x1, (y1 + y2) / 2)).all() and (mouth < (x2, y2)).all()
+    assert cv2.Laplacian(clip.crops[0][0], cv2.CV_64F).var() > 5  # a picture

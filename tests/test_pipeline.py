@@ -1,0 +1,150 @@
+"""The pipeline, from a video and an audio to an mp4, under the contract that training had."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.io import wavfile
+
+from musetalk.audio import audio_features, audio_windows
+from musetalk.cache import Cache
+from musetalk.checkpoint import save_unet
+from musetalk.contract import AUDIO_SAMPLE_RATE, CONTRACTS, SAMPLES_PER_FRAME, VIDEO_FPS, ContractError
+from musetalk.dataset import FaceDataset
+from musetalk.models.unet import build_unet
+from musetalk.models.vae import load_vae
+from musetalk.pipeline import LipSyncPipeline
+from musetalk.video import MediaError, forth_and_back_index, read_audio, read_frames, write_video
+
+MINI = Path("models/mini")
+
+
+def make_pipeline(cache: Cache, folder: Path) -> LipSyncPipeline:
+    """A pipeline of an untrained UNet, saved and loaded as a trained one is."""
+    contract = replace(cache.contract, window_edge="zero")
+    unet = build_unet(MINI, 0, contract.positional_encoding)
+    return LipSyncPipeline.from_checkpoint(save_unet(folder, 1, unet.model.state_dict(), contract), MINI)
+
+
+@pytest.mark.parametrize("contract", CONTRACTS)
+def test_the_unet_sees_the_same_in_training_and_inference(contract, small_clips, make_cache, tmp_path):
+    """The golden test: for each frame, latents and audio window of the cache against those of the pipeline."""
+    cache = make_cache(contract)
+    pipeline = make_pipeline(cache, tmp_path)
+    name = sorted(cache.clips)[0]
+    video = small_clips / f"{name}.mp4"
+    prepared = pipeline.prepare(video)
+    features = audio_features(read_audio(video), pipeline.audio_encoder, pipeline.contract)
+    dataset = FaceDataset(cache, [name], pipeline.contract, seed=0, slots=1)
+    for step in range(10):
+        sample = dataset.draw(step, 0)
+        seen = dataset.read(sample)
+        assert np.array_equal(seen["masked_latents"][0], prepared.masked_latents[sample.start])
+        assert np.array_equal(seen["target_latents"][0], prepared.latents[sample.start])
+        assert np.array_equal(seen["reference_latents"][0], prepared.latents[sample.references[0]])
+        window = audio_windows(features, [sample.start], pipeline.contract)
+        assert np.array_equal(seen["audio_window"], window)
+
+
+def test_an_audio_longer_than_the_video_runs_it_forth_and_back(small_clips, sample_cache, tmp_path):
+    pipeline = make_pipeline(sample_cache, tmp_path)
+    video = sorted(small_clips.glob("*.mp4"))[0]
+    prepared = pipeline.prepare(video)
+    length = len(prepared.faces)
+    speech = tmp_path / "speech.wav"
+    samples = round(1.4 * length * SAMPLES_PER_FRAME)
+    wavfile.write(speech, AUDIO_SAMPLE_RATE, np.random.default_rng(0).normal(0, 0.1, samples).astype(np.float32))
+
+    output = tmp_path / "made" / "out.mp4"
+    count = pipeline.speak(prepared, speech, output)
+    assert count == round(1.4 * length) == sum(1 for _ in read_frames(output))
+    assert abs(len(read_audio(output)) / SAMPLES_PER_FRAME - count) < 2
+    assert not list(output.parent.glob("*.partial*"))
+
+    # Outside the box of the face the frames are the source's, byte for byte, before they are encoded.
+    source = list(read_frames(video))
+    features = audio_features(read_audio(speech), pipeline.audio_encoder, pipeline.contract)
+    changed = 0
+    for k, frame in enumerate(pipeline.frames(prepared, features, count)):
+        index = forth_and_back_index(k, length)
+        x1, y1, x2, y2 = prepared.boxes[index]
+        outside = np.ones(frame.shape[:2], bool)
+        outside[y1:y2, x1:x2] = False
+        assert np.array_equal(frame[outside], source[index][outside])
+        changed += not np.array_equal(frame, source[index])
+    assert changed == count
+
+
+def test_a_frame_without_a_face_passes_through(small_clips, sample_cache, tmp_path):
+    pipeline = make_pipeline(sample_cache, tmp_path)
+    video = sorted(small_clips.glob("*.mp4"))[0]
+    frames = list(read_frames(video))
+    for k in (0, 7, 8, 9):
+        frames[k] = np.full_like(frames[k], 90)
+    write_video(tmp_path / "gaps.mp4", frames, read_audio(video), 16_000)
+    prepared = pipeline.prepare(tmp_path / "gaps.mp4")
+    assert [k for k, face in enumerate(prepared.faces) if face is None] == [0, 7, 8, 9]
+    features = audio_features(read_audio(video), pipeline.audio_encoder, pipeline.contract)
+    made = list(pipeline.frames(prepared, features, len(frames)))
+    for k, source in enumerate(read_frames(tmp_path / "gaps.mp4")):
+        assert np.array_equal(made[k], source) == (prepared.faces[k] is None)
+
+
+def test_generation_does_not_depend_on_the_batch(sample_cache, tmp_path):
+    """The last bits may differ between batches of different sizes on several threads, the picture may not."""
+    pipeline = make_pipeline(sample_cache, tmp_path)
+    rng = np.random.default_rng(0)
+    masked, latents = rng.normal(size=(2, 5, 4, 32, 32)).astype(np.float16)
+    windows = rng.normal(size=(5, 50, 64)).astype(np.float16)
+    together = pipeline.generate(masked, latents, windows)
+    alone = np.concatenate(
+        [pipeline.generate(masked[i : i + 1], latents[i : i + 1], windows[i : i + 1]) for i in range(5)]
+    )
+    assert np.abs(together.astype(int) - alone).max() <= 1
+
+
+def test_the_audio_changes_the_picture(sample_cache, tmp_path):
+    pipeline = make_pipeline(sample_cache, tmp_path)
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(1, 4, 32, 32)).astype(np.float16)
+    one, two = (pipeline.generate(latents, latents, rng.normal(size=(1, 50, 64)).astype(np.float16)) for _ in range(2))
+    assert not np.array_equal(one, two)
+
+
+def test_what_cannot_work_is_refused_in_a_sentence(small_clips, sample_cache, tmp_path):
+    pipeline = make_pipeline(sample_cache, tmp_path)
+    video = sorted(small_clips.glob("*.mp4"))[0]
+    with pytest.raises(ContractError, match=r"margins = \(0,\).*\(7,\)"):
+        pipeline.prepare(video, margin=7)
+    blank = tmp_path / "blank.mp4"
+    write_video(blank, [np.zeros((64, 64, 3), np.uint8)] * VIDEO_FPS, np.zeros(16_000, np.float32), 16_000)
+    with pytest.raises(MediaError, match="blank.mp4: no face"):
+        pipeline.prepare(blank)
+
+    contract = replace(sample_cache.contract, vae="0123456789abcdef")
+    unet = build_unet(MINI, 0, True)
+    with pytest.raises(ContractError, match="vae = '0123456789abcdef'"):
+        LipSyncPipeline.from_checkpoint(save_unet(tmp_path, 2, unet.model.state_dict(), contract), MINI)
+    contract = replace(sample_cache.contract, audio_encoder="0123456789abcdef")
+    pipeline = LipSyncPipeline.from_checkpoint(save_unet(tmp_path, 3, unet.model.state_dict(), contract), MINI)
+    with pytest.raises(ContractError, match="audio_encoder = '0123456789abcdef'"):
+        _ = pipeline.audio_encoder
+
+
+def test_loading_takes_the_newest_weights_of_a_folder(sample_cache, tmp_path):
+    contract = sample_cache.contract
+    for step in (9, 10):
+        unet = build_unet(MINI, step, contract.positional_encoding)
+        save_unet(tmp_path, step, unet.model.state_dict(), contract)
+    loaded = LipSyncPipeline.from_checkpoint(tmp_path, MINI).unet.model.state_dict()
+    assert all(torch.equal(value, unet.model.state_dict()[name]) for name, value in loaded.items())
+
+
+def test_the_vae_is_loaded_in_the_precision_of_the_contract(sample_cache, tmp_path):
+    contract = replace(sample_cache.contract, encode_dtype="bfloat16")
+    path = save_unet(tmp_path, 1, build_unet(MINI, 0, True).model.state_dict(), contract)
+    vae = LipSyncPipeline.from_checkpoint(path, MINI).vae
+    assert vae.autoencoder.dtype is torch.bfloat16
+    assert vae.fingerprint == load_vae(MINI, torch.device("cpu"), torch.float32).fingerprint

@@ -1,0 +1,145 @@
+"""The built-in sample: its scripts, its pictures, and whether lips, track and sound agree."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations, islice
+
+import cv2
+import mediapipe
+import numpy as np
+import pytest
+
+from musetalk import sample
+from musetalk.contract import SAMPLES_PER_FRAME
+from musetalk.sample import FRAME_SIZE, NUM_FRAMES, SEEDS, clip_script, make_sample, render_frames
+from musetalk.video import count_frames, read_audio
+
+INNER_LIPS, OUTER_EYES, CHIN = (13, 14), (33, 263), 152  # points of mediapipe's face mesh
+
+
+@pytest.fixture(scope="module")
+def scripts() -> list[sample.Script]:
+    return [clip_script(index) for index in range(len(SEEDS))]
+
+
+@pytest.fixture(scope="module")
+def frames() -> list[np.ndarray]:
+    """The first three seconds of a clip."""
+    return list(islice(render_frames(1), 75))
+
+
+def correlation(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.corrcoef(one, other)[0, 1])
+
+
+def test_a_script_has_the_promised_shapes_and_ranges(scripts):
+    for script in scripts:
+        assert script.audio.dtype == script.opening.dtype == script.width.dtype == np.float32
+        assert len(script.audio) == NUM_FRAMES * SAMPLES_PER_FRAME
+        assert script.opening.shape == script.width.shape == script.speaking.shape == (NUM_FRAMES,)
+        assert 0.1 < np.abs(script.audio).max() < 1  # neither silent nor clipped
+        assert script.opening.min() >= 0 and 0.8 < script.opening.max() <= 1
+        assert script.width.min() < 0.7 and script.width.max() > 0.9  # rounded and spread
+
+
+def test_script_and_frames_are_the_same_at_every_call(scripts, frames):
+    again = clip_script(1)
+    for name in ("audio", "opening", "width", "speaking"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(scripts[1], name))
+    np.testing.assert_array_equal(list(islice(render_frames(1), 5)), frames[:5])
+
+
+def test_no_two_clips_say_the_same(scripts):
+    for one, other in combinations(scripts, 2):
+        assert abs(correlation(one.opening, other.opening)) <= 0.1
+    assert all(script.opening.std() > 0.15 for script in scripts)
+
+
+def test_the_mouth_is_closed_and_the_voice_silent_in_pauses(scripts):
+    for script in scripts:
+        loudness = np.sqrt((script.audio.reshape(NUM_FRAMES, SAMPLES_PER_FRAME) ** 2).mean(axis=1))
+        assert 0.1 < np.mean(~script.speaking) < 0.4
+        assert script.opening[~script.speaking].max() < 0.02
+        assert np.median(loudness[~script.speaking]) < 0.02 * np.median(loudness[script.speaking])
+
+
+def test_the_jaw_takes_time(scripts):
+    assert max(np.abs(np.diff(script.opening)).max() for script in scripts) < 0.4
+
+
+def test_the_sound_of_a_frame_tells_its_opening(scripts):
+    """A linear map from the log spectrum of [-80 ms, +120 ms), fitted on six clips, serves the others."""
+
+    def spectra(script: sample.Script) -> np.ndarray:
+        hops = script.audio.reshape(NUM_FRAMES * 2, -1)  # 20 ms
+        power = np.abs(np.fft.rfft(hops * np.hanning(hops.shape[1]))) ** 2
+        bands = np.log(np.add.reduceat(power, np.unique(np.geomspace(1, 150, 25).astype(int)), axis=1) + 1e-2)
+        padded = np.pad(bands, ((4, 6), (0, 0)), mode="edge")
+        return np.array([padded[2 * k : 2 * k + 10].ravel() for k in range(NUM_FRAMES)])
+
+    inputs = [spectra(script) for script in scripts]
+    train = np.concatenate(inputs[:-2])
+    mean, deviation = train.mean(axis=0), train.std(axis=0)
+    train = (train - mean) / deviation
+    target = np.concatenate([script.opening for script in scripts[:-2]])
+    ridge = 300 * np.eye(train.shape[1])
+    weights = np.linalg.solve(train.T @ train + ridge, train.T @ (target - target.mean()))
+    for held_out, script in zip(inputs[-2:], scripts[-2:], strict=True):
+        assert correlation((held_out - mean) / deviation @ weights, script.opening) >= 0.9
+
+
+def test_the_mouth_moves_and_the_background_does_not_jump(scripts, frames):
+    assert all(frame.shape == (FRAME_SIZE, FRAME_SIZE, 3) and frame.dtype == np.uint8 for frame in frames)
+    steps = np.abs(np.diff(np.array(frames).astype(np.int16), axis=0)).mean(axis=3)  # grey levels
+    background, mouth = steps[:, :60, -60:].mean(axis=(1, 2)), steps[:, 215:290, 150:235].mean(axis=(1, 2))
+    assert background.max() < 3
+    assert correlation(mouth, np.abs(np.diff(scripts[1].opening[:75]))) > 0.8
+
+
+def test_a_face_mesh_finds_the_face_and_sees_the_lips_follow_the_track(scripts, frames):
+    with mediapipe.solutions.face_mesh.FaceMesh(static_image_mode=True, refine_landmarks=True) as mesh:
+        found = [mesh.process(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)) for frame in frames[::2]]
+    assert all(result.multi_face_landmarks for result in found)
+    points = np.array([[(point.x, point.y) for point in result.multi_face_landmarks[0].landmark] for result in found])
+
+    def distance(pair: tuple[int, int]) -> np.ndarray:
+        return np.linalg.norm(points[:, pair[0]] - points[:, pair[1]], axis=1)
+
+    measured, opening = distance(INNER_LIPS) / distance(OUTER_EYES), scripts[1].opening[:75:2]
+    assert correlation(measured, opening) >= 0.95
+    assert measured[~scripts[1].speaking[:75:2]].max() < 0.02
+    assert measured.max() > 0.15
+    assert points[:, CHIN, 1].max() < 0.95  # the chin is in the picture
+
+
+def test_a_sample_is_whole_or_absent(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "SEEDS", SEEDS[:2])
+    monkeypatch.setattr(sample, "NUM_FRAMES", 10)
+    folder = tmp_path / "videos"
+    whole, calls = sample.write_video, []
+
+    def broken(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError("disk full")
+        return whole(*args)
+
+    monkeypatch.setattr(sample, "write_video", broken)
+    with pytest.raises(OSError, match="disk full"):
+        make_sample(folder)
+    assert not folder.exists()
+
+    clips = make_sample(folder)
+    assert clips == [folder / "sample_00.mp4", folder / "sample_01.mp4"]
+    assert list(tmp_path.iterdir()) == [folder]
+    assert sorted(folder.iterdir()) == [folder / "identities.json", *clips]
+    identities = json.loads((folder / "identities.json").read_text())
+    assert identities == {"sample_00": "astronaut", "sample_01": "astronaut"}
+    assert [count_frames(clip) for clip in clips] == [10, 10]
+    assert abs(len(read_audio(clips[0])) - 10 * SAMPLES_PER_FRAME) <= 1024  # one AAC frame
+    with pytest.raises(FileExistsError, match="videos"):
+        make_sample(folder)
+
+    again = make_sample(tmp_path / "again")
+    assert [clip.read_bytes() for clip in again] == [clip.read_bytes() for clip in clips]

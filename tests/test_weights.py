@@ -1,0 +1,237 @@
+"""Weight files: nothing in them is run, all of them or nothing is loaded, and faults are told by name."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from musetalk.weights import SOURCES, WeightsError, find, fingerprint, freeze, load_strictly, read_json, read_tensors
+
+
+def network(seed: int = 0) -> nn.Module:
+    """A small one with a buffer of whole numbers, as batch norm has."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def copied(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+class Harmful:
+    """Unpickling it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+# Finding.
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_missing_file_is_told_with_its_place_and_source(tmp_path, name):
+    with pytest.raises(WeightsError) as caught:
+        find(tmp_path, name)
+    assert str(tmp_path / name) in str(caught.value) and SOURCES[name] in str(caught.value)
+
+
+def test_a_file_that_is_there_is_found_but_a_folder_is_no_file(tmp_path):
+    path = tmp_path / "whisper" / "tiny.pt"
+    path.mkdir(parents=True)
+    with pytest.raises(WeightsError, match="missing"):
+        find(tmp_path, "whisper/tiny.pt")
+    path.rmdir()
+    path.touch()
+    assert find(tmp_path, "whisper/tiny.pt") == path
+
+
+# Reading.
+
+
+def test_tensors_are_read_from_both_formats(tmp_path):
+    tensors = copied(network())
+    torch.save(tensors, tmp_path / "a.bin")
+    torch.save(tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    for name in ("a.bin", "old.pth", "a.safetensors"):
+        found = read_tensors(tmp_path / name)
+        assert found.keys() == tensors.keys() and all(torch.equal(found[k], tensors[k]) for k in tensors)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+@pytest.mark.parametrize("name", ["unet.pth", "unet.bin", "tiny.pt"])
+def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path, name, save):
+    save({"weight": Harmful(tmp_path / "trap")}, path := tmp_path / name)
+    with pytest.raises(WeightsError) as caught:
+        read_tensors(path)
+    assert str(path) in str(caught.value) and not (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize("name", ["a.bin", "a.safetensors"])
+@pytest.mark.parametrize("fault", ["missing", "empty", "text", "page", "cut", "cut late", "folder"])
+def test_what_is_no_weight_file_is_refused_by_name(tmp_path, name, fault):
+    path = tmp_path / name
+    if name.endswith("bin"):
+        torch.save(copied(network()), path)
+    else:
+        safetensors.torch.save_file(copied(network()), path)
+    content = path.read_bytes()
+    path.unlink()
+    if fault == "folder":
+        path.mkdir()
+    elif fault != "missing":
+        path.write_bytes(
+            {
+                "empty": b"",
+                "text": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+                "page": b"<!DOCTYPE html><html><body>Access denied</body></html>",
+                "cut": content[:50],
+                "cut late": content[:-30],
+            }[fault]
+        )
+    with pytest.raises(WeightsError) as caught:
+        read_tensors(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@given(content=st.binary(max_size=40), ending=st.sampled_from(["bin", "safetensors"]))
+def test_any_other_bytes_are_refused_by_name(tmp_path_factory, content, ending):
+    path = tmp_path_factory.mktemp("bytes") / f"a.{ending}"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=path.name):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02.", b"\x80\x02N.", b"\x80\x020.", b"\x80\x02h\x05.", b"\x80\x02}q\x00."])
+def test_a_pickle_of_something_else_is_refused_by_name(tmp_path, content):
+    (tmp_path / "a.bin").write_bytes(content)
+    with pytest.raises(WeightsError, match="a.bin"):
+        read_tensors(tmp_path / "a.bin")
+
+
+@pytest.mark.parametrize("value", [[torch.ones(1)], torch.ones(1), 3, None], ids=["list", "tensor", "number", "none"])
+def test_a_torch_file_that_holds_no_names_is_refused_by_name(tmp_path, value):
+    torch.save(value, path := tmp_path / "a.bin")
+    with pytest.raises(WeightsError, match="a.bin"):
+        load_strictly(network(), read_tensors(path), path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[1]", b"3", b"<html>"])
+def test_what_is_no_json_object_is_refused_by_name(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(WeightsError, match="a.json"):
+        read_json(tmp_path / "a.json")
+
+
+def test_a_json_object_is_read(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"a": [1, 2]}))
+    assert read_json(tmp_path / "a.json") == {"a": [1, 2]}
+    with pytest.raises(WeightsError, match="b.json"):
+        read_json(tmp_path / "b.json")
+
+
+# Loading.
+
+
+def test_what_fits_is_loaded_whole():
+    module, other = network(0), network(1)
+    load_strictly(module, copied(other), Path("a.bin"))
+    assert all(
+        torch.equal(a, b) for a, b in zip(module.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+
+
+def test_all_that_does_not_fit_is_listed_and_nothing_is_loaded():
+    module, tensors = network(0), copied(network(1))
+    before = copied(module)
+    del tensors["0.weight"], tensors["1.running_mean"]
+    tensors["2.weight"] = torch.zeros(2, 5)
+    tensors |= {f"extra.{k}": torch.zeros(1) for k in range(5)}
+    with pytest.raises(WeightsError) as caught:
+        load_strictly(module, tensors, Path("models/a.bin"))
+    message = str(caught.value)
+    assert message.startswith("models/a.bin ") and "Sequential" in message
+    assert "2 missing: 0.weight, 1.running_mean" in message
+    assert "5 unexpected: extra.0, extra.1, extra.2, ..." in message
+    assert "1 wrongly shaped: 2.weight (2, 5) for (2, 4)" in message
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "wrongly shaped"])
+def test_one_fault_alone_is_enough_and_the_others_are_not_named(change):
+    module, tensors = network(0), copied(network(1))
+    before = copied(module)
+    if change == "missing":
+        del tensors["2.bias"]
+    else:
+        tensors["2.bias" if change == "wrongly shaped" else "3.bias"] = torch.zeros(7)
+    with pytest.raises(WeightsError) as caught:
+        load_strictly(module, tensors, Path("a.bin"))
+    assert [word for word in ("missing", "unexpected", "wrongly shaped") if word in str(caught.value)] == [change]
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_a_wrapped_checkpoint_is_refused_by_the_names_it_has():
+    """The original trainer's own checkpoints, which its own demo cannot load."""
+    with pytest.raises(WeightsError, match="optimizer.*state_dict"):
+        load_strictly(network(), {"state_dict": copied(network()), "optimizer": {}}, Path("a.pth"))
+
+
+def test_a_frozen_network_is_in_eval_mode_and_wants_no_gradient():
+    module = network().train()
+    assert freeze(module) is module
+    assert not module[1].training and not any(weight.requires_grad for weight in module.parameters())
+
+
+# Fingerprints.
+
+
+def test_a_fingerprint_is_of_the_values_whatever_the_format(tmp_path):
+    half = {k: v.half() if v.is_floating_point() else v for k, v in copied(network(1)).items()}
+    torch.save(half, tmp_path / "a.bin")
+    safetensors.torch.save_file(half, tmp_path / "a.safetensors")
+    prints = set()
+    for name in ("a.bin", "a.safetensors"):
+        load_strictly(module := network(0), read_tensors(tmp_path / name), tmp_path / name)
+        prints.add(fingerprint(module))
+    rounded = network(1)
+    rounded.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in half.items()})
+    assert prints == {fingerprint(rounded)} == {fingerprint(rounded.half())}
+    assert prints != {fingerprint(network(1))}
+
+
+def test_a_fingerprint_does_not_depend_on_layout_or_order():
+    torch.manual_seed(0)
+    one = nn.Conv2d(3, 4, 3)
+    before = fingerprint(one)
+    assert fingerprint(one.to(memory_format=torch.channels_last)) == before
+    flipped = nn.Module()
+    flipped.register_parameter("bias", one.bias)
+    flipped.register_parameter("weight", one.weight)
+    assert fingerprint(flipped) == before
+
+
+@pytest.mark.parametrize("name", list(network().state_dict()))
+def test_one_changed_value_anywhere_changes_the_fingerprint(name):
+    module = network()
+    before = fingerprint(module)
+    assert before == fingerprint(network()) and len(before) == 16
+    module.state_dict()[name].view(-1)[-1:].add_(1)
+    assert fingerprint(module) != before
+
+
+def test_the_same_values_under_other_names_have_another_fingerprint():
+    assert fingerprint(nn.ModuleDict({"a": nn.ReLU(), "b": (one := nn.Linear(2, 2))})) != fingerprint(
+        nn.ModuleDict({"c": one})
+    )

@@ -70,7 +70,7 @@ class PrepareConfig:
     contract: str = "rigid"  # or musetalk_v15, musetalk_v1: those of the published weights
     bbox_shift: int = 0  # source pixels that the border of the mask moves down
     margins: tuple[int, ...] = ()  # source pixels below the chin; () is the contract's own
-    encode_dtype: str = "float32"  # or bfloat16, faster on devices that have it
+    encode_dtype: str = ""  # float32, or bfloat16 in half the time where the device has it; "" is the contract's own
 
     # Run
     face_backend: str = "mediapipe"
@@ -159,11 +159,11 @@ def load_tools(config: PrepareConfig) -> Tools:
         base,
         bbox_shift=config.bbox_shift,
         margins=config.margins or base.margins,
-        encode_dtype=config.encode_dtype,
+        encode_dtype=config.encode_dtype or base.encode_dtype,
     )
     if config.device == "cpu":
         torch.set_num_threads(1)  # with more, a batch of another size would give other last bits
-    vae = load_vae(config.models_dir, config.device, getattr(torch, config.encode_dtype))
+    vae = load_vae(config.models_dir, config.device, getattr(torch, contract.encode_dtype))
     audio_encoder = load_audio_encoder(config.models_dir, config.device)
     contract = replace(contract, vae=vae.fingerprint, audio_encoder=audio_encoder.fingerprint)
     return Tools(load_face_backend(config.face_backend), vae, audio_encoder, contract)

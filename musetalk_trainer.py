@@ -17,7 +17,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +73,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999  # of the weights that are used; kept in host memory
-    ema_every: int = 1  # steps
+    ema_every: int = 10  # steps
     gradient_checkpointing: bool = False  # of the UNet: less memory, a third more time
 
     # Run
@@ -96,6 +96,7 @@ PRESETS = {
         final_learning_rate=1e-4,
         warmup_steps=20,
         ema_decay=0.98,
+        ema_every=1,
         num_steps=800,
         log_every=20,
         sample_every=200,
@@ -106,6 +107,9 @@ PRESETS = {
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adamax": torch.optim.Adamax, "adam": torch.optim.Adam}
 TERMS = ("latent_l1", "pixel_l1")  # names of losses; those on decoded images follow the first
+COUNTS = [
+    f.name for f in fields(TrainConfig) if f.type == "int" and f.name not in ("num_workers", "warmup_steps", "seed")
+]
 GRID_ROWS = 6  # moments in a sample grid
 
 
@@ -174,9 +178,8 @@ def train(preset: str, config: TrainConfig) -> None:
     run_dir = config.checkpoint_dir / preset
     run_dir.mkdir(parents=True, exist_ok=True)
     if saved := load_latest_state(run_dir):
-        FeatureContract.from_dict(saved["contract"], ALL_FIELDS, str(run_dir)).require(
-            contract, ALL_FIELDS, str(run_dir)
-        )
+        learnt = FeatureContract.from_dict(saved["contract"], ALL_FIELDS, str(run_dir))
+        learnt.require(contract, ALL_FIELDS, str(run_dir))
         state.restore(saved)
     log = RunLog(config.log_dir, preset, state.step)
     log.line(f"preset {preset}: {json.dumps(asdict(config), default=str)}")
@@ -191,11 +194,12 @@ def train(preset: str, config: TrainConfig) -> None:
     while state.step < config.num_steps:
         # Forward and backward: this step's samples and chances, the same ones whatever happened before.
         torch.manual_seed(config.seed + state.step)
-        drawn, rate = [], learning_rate(state.step, config)
+        terms, drawn, rate = {}, [], learning_rate(state.step, config)
         for _ in range(config.grad_accum_steps):
             batch = next(batches)
             drawn += batch["where"]
-            terms = generator_step(state, vae, batch, config, accelerator)
+            for name, value in generator_step(state, vae, batch, config, accelerator).items():
+                terms[name] = terms.get(name, 0) + value / config.grad_accum_steps
 
         # Update, unless a gradient is not finite.
         norm = accelerator.clip_grad_norm_(state.unet.parameters(), config.max_grad_norm)
@@ -239,18 +243,9 @@ def check(config: TrainConfig) -> None:
         raise TrainError(f"loss_weights has no term {', '.join(sorted(unknown))}; there are {', '.join(TERMS)}")
     if not any(weight > 0 for weight in config.loss_weights.values()):
         raise TrainError("loss_weights must have a term with a weight over 0")
-    for name in (
-        "batch_size",
-        "grad_accum_steps",
-        "chunk_size",
-        "num_steps",
-        "log_every",
-        "sample_every",
-        "save_every",
-        "keep_states",
-        "ema_every",
-        "pixel_every",
-    ):
+    if config.pixel_every > 1 and not config.loss_weights.get("latent_l1", 0) > 0:
+        raise TrainError("pixel_every must be 1 where latent_l1 has no weight, or steps between would have no loss")
+    for name in COUNTS:
         if getattr(config, name) < 1:
             raise TrainError(f"{name} must be at least 1, not {getattr(config, name)}")
 

@@ -118,7 +118,6 @@ MUSETALK_V1 = FeatureContract(posterior="sample", window_edge="clamp")
 MUSETALK_V15 = replace(
     MUSETALK_V1, margins=(10,), final_layer_norm=True, mel_scope="segment", tail="silence", window_edge="zero"
 )
-# v1.5's features without its two faults for a training from scratch: a box whose height gives the mouth away, and
-# noise in the latents.
-RIGID = replace(MUSETALK_V15, crop="rigid", margins=(0,), posterior="mode")
+# For a training from scratch: v1.5's features, but a box that does not give the mouth away and no noise in the latents.
+RIGID = replace(MUSETALK_V15, crop="rigid", margins=(0,), posterior="mode", encode_dtype="bfloat16")
 CONTRACTS = {"rigid": RIGID, "musetalk_v15": MUSETALK_V15, "musetalk_v1": MUSETALK_V1}

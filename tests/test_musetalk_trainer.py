@@ -225,6 +225,8 @@ def test_command_line():
         ({"loss_weights": {"pixel": 1.0}}, TrainError, "no term pixel; there are latent_l1"),
         ({"loss_weights": {"pixel_l1": 0.0}}, TrainError, "weight over 0"),
         ({"batch_size": 0}, TrainError, "batch_size must be at least 1"),
+        ({"ema_every": -1}, TrainError, "ema_every must be at least 1"),
+        ({"pixel_every": 2, "loss_weights": {"pixel_l1": 1.0}}, TrainError, "pixel_every must be 1 where latent_l1"),
         ({"hdtf_samples_dir": Path("nowhere")}, CacheError, "nowhere is no cache.*datasets_process.py"),
         ({"models_dir": Path("nowhere")}, WeightsError, "nowhere/sd-vae-ft-mse/config.json is missing; get it from"),
     ],

@@ -102,9 +102,9 @@ def test_version_15_is_its_official_inference():
     }
 
 
-def test_the_rigid_preset_differs_from_version_15_in_box_margin_and_noise_alone():
+def test_the_rigid_preset_differs_from_version_15_in_box_margin_noise_and_precision_alone():
     one, other = RIGID.as_dict(ALL_FIELDS), MUSETALK_V15.as_dict(ALL_FIELDS)
-    assert {name for name in one if one[name] != other[name]} == {"crop", "margins", "posterior"}
+    assert {name for name in one if one[name] != other[name]} == {"crop", "margins", "posterior", "encode_dtype"}
     assert CONTRACTS == {"rigid": RIGID, "musetalk_v15": MUSETALK_V15, "musetalk_v1": MUSETALK_V1}
 
 

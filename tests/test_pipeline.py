@@ -102,7 +102,8 @@ def test_generation_does_not_depend_on_the_batch(sample_cache, tmp_path):
     alone = np.concatenate(
         [pipeline.generate(masked[i : i + 1], latents[i : i + 1], windows[i : i + 1]) for i in range(5)]
     )
-    assert np.abs(together.astype(int) - alone).max() <= 1
+    difference = np.abs(together.astype(int) - alone)  # of 255; bfloat16 has steps of 1/256 between 1/2 and 1
+    assert difference.max() <= 4 and difference.mean() < 0.2
 
 
 def test_the_audio_changes_the_picture(sample_cache, tmp_path):

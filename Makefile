@@ -1,4 +1,4 @@
-# make demo: the whole way on the built-in sample, about 10 minutes on 2 cores
+# make demo: the whole way on the built-in sample, about 7 minutes on 2 cores
 # make test: the checks that CI runs
 PYTHON ?= python3
 BIN := .venv/bin

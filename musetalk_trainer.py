@@ -358,14 +358,14 @@ def draw_grid(pipeline: LipSyncPipeline, shown: FaceDataset) -> np.ndarray:
 
 
 def parse(arguments: list[str]) -> tuple[str, TrainConfig]:
-    """Preset and constants of a command line."""
+    """Preset and constants of a command line. Raises TrainError for a preset there is none of."""
     named = arguments and not arguments[0].startswith("-")
     preset = arguments[0] if named else "demo"
     if preset not in PRESETS:
-        sys.exit(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+        raise TrainError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
     rest = arguments[1:] if named else arguments
     return preset, tyro.cli(TrainConfig, default=PRESETS[preset], args=rest, description=__doc__)
 
 
 if __name__ == "__main__":
-    run_script(lambda parsed: train(*parsed), parse(sys.argv[1:]))
+    run_script(lambda arguments: train(*parse(arguments)), sys.argv[1:])

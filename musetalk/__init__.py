@@ -7,5 +7,6 @@ try:
     import cv2  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        f"OpenCV cannot be loaded ({error}); it needs the system library libGL: apt-get install libgl1"
+        f"OpenCV cannot be loaded ({error}); it needs the system libraries libGL and GLib: "
+        "apt-get install libgl1 libglib2.0-0"
     ) from error

@@ -213,7 +213,7 @@ def test_command_line():
     assert parse([]) == ("demo", PRESETS["demo"])
     preset, config = parse(["stage1", "--batch-size", "3", "--loss-weights.latent-l1", "2"])
     assert preset == "stage1" and config.batch_size == 3 and config.loss_weights == {"latent_l1": 2.0, "pixel_l1": 1.0}
-    with pytest.raises(SystemExit, match="no preset 'stage9'"):
+    with pytest.raises(TrainError, match="no preset 'stage9'"):
         parse(["stage9"])
 
 

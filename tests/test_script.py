@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from musetalk.cache import CacheError
@@ -9,6 +13,8 @@ from musetalk.contract import ContractError
 from musetalk.script import UserError, run_script
 from musetalk.video import MediaError
 from musetalk.weights import WeightsError
+
+ROOT = Path(__file__).parents[1]
 
 
 def failing(error: BaseException):
@@ -66,3 +72,9 @@ def test_what_a_programmer_must_mend_passes_through(capsys, error):
         run_script(failing(error), None)
     assert raised.value is error
     assert capsys.readouterr().err == ""
+
+
+def test_without_the_library_that_opencv_needs_the_error_says_how_to_get_it():
+    code = "import sys; sys.modules['cv2'] = None; import musetalk"  # as Python says when libGL is not there
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode != 0 and "apt-get install libgl1" in ran.stderr.splitlines()[-1]

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, LATENT_SIZE, VAE_FACTOR
 from musetalk.crop import crop_face, face_box, to_tensor
-from musetalk.face import load_face_backend
 from musetalk.sample import render_frames
 from tools.make_mini import (
     HELD_OUT,
@@ -26,7 +25,6 @@ from tools.make_mini import (
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "models" / "mini" / "sd-vae-ft-mse"
-CLIPS = ROOT.parent / "shared" / "clips"
 MAX_BYTES = 8_000_000  # of everything in models/mini
 FRAME_STEP = 40  # of the held-out clips; the table of tools/make_mini.py is on every 25th
 
@@ -44,34 +42,23 @@ FIGURES = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads are slower than one where a core is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(FOLDER, torch_dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
-def held_out(vae) -> dict[str, dict[str, float]]:
+def held_out(vae, clips) -> dict[str, dict[str, float]]:
     """The figures of each person that was kept out of training."""
-    if not CLIPS.is_dir():
-        pytest.skip(f"needs the clips in {CLIPS}")
-    config = Config(clips=CLIPS, held_out_frame_step=FRAME_STEP)
+    config = Config(clips=clips, held_out_frame_step=FRAME_STEP)
     return {clip: evaluate(vae, *crops) for clip, crops in held_out_crops(config).items()}
 
 
 @pytest.fixture(scope="module")
-def portrait() -> tuple[np.ndarray, np.ndarray]:
+def portrait(face_backend) -> tuple[np.ndarray, np.ndarray]:
     """A crop of the built-in sample, BGR uint8 (1, 256, 256, 3), and its landmarks (1, 68, 2)."""
     frame = next(islice(render_frames(0), 30, None))
-    landmarks = load_face_backend("mediapipe").detect([frame])[0][0].landmarks
+    landmarks = face_backend.detect([frame])[0][0].landmarks
     box = face_box(landmarks, frame.shape)
     return crop_face(frame, box)[None], in_crop(landmarks, box)[None]
 

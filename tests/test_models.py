@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
 
 from musetalk.contract import MASK_TOP, MUSETALK_V1, RIGID
 from musetalk.crop import mask_lower_half, to_tensor
@@ -273,3 +274,26 @@ def test_the_full_vae_has_the_published_size():
     assert parameters(model) == parameters(wanted) == 83_653_863
     assert model.config.scaling_factor == 0.18215
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in wanted.state_dict().items()}
+
+
+def test_the_vae_loads_by_the_published_names_of_its_attention(tmp_path):
+    """Those of the time before diffusers renamed them; the full-size configuration has such layers, ours has not."""
+    folder = tmp_path / "sd-vae-ft-mse"
+    torch.manual_seed(0)
+    made = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    made.save_config(folder)
+    new_names = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    tensors = {}
+    for name, tensor in made.state_dict().items():
+        for new, old in new_names.items():
+            name = name.replace(new, old)
+        tensors[name] = tensor
+    assert "encoder.mid_block.attentions.0.query.weight" in tensors
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+    loaded = load_vae(tmp_path, torch.device("cpu"), torch.float32).autoencoder.state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in made.state_dict().items())

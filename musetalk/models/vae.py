@@ -19,6 +19,8 @@ from musetalk.crop import mask_lower_half, to_tensor
 from musetalk.video import batched
 from musetalk.weights import find, fingerprint, freeze, load_strictly, read_json, read_tensors
 
+# What the published file calls the layers of the middle attention -> what diffusers does today.
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 ENCODE_BATCH = {"cpu": 1, "cuda": 16}  # frames encoded at once, masked and whole; more is slower on a CPU
 
 
@@ -85,8 +87,15 @@ def load_vae(
     config = read_json(find(models_dir, "sd-vae-ft-mse/config.json"))
     path = find(models_dir, "sd-vae-ft-mse/diffusion_pytorch_model.safetensors")
     autoencoder = AutoencoderKL.from_config(config)
-    load_strictly(autoencoder, read_tensors(path), path)
+    load_strictly(autoencoder, {_today(name): tensor for name, tensor in read_tensors(path).items()}, path)
     vae = VAE(autoencoder)  # its fingerprint is of the float32 tensors
     # nn.Module's own `to`: diffusers' warns of layers to keep in float32 even where there are none.
     nn.Module.to(autoencoder, device, dtype, memory_format=memory_format)
     return vae
+
+
+def _today(name: str) -> str:
+    """Today's name of a tensor."""
+    for old, new in OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name

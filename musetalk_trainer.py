@@ -172,6 +172,7 @@ def train(preset: str, config: TrainConfig) -> None:
     dataset = FaceDataset(cache, train_clips, contract, seed=config.seed, slots=slots)
     shown = FaceDataset(cache, held_clips or train_clips, contract, seed=config.seed, slots=GRID_ROWS)
     state = build_state(config, contract, accelerator)
+    check_width(state.unet, cache, config)
     pipeline = LipSyncPipeline(state.unet, vae, contract, config.models_dir)
 
     # Go on from the newest state, if there is one.
@@ -248,6 +249,17 @@ def check(config: TrainConfig) -> None:
     for name in COUNTS:
         if getattr(config, name) < 1:
             raise TrainError(f"{name} must be at least 1, not {getattr(config, name)}")
+
+
+def check_width(unet: UNet, cache: Cache, config: TrainConfig) -> None:
+    """Raises TrainError where the audio features of the cache do not fit the UNet's attention to them."""
+    takes = unet.model.config.cross_attention_dim
+    width = next(iter(cache.clips.values())).tensor("audio_features", 0, 1).shape[-1]
+    if width != takes:
+        raise TrainError(
+            f"{config.models_dir / 'musetalk/musetalk.json'} has cross_attention_dim {takes}, but the audio features "
+            f"in {cache.folder} are {width} wide; set it to {width}, or prepare with the Whisper that belongs to it"
+        )
 
 
 def precision() -> str:

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import numpy as np
 
 from musetalk.contract import VIDEO_FPS
+from musetalk.crop import EYE_CORNERS
 from musetalk.face import Face, FaceBackend, follow_person
 from musetalk.video import batched
 
 LIP_PAIRS = ((61, 67), (62, 66), (63, 65))  # upper and lower points of the inner lips, of the 68
-EYE_CORNERS = (36, 45)  # the outer ones
 
 
 def mouth_opening(face: Face | None) -> float:

@@ -87,7 +87,7 @@ def test_features_are_the_states_of_whispers_own_forward(encoder, voice, contrac
     mel = padded_mel(audio) if contract is MUSETALK_V15 else cut_mel(audio)
     wanted = states_by_hand(encoder, mel, contract.final_layer_norm)[:85]
     found = audio_features(audio, encoder, contract)
-    assert found.dtype == np.float16 and found.shape == (85, encoder.states, encoder.width) == (85, 5, 64)
+    assert found.dtype == np.float16 and found.shape == (85, 5, 64)
     np.testing.assert_array_equal(found, wanted.half().numpy())
 
 
@@ -186,7 +186,7 @@ def test_the_mel_of_a_file_is_cut_into_segments_after_it_is_made(voice):
 
 
 def test_the_encoder_of_a_checkpoint_has_its_dimensions(encoder):
-    assert (encoder.mel_bins, encoder.states, encoder.width) == (80, 5, 64)
+    assert encoder.mel_bins == 80
 
 
 @pytest.mark.parametrize("content", [{"dims": {"n_mels": 80}}, {"model_state_dict": {}}, [1, 2], {"dims": 3}])

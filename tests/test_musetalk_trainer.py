@@ -242,6 +242,16 @@ def test_another_contract_than_that_of_the_state_is_refused(config):
         train("demo", replace(config, contract="musetalk_v1"))
 
 
+def test_audio_features_of_another_width_are_refused(config, mini, tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "sd-vae-ft-mse").symlink_to(mini / "sd-vae-ft-mse")
+    (tmp_path / "models" / "musetalk").mkdir()
+    text = (mini / "musetalk" / "musetalk.json").read_text()
+    (tmp_path / "models/musetalk/musetalk.json").write_text(text.replace('dim": 64', 'dim": 32'))
+    with pytest.raises(TrainError, match="has cross_attention_dim 32, but the audio features in .* are 64 wide"):
+        train("demo", replace(config, models_dir=tmp_path / "models"))
+
+
 def test_a_cache_of_another_vae_is_refused(config, sample_cache, tmp_path):
     folder = tmp_path / "cache"
     (folder / "clips").mkdir(parents=True)

@@ -18,8 +18,6 @@ class AudioEncoder:
         self.fingerprint = fingerprint(encoder)
         self.encoder = freeze(encoder)
         self.mel_bins = encoder.conv1.in_channels
-        self.states = len(encoder.blocks) + 1  # S
-        self.width = encoder.ln_post.normalized_shape[0]  # D
 
     @torch.no_grad()
     def __call__(self, mel: torch.Tensor, final_layer_norm: bool) -> torch.Tensor:

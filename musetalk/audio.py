@@ -56,16 +56,24 @@ def _log_mel(samples: torch.Tensor, mel_bins: int) -> torch.Tensor:
     return whisper.audio.log_mel_spectrogram(torch.nn.functional.pad(samples, (0, short)), mel_bins)
 
 
-def audio_windows(features: np.ndarray, frames: Sequence[int], contract: FeatureContract) -> np.ndarray:
+def window_start(frames: int | np.ndarray, contract: FeatureContract) -> int | np.ndarray:
+    """The first feature that the window of a frame holds, before the clip where negative."""
+    return FEATURES_PER_FRAME * (frames + contract.sync_offset - CONTEXT_FRAMES)
+
+
+def audio_windows(
+    features: np.ndarray, frames: Sequence[int], contract: FeatureContract, first: int = 0, count: int | None = None
+) -> np.ndarray:
     """What the UNet hears at each of T frames: features [2f - 4, 2f + 6), time-major.
 
-    features: (F, S, D). Returns (T, W, D) of the same dtype, W = 10 S. Beyond the features there are zeros
-    (window_edge "zero") or the nearest one again ("clamp").
+    features: (F, S, D), or of a clip with `count` of them those from `first` on that the windows hold. Returns
+    (T, W, D) of the same dtype, W = 10 S. Beyond the clip there are zeros (window_edge "zero") or the nearest
+    feature again ("clamp").
     """
-    first = FEATURES_PER_FRAME * (np.asarray(frames) + contract.sync_offset - CONTEXT_FRAMES)  # (T,)
-    index = first[:, None] + np.arange(WINDOW_STEPS)  # (T, 10)
-    inside = np.clip(index, 0, len(features) - 1)
-    windows = features[inside]  # (T, 10, S, D)
+    count = len(features) if count is None else count
+    index = window_start(np.asarray(frames), contract)[:, None] + np.arange(WINDOW_STEPS)  # (T, 10)
+    inside = np.clip(index, 0, count - 1)
+    windows = features[inside - first]  # (T, 10, S, D)
     if contract.window_edge == "zero":
         windows = np.where((index == inside)[..., None, None], windows, np.zeros((), features.dtype))
     return windows.reshape(len(index), -1, features.shape[-1])

@@ -202,6 +202,10 @@ class Clip:
     def __len__(self) -> int:
         return len(self.usable)
 
+    def rows(self, name: str) -> int:
+        """How many rows a tensor of `TENSORS` has."""
+        return self._slices[name].get_shape()[0]
+
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows [start, stop) of a tensor of `TENSORS`, as many as there are."""
         rows = self._slices[name]

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from musetalk.audio import audio_windows
+from musetalk.audio import audio_windows, window_start
 from musetalk.cache import Cache, CacheError, Clip
-from musetalk.contract import FeatureContract
+from musetalk.contract import WINDOW_STEPS, FeatureContract
 
 MIN_REFERENCE_GAP = 5  # frames; nearer ones show the same mouth, and copying it would be a short cut
 
@@ -101,8 +101,12 @@ class FaceDataset(Dataset):
 
 
 def read_windows(clip: Clip, start: int, stop: int, contract: FeatureContract) -> np.ndarray:
-    """Audio windows float16 (stop - start, W, D) of frames of a clip."""
-    return audio_windows(clip.tensor("audio_features"), range(start, stop), contract)
+    """Audio windows float16 (stop - start, W, D) of frames of a clip, reading no more features than they hold."""
+    count = clip.rows("audio_features")
+    first = int(np.clip(window_start(start, contract), 0, count - 1))
+    last = int(np.clip(window_start(stop - 1, contract) + WINDOW_STEPS, first + 1, count))
+    features = clip.tensor("audio_features", first, last)
+    return audio_windows(features, range(start, stop), contract, first, count)
 
 
 def _window_starts(usable: np.ndarray, frames: int) -> np.ndarray:

@@ -223,3 +223,21 @@ def test_a_single_clip_is_not_held_out():
 def test_another_seed_holds_out_others():
     people = {name: name for name in "abcdefghij"}
     assert len({split_clips(with_identities(people), 0.2, seed)[1][0] for seed in range(20)}) > 2
+
+
+@pytest.mark.parametrize("edge", ["zero", "clamp"])
+@pytest.mark.parametrize("sync_offset", [-3, 0, 5, 40])
+def test_windows_read_alone_are_those_of_the_whole_clip(folder_of_one_clip, edge, sync_offset):
+    clip = Cache(folder_of_one_clip).clips["one"]
+    contract = FeatureContract(window_edge=edge, sync_offset=sync_offset)
+    whole = audio_windows(clip.tensor("audio_features"), range(len(clip)), contract)
+    for start in range(len(clip)):
+        for stop in range(start + 1, min(start + 4, len(clip)) + 1):
+            np.testing.assert_array_equal(read_windows(clip, start, stop, contract), whole[start:stop])
+
+
+@pytest.fixture
+def folder_of_one_clip(tmp_path, random_tensors):
+    about = {"source": "one.mp4", "identity": "one", "start": 0, "last": True}
+    CacheWriter(tmp_path, FeatureContract()).write("one", random_tensors(12, features=23), about)
+    return tmp_path

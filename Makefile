@@ -1,9 +1,10 @@
 # make demo: the whole way on the built-in sample, about 7 minutes on 2 cores
 # make test: the checks that CI runs
+# make torture: tries to lose something by kills, full disks and denied writes, about an hour on 2 cores
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test torture clean
 
 demo: .venv/installed
 	$(BIN)/python datasets_process.py
@@ -14,6 +15,9 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q
+
+torture: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.torture
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -6,17 +6,19 @@
 Reads every video below `hdtf_dir` (25 frames a second are made of whatever it has), finds and follows the face,
 crops and encodes it, and encodes the audio. Writes one file of tensors and one record per clip into
 `hdtf_samples_dir` (see musetalk/cache.py), a contact sheet of the crops, and a reason for every video it refuses.
-Run the same command again to go on after an interruption: clips that are done are not made again.
+Run the same command again to go on after an interruption: clips that are done are not made again. A video that has
+another size than before is prepared anew. `--verify` reads a whole cache and says which of its files have changed.
 `identities.json` in `hdtf_dir`, if there is one, says who is in which video (path without ending -> name).
 """
 
 from __future__ import annotations
 
-import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -33,23 +35,17 @@ from musetalk.cache import (
     clip_name,
     encode_jpegs,
     identity_of,
+    verify,
 )
-from musetalk.contract import (
-    CONTRACTS,
-    FEATURES_PER_FRAME,
-    SYNC_MEL_RATE,
-    VIDEO_FPS,
-    ContractError,
-    FeatureContract,
-)
-from musetalk.crop import CroppedClip, crop_clips
+from musetalk.contract import CONTRACTS, FEATURES_PER_FRAME, SYNC_MEL_RATE, VIDEO_FPS, FeatureContract
+from musetalk.crop import MIN_FACE, CroppedClip, crop_clips
 from musetalk.face import FaceBackend, load_face_backend
-from musetalk.files import write_whole
+from musetalk.files import own_folder, read_json, write_whole
 from musetalk.models.audio_encoder import AudioEncoder, load_audio_encoder
 from musetalk.models.vae import VAE, load_vae
 from musetalk.sample import make_sample
-from musetalk.script import run_script
-from musetalk.video import MediaError, count_frames, read_audio, read_frames
+from musetalk.script import Device, Pixels, Shift, UserError, check_constants, printable, run_script
+from musetalk.video import MediaError, count_frames, file_size, read_audio, read_frames
 
 VIDEO_ENDINGS = {".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"}
 SAMPLE_DIR = Path("data/sample")  # where the built-in sample is made
@@ -67,14 +63,15 @@ class PrepareConfig:
     models_dir: Path = Path("models/mini")  # models/mini: the small set; models: the published weights
 
     # Features: must be the same wherever the weights are used
-    contract: str = "rigid"  # or musetalk_v15, musetalk_v1: those of the published weights
-    bbox_shift: int = 0  # source pixels that the border of the mask moves down
-    margins: tuple[int, ...] = ()  # source pixels below the chin; () is the contract's own
-    encode_dtype: str = ""  # float32, or bfloat16 in half the time where the device has it; "" is the contract's own
+    contract: Literal["rigid", "musetalk_v15", "musetalk_v1"] = "rigid"  # the latter two are of the published weights
+    bbox_shift: Shift = 0  # source pixels that the border of the mask moves down
+    margins: tuple[Pixels, ...] = ()  # source pixels below the chin; () is the contract's own
+    encode_dtype: Literal["float32", "bfloat16", ""] = ""  # bfloat16 takes half the time; "" is the contract's own
 
     # Run
-    face_backend: str = "mediapipe"
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    face_backend: Literal["mediapipe"] = "mediapipe"
+    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
+    verify: bool = False  # make nothing, but hold the cache against its records
 
 
 @dataclass
@@ -88,72 +85,90 @@ class Tools:
 
 
 def main(config: PrepareConfig) -> None:
-    """Prepare all videos of a folder."""
+    """Prepare all videos of a folder, or verify what was prepared."""
+    check_constants(config)
+    if config.verify:
+        verify_cache(config.hdtf_samples_dir)
+        return
     # Load the networks first, so that a wrong constant costs no time.
     tools = load_tools(config)
     if config.hdtf_dir == SAMPLE_DIR and not SAMPLE_DIR.exists():
         print(f"{SAMPLE_DIR} is not there: making the built-in sample (set hdtf_dir to use your own videos)")
         make_sample(SAMPLE_DIR)
-    sources = find_videos(config.hdtf_dir)
-    identities = read_identities(config.hdtf_dir)
-    writer = CacheWriter(config.hdtf_samples_dir, tools.contract)
+    sources, identities = find_videos(config.hdtf_dir), read_identities(config.hdtf_dir)
+    with own_folder(config.hdtf_samples_dir):
+        writer = CacheWriter(config.hdtf_samples_dir, tools.contract)
+        records = prepare_all(config.hdtf_dir, sources, identities, writer, tools)
+        report(config.hdtf_samples_dir, records)
 
-    # Prepare one video after another; a bad one is recorded and never ends the run.
-    records, names = [], set()
+
+def prepare_all(
+    folder: Path, sources: list[Path], identities: dict[str, str], writer: CacheWriter, tools: Tools
+) -> list[dict]:
+    """Prepare one video after another; a bad one is recorded and never ends the run. Returns all records."""
+    records = []
     expected = [PASSES * expected_frames(source) for source in sources]
     with tqdm(total=sum(expected), desc="prepare", unit="frame", unit_scale=1 / PASSES) as bar:
         for index, source in enumerate(sources):
-            bar.set_postfix_str(source.name)
-            relative = source.relative_to(config.hdtf_dir)
-            name = clip_name(relative)
+            relative = source.relative_to(folder)
+            bar.set_postfix_str(printable(source.name))
             about = {"source": relative.as_posix(), "identity": identity_of(relative, identities)}
             done = []
             try:
-                if name in names:
-                    name += source.suffix
-                    raise MediaError("same name", f"{source}: another video gives clips of the same name; rename it")
-                names.add(name)
+                about["source_bytes"] = file_size(source)
                 for record in prepare_source(source, about, writer, tools, bar):
                     done.append(record)
             except MediaError as error:
-                refused = clip_name(relative, len(done)) if done else name  # the clips before stay
+                if error.kind == "same name":
+                    refused = clip_name(relative) + relative.suffix
+                else:
+                    refused = clip_name(relative, len(done) or None)  # the clips before stay
+                about = {"source_bytes": 0} | about
                 done.append(writer.reject(refused, about | {"last": True}, error.kind, str(error)))
                 bar.write(f"refused: {error}")
             records += done
             bar.update(sum(expected[: index + 1]) - bar.n)
-
-    # Report.
-    report(config.hdtf_samples_dir, records)
+    return records
 
 
 def find_videos(folder: Path) -> list[Path]:
-    """All videos below a folder, sorted. Raises MediaError where there is no folder or no video."""
+    """All videos below a folder, sorted; links are followed, but into no folder twice.
+
+    Raises MediaError where there is no folder or no video, OSError for a folder that cannot be read.
+    """
     if not folder.is_dir():
         raise MediaError("unreadable", f"{folder}: there is no such folder; set hdtf_dir to your folder of videos")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEO_ENDINGS and p.is_file())
+    found, visited, tops = [], set(), [folder]
+    for top in tops:
+        for here, folders, files in os.walk(top, onerror=_raise):
+            if os.path.realpath(here) in visited:
+                folders.clear()
+                continue
+            visited.add(os.path.realpath(here))
+            folders.sort()
+            found += (Path(here, name) for name in files if Path(name).suffix.lower() in VIDEO_ENDINGS)
+            links = (Path(here, name) for name in folders if Path(here, name).is_symlink())
+            tops += (link for link in links if not folder.resolve().is_relative_to(link.resolve()))
     if not found:
         raise MediaError("no video", f"{folder}: no video in it ({', '.join(sorted(VIDEO_ENDINGS))})")
-    return found
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def read_identities(folder: Path) -> dict[str, str]:
-    """identities.json of a folder of videos, {} where there is none. Raises MediaError where it is unfit."""
+    """identities.json of a folder of videos, {} where there is none. Raises UserError where it is unfit."""
     path = folder / "identities.json"
-    if not path.exists():
-        return {}
-    try:
-        identities = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MediaError("unreadable", f"{path}: is not JSON ({error})") from error
-    if not isinstance(identities, dict) or not all(isinstance(name, str) for name in identities.values()):
-        raise MediaError("unreadable", f'{path}: must be one object of "path without ending": "name of the person"')
+    identities = read_json(path) if os.path.lexists(path) else {}  # a link to nothing is a fault
+    if not all(isinstance(name, str) for name in identities.values()):
+        raise UserError(f'{path}: must be one object of "path without ending": "name of the person"')
     return identities
 
 
 def load_tools(config: PrepareConfig) -> Tools:
     """Networks and contract of a configuration. Raises WeightsError, ContractError."""
-    if config.contract not in CONTRACTS:
-        raise ContractError(f"contract must be one of {', '.join(CONTRACTS)}, not {config.contract!r}")
     base = CONTRACTS[config.contract]
     contract = replace(
         base,
@@ -180,10 +195,10 @@ def expected_frames(source: Path) -> int:
 def prepare_source(source: Path, about: dict, writer: CacheWriter, tools: Tools, bar: tqdm) -> Iterator[dict]:
     """Put the clips of one video into the cache; gives their records in order, those of earlier runs first.
 
-    about: source and identity, for the records. Raises MediaError.
+    about: what its records have in common. Raises MediaError.
     """
     relative = PurePath(about["source"])
-    finished = writer.finished(relative)
+    finished = writer.finished(about)
     bar.update(PASSES * sum(record.get("frames", 0) for record in finished))
     yield from finished
     if finished and finished[-1]["last"]:
@@ -191,20 +206,30 @@ def prepare_source(source: Path, about: dict, writer: CacheWriter, tools: Tools,
 
     # Audio of the whole source, its video clip by clip.
     audio = read_audio(source)
-    features, mel = audio_features(audio, tools.audio_encoder, tools.contract), sync_mel(audio)
+    mel = sync_mel(audio)
+    features = audio_features(audio, tools.audio_encoder, tools.contract)
     begun = len(finished)
     frames = counted(read_frames(source, begun * MAX_CLIP_FRAMES), bar)
     clips = crop_clips(relative, frames, tools.backend, tools.contract, begun)
     for part, (name, cropped, last) in enumerate(clips, begun):
         start = part * MAX_CLIP_FRAMES
         now = about | {"start": start, "last": last}
-        if any(face is not None for face in cropped.faces):
-            heard = features[FEATURES_PER_FRAME * start :], mel[SYNC_MEL_RATE * start // VIDEO_FPS :]
-            yield writer.write(name, clip_tensors(name, cropped, *heard, tools, bar), now)
+        seen = np.array([face is not None for face in cropped.faces])
+        heard = FEATURES_PER_FRAME * (start + np.arange(len(seen))) < len(features)
+        if (seen & heard).any():
+            sound = features[FEATURES_PER_FRAME * start :], mel[SYNC_MEL_RATE * start // VIDEO_FPS :]
+            yield writer.write(name, clip_tensors(name, cropped, seen & heard, *sound, tools, bar), now)
+            continue
+        second = start // VIDEO_FPS
+        if seen.any():
+            kind, reason = "no audio", f"{source}: its audio ends before its second {second}"
         else:
-            reason = f"{source}: no face was found from second {start // VIDEO_FPS} on"
-            bar.write(f"refused: {reason}")
-            yield writer.reject(name, now, "no face", reason)
+            kind, reason = (
+                "no face",
+                f"{source}: no face of at least {MIN_FACE} pixels was found from second {second} on",
+            )
+        bar.write(f"refused: {printable(reason)}")
+        yield writer.reject(name, now, kind, reason)
 
 
 def counted(items: Iterable, bar: tqdm) -> Iterator:
@@ -215,12 +240,16 @@ def counted(items: Iterable, bar: tqdm) -> Iterator:
 
 
 def clip_tensors(
-    name: str, cropped: CroppedClip, features: np.ndarray, mel: np.ndarray, tools: Tools, bar: tqdm
+    name: str,
+    cropped: CroppedClip,
+    usable: np.ndarray,
+    features: np.ndarray,
+    mel: np.ndarray,
+    tools: Tools,
+    bar: tqdm,
 ) -> dict[str, np.ndarray]:
     """Tensors of a clip as musetalk/cache.py lists them. features, mel: from the clip's first frame on."""
-    count = len(cropped.faces)
-    seen = np.array([face is not None for face in cropped.faces])
-    usable = seen & (FEATURES_PER_FRAME * np.arange(count) < len(features))
+    count = len(usable)
     crops = [faces if good else None for faces, good in zip(cropped.crops, usable, strict=True)]
     masked_latents, latents = tools.vae.encode_clip(name, counted(crops, bar), tools.contract)
     none = [None] * len(tools.contract.margins)
@@ -250,7 +279,26 @@ def report(folder: Path, records: list[dict]) -> None:
     cached = [record for record in records if "kind" not in record]
     total, usable, size = (sum(record[key] for record in cached) for key in ("frames", "usable_frames", "bytes"))
     print(f"{usable} of {total} frames usable ({total / VIDEO_FPS:.0f} s), {size / total:.0f} bytes a frame")
+    if others := len(list((folder / "clips").glob("*.json"))) - len(cached):
+        print(
+            f"{others} more clips in the cache are of videos that are not in this folder; delete their records if gone"
+        )
     print(f"cache: {folder}\ncontact sheet: {write_contact_sheet(folder)}")
+
+
+def verify_cache(folder: Path) -> None:
+    """Print which clips of a cache are not what was made. Raises CacheError where there is one."""
+    count = len(list((folder / "clips").glob("*.json")))
+    faults = []
+    for fault in tqdm(verify(folder), "verify", count, unit="clip"):
+        if fault:
+            tqdm.write(str(fault))
+            faults.append(fault)
+    if faults:
+        raise CacheError(
+            f"{folder}: {len(faults)} of {count} clips are not what was made; delete the records named above"
+        )
+    print(f"{folder}: all {count} clips are what was made")
 
 
 def write_contact_sheet(folder: Path) -> Path:
@@ -272,4 +320,4 @@ def write_contact_sheet(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(PrepareConfig))
+    run_script(main, tyro.cli(PrepareConfig, description=__doc__))

@@ -7,39 +7,50 @@
 Writes `<checkpoint_dir>/<preset>/training-state-<step>.pt` to go on and `unet-<step>.safetensors` to use, and in
 `log_dir` trainer.log, `<preset>/stats.jsonl`, `<preset>/samples/<step>.png` (masked | reference | prediction |
 truth, of clips held out) and TensorBoard files. Run the same command again to go on from the newest state, exactly
-as if there had been no interruption.
+as if there had been no interruption. Ctrl-C, or a cluster's SIGTERM, ends it after the step with its state saved.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from losses import weighted_sum
 from losses.pixel_branch import pixel_branch
 from losses.reconstruction import latent_l1, pixel_l1
 from musetalk.cache import Cache
-from musetalk.checkpoint import load_latest_state, save_state, save_unet
+from musetalk.checkpoint import save_state, save_unet
 from musetalk.contract import ALL_FIELDS, CONTRACTS, MASK_TOP, MODEL_FIELDS, FeatureContract
 from musetalk.crop import to_tensor
 from musetalk.dataset import FaceDataset, split_clips
+from musetalk.files import own_folder
 from musetalk.models.unet import UNet, build_unet
 from musetalk.models.vae import VAE, load_vae
 from musetalk.pipeline import LipSyncPipeline
 from musetalk.run_log import RunLog
-from musetalk.script import UserError, run_script
+from musetalk.script import (
+    Count,
+    CountOrZero,
+    Decay,
+    Positive,
+    PositiveOrZero,
+    Seed,
+    Share,
+    Workers,
+    check_constants,
+    run_script,
+    stop_requests,
+)
+from musetalk.training import OPTIMIZERS, TrainError, TrainState, learning_rate, loader, precision, resume
 
 
 @dataclass
@@ -53,36 +64,38 @@ class TrainConfig:
     models_dir: Path = Path("models")
 
     # Data
-    contract: str = "rigid"  # whose audio window and positions the UNet learns: or musetalk_v15, musetalk_v1
-    held_out: float = 0.1  # share of identities (or clips, of a single one) kept for the samples
-    num_workers: int = 4  # processes that read the cache
-    batch_size: int = 8  # samples in one forward
-    grad_accum_steps: int = 1  # forwards in one optimizer step
+    contract: Literal["rigid", "musetalk_v15", "musetalk_v1"] = "rigid"  # whose audio window and positions it learns
+    held_out: Share = 0.1  # share of identities (or clips, of a single one) kept for the samples
+    num_workers: Workers = 4  # processes that read the cache
+    batch_size: Count = 8  # samples in one forward
+    grad_accum_steps: Count = 1  # forwards in one optimizer step
 
     # Losses: a weight for each term, 0 is off
-    loss_weights: dict[str, float] = field(default_factory=lambda: {"latent_l1": 1.0, "pixel_l1": 1.0})
-    pixel_every: int = 1  # steps between those with losses on images, which cost most of the time
-    chunk_size: int = 4  # samples decoded at once for them
+    loss_weights: dict[Literal["latent_l1", "pixel_l1"], PositiveOrZero] = field(
+        default_factory=lambda: {"latent_l1": 1.0, "pixel_l1": 1.0}
+    )
+    pixel_every: Count = 1  # steps between those with losses on images, which cost most of the time
+    chunk_size: Count = 4  # samples decoded at once for them
 
     # Optimizer
-    optimizer: str = "adamw"  # or adamax (the original's), adam
-    learning_rate: float = 2e-5
-    warmup_steps: int = 1000  # the rate rises from 0, then falls along a cosine ...
-    final_learning_rate: float = 2e-5  # ... to this
-    weight_decay: float = 1e-2
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999  # of the weights that are used; kept in host memory
-    ema_every: int = 10  # steps
+    optimizer: Literal["adamw", "adamax", "adam"] = "adamw"  # adamax is the original's
+    learning_rate: Positive = 2e-5
+    warmup_steps: CountOrZero = 1000  # the rate rises from 0, then falls along a cosine ...
+    final_learning_rate: PositiveOrZero = 2e-5  # ... to this
+    weight_decay: PositiveOrZero = 1e-2
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    max_grad_norm: Positive = 1.0
+    ema_decay: Decay = 0.999  # of the weights that are used; kept in host memory
+    ema_every: Count = 10  # steps
     gradient_checkpointing: bool = False  # of the UNet: less memory, a third more time
 
     # Run
-    num_steps: int = 250_000  # optimizer updates
-    log_every: int = 100
-    sample_every: int = 2000
-    save_every: int = 2000
-    keep_states: int = 2  # training states of the newest steps; weights to use are all kept
-    seed: int = 1234
+    num_steps: Count = 250_000  # optimizer updates
+    log_every: Count = 100
+    sample_every: Count = 2000
+    save_every: Count = 2000
+    keep_states: Count = 2  # training states of the newest steps; weights to use are all kept
+    seed: Seed = 1234
 
 
 PRESETS = {
@@ -105,150 +118,98 @@ PRESETS = {
     "stage1": TrainConfig(batch_size=32),
 }
 
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "adamax": torch.optim.Adamax, "adam": torch.optim.Adam}
-TERMS = ("latent_l1", "pixel_l1")  # names of losses; those on decoded images follow the first
-COUNTS = [
-    f.name for f in fields(TrainConfig) if f.type == "int" and f.name not in ("num_workers", "warmup_steps", "seed")
-]
 GRID_ROWS = 6  # moments in a sample grid
-
-
-class TrainError(UserError):
-    """Training cannot start or go on."""
-
-
-@dataclass
-class TrainState:
-    """All that moves in training."""
-
-    unet: UNet
-    optimizer: torch.optim.Optimizer
-    ema: dict[str, torch.Tensor]  # averaged weights under diffusers' names, in host memory
-    step: int = 0  # optimizer updates made
-
-    def as_dict(self) -> dict:
-        """For the training state file."""
-        return {
-            "unet": self.unet.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema,
-        }
-
-    def restore(self, saved: dict) -> None:
-        """Go on from what `as_dict` gave."""
-        self.unet.model.load_state_dict(saved["unet"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.ema, self.step = saved["ema"], saved["step"]
-
-    @torch.no_grad()
-    def update_ema(self, decay: float) -> None:
-        """Move the average towards the weights; at first faster, so that the start is soon forgotten."""
-        decay = min(decay, (1 + self.step) / (10 + self.step))
-        for name, value in self.unet.model.state_dict().items():
-            self.ema[name].lerp_(value.to("cpu"), 1 - decay)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within it the UNet has the averaged weights."""
-        own = {name: value.to("cpu", copy=True) for name, value in self.unet.model.state_dict().items()}
-        self.unet.model.load_state_dict(self.ema)
-        yield
-        self.unet.model.load_state_dict(own)
 
 
 def train(preset: str, config: TrainConfig) -> None:
     """Train until `num_steps`, going on from the newest state in the preset's folder."""
+    # Check what costs nothing first: constants, then data, then networks.
     check(config)
     accelerator = Accelerator(mixed_precision=precision())
     if accelerator.num_processes > 1:
         raise TrainError("training on several processes is not supported yet; start it with plain python")
-
-    # Set up data and networks.
     cache = Cache(config.hdtf_samples_dir)
-    vae = load_pixel_vae(config.models_dir, accelerator)
-    contract = training_contract(config, cache, vae)
+    contract = training_contract(config, cache)
     train_clips, held_clips, note = split_clips(cache, config.held_out, config.seed)
     slots = config.batch_size * config.grad_accum_steps
     dataset = FaceDataset(cache, train_clips, contract, seed=config.seed, slots=slots)
     shown = FaceDataset(cache, held_clips or train_clips, contract, seed=config.seed, slots=GRID_ROWS)
+    if slots > (count := int(dataset.ends[-1])):
+        raise TrainError(
+            f"batch_size x grad_accum_steps is {slots}, but {cache.folder} has {count} samples to train on"
+        )
+    vae = load_pixel_vae(config.models_dir, accelerator)
+    cache.contract.require(replace(cache.contract, vae=vae.fingerprint), ("vae",), str(cache.folder))
     state = build_state(config, contract, accelerator)
     check_width(state.unet, cache, config)
     pipeline = LipSyncPipeline(state.unet, vae, contract, config.models_dir)
 
-    # Go on from the newest state, if there is one.
-    run_dir = config.checkpoint_dir / preset
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if saved := load_latest_state(run_dir):
-        learnt = FeatureContract.from_dict(saved["contract"], ALL_FIELDS, str(run_dir))
-        learnt.require(contract, ALL_FIELDS, str(run_dir))
-        state.restore(saved)
-    log = RunLog(config.log_dir, preset, state.step)
-    log.line(f"preset {preset}: {json.dumps(asdict(config), default=str)}")
-    log.line(f"{len(train_clips)} clips to train on; {note}")
-    size = sum(parameter.numel() for parameter in state.unet.parameters())
-    log.line(
-        f"UNet of {size:,} parameters on {accelerator.device}, {accelerator.mixed_precision}; at step {state.step}"
-    )
+    run_dir, log_dir = config.checkpoint_dir / preset, config.log_dir / preset
+    with own_folder(run_dir), own_folder(log_dir), stop_requests() as stopping:
+        # Go on from the newest state, if there is one.
+        resume(state, run_dir, contract)
+        log = RunLog(config.log_dir, preset, state.step)
+        log.line(f"preset {preset}: {json.dumps(asdict(config), default=str)}")
+        log.line(f"{len(train_clips)} clips to train on; {note}")
+        size = sum(parameter.numel() for parameter in state.unet.parameters())
+        where = f"{accelerator.device}, {accelerator.mixed_precision}"
+        log.line(f"UNet of {size:,} parameters on {where}; at step {state.step}")
 
-    batches = iter(loader(dataset, config, state.step))
-    bar = tqdm(total=config.num_steps, initial=state.step, desc="train", unit="step")
-    while state.step < config.num_steps:
-        # Forward and backward: this step's samples and chances, the same ones whatever happened before.
-        torch.manual_seed(config.seed + state.step)
-        terms, drawn, rate = {}, [], learning_rate(state.step, config)
-        for _ in range(config.grad_accum_steps):
-            batch = next(batches)
-            drawn += batch["where"]
-            for name, value in generator_step(state, vae, batch, config, accelerator).items():
-                terms[name] = terms.get(name, 0) + value / config.grad_accum_steps
+        batches = iter(loader(dataset, state.step, config.num_steps, config.batch_size, config.num_workers))
+        with tqdm(total=config.num_steps, initial=state.step, desc="train", unit="step") as bar:
+            stop = False
+            while state.step < config.num_steps and not stop:
+                # Forward and backward: this step's samples and chances, the same ones whatever happened before.
+                torch.manual_seed(config.seed + state.step)
+                terms, drawn, rate = {}, [], learning_rate(state.step, config)
+                for _ in range(config.grad_accum_steps):
+                    batch = next(batches)
+                    drawn += batch["where"]
+                    for name, value in generator_step(state, vae, batch, config, accelerator).items():
+                        terms[name] = terms.get(name, 0) + value / config.grad_accum_steps
 
-        # Update, unless a gradient is not finite.
-        norm = accelerator.clip_grad_norm_(state.unet.parameters(), config.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise not_finite(terms, drawn, state.step + 1, run_dir)
-        state.optimizer.param_groups[0]["lr"] = rate
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        state.step += 1
-        if state.step % config.ema_every == 0:
-            state.update_ema(config.ema_decay)
-        bar.update()
+                # Update, unless a gradient is not finite.
+                norm = accelerator.clip_grad_norm_(state.unet.parameters(), config.max_grad_norm)
+                if not torch.isfinite(norm):
+                    raise not_finite(terms, drawn, state.step + 1, run_dir)
+                state.optimizer.param_groups[0]["lr"] = rate
+                state.optimizer.step()
+                state.optimizer.zero_grad(set_to_none=True)
+                state.step += 1
+                if state.step % config.ema_every == 0:
+                    state.update_ema(config.ema_decay)
+                bar.update()
 
-        # Report.
-        last = state.step == config.num_steps
-        if last or state.step % config.log_every == 0:
-            values = {name: value.item() for name, value in terms.items()}
-            log.record(state.step, values | {"grad_norm": norm.item(), "learning_rate": rate})
+                # Report.
+                last = state.step == config.num_steps
+                if last or state.step % config.log_every == 0:
+                    values = {name: value.item() for name, value in terms.items()}
+                    log.record(state.step, values | {"grad_norm": norm.item(), "learning_rate": rate})
 
-        # Sample and save.
-        if last or state.step % config.sample_every == 0:
-            with state.averaged():
-                log.picture(state.step, draw_grid(pipeline, shown))
-        if last or state.step % config.save_every == 0:
-            path = save_unet(run_dir, state.step, state.ema, contract)
-            moving = state.as_dict() | {"contract": contract.as_dict(ALL_FIELDS)}
-            save_state(run_dir, state.step, moving, config.keep_states)
-            log.line(f"saved {path}")
+                # Sample and save, also the step after which to stop.
+                if last or state.step % config.sample_every == 0:
+                    with state.averaged():
+                        log.picture(state.step, draw_grid(pipeline, shown))
+                due = last or state.step % config.save_every == 0
+                if due:
+                    log.line(f"saved {save_unet(run_dir, state.step, state.ema, contract)}")
+                stop = stopping()
+                if due or stop:
+                    moving = state.as_dict() | {"contract": contract.as_dict(ALL_FIELDS)}
+                    save_state(run_dir, state.step, moving, config.keep_states)
 
-    bar.close()
-    log.line(f"done at step {state.step}: weights and states in {run_dir}, pictures in {log.folder / 'samples'}")
+        if state.step < config.num_steps:
+            raise KeyboardInterrupt(f"stopped at step {state.step}, all saved; run the same command again to go on")
+        log.line(f"done at step {state.step}: weights and states in {run_dir}, pictures in {log.folder / 'samples'}")
 
 
 def check(config: TrainConfig) -> None:
-    """Raises TrainError for constants that cannot work."""
-    if config.optimizer not in OPTIMIZERS:
-        raise TrainError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {config.optimizer!r}")
-    if config.contract not in CONTRACTS:
-        raise TrainError(f"contract must be one of {', '.join(CONTRACTS)}, not {config.contract!r}")
-    if unknown := config.loss_weights.keys() - set(TERMS):
-        raise TrainError(f"loss_weights has no term {', '.join(sorted(unknown))}; there are {', '.join(TERMS)}")
+    """Raises UserError for constants that cannot work."""
+    check_constants(config)
     if not any(weight > 0 for weight in config.loss_weights.values()):
         raise TrainError("loss_weights must have a term with a weight over 0")
     if config.pixel_every > 1 and not config.loss_weights.get("latent_l1", 0) > 0:
         raise TrainError("pixel_every must be 1 where latent_l1 has no weight, or steps between would have no loss")
-    for name in COUNTS:
-        if getattr(config, name) < 1:
-            raise TrainError(f"{name} must be at least 1, not {getattr(config, name)}")
 
 
 def check_width(unet: UNet, cache: Cache, config: TrainConfig) -> None:
@@ -262,13 +223,6 @@ def check_width(unet: UNet, cache: Cache, config: TrainConfig) -> None:
         )
 
 
-def precision() -> str:
-    """bf16 where the device computes in it, else full float32; accelerate's word for it."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "no"
-
-
 def load_pixel_vae(models_dir: Path, accelerator: Accelerator) -> VAE:
     """The frozen VAE in the precision and layout in which the losses on images are fastest."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
@@ -276,9 +230,8 @@ def load_pixel_vae(models_dir: Path, accelerator: Accelerator) -> VAE:
     return load_vae(models_dir, accelerator.device, dtype, layout)
 
 
-def training_contract(config: TrainConfig, cache: Cache, vae: VAE) -> FeatureContract:
-    """The cache's own rules with the model fields of the constants. Raises ContractError for another VAE."""
-    cache.contract.require(replace(cache.contract, vae=vae.fingerprint), ("vae",), str(cache.folder))
+def training_contract(config: TrainConfig, cache: Cache) -> FeatureContract:
+    """The cache's own rules with the model fields of the constants."""
     chosen = CONTRACTS[config.contract]
     return replace(cache.contract, **{name: getattr(chosen, name) for name in MODEL_FIELDS})
 
@@ -292,23 +245,7 @@ def build_state(config: TrainConfig, contract: FeatureContract, accelerator: Acc
     optimizer = make(unet.parameters(), config.learning_rate, config.betas, weight_decay=config.weight_decay)
     ema = {name: value.clone() for name, value in unet.model.state_dict().items()}
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    return TrainState(unet, optimizer, ema)
-
-
-def loader(dataset: FaceDataset, config: TrainConfig, step: int) -> DataLoader:
-    """Batches from a step on, in the order of their slots."""
-    items = range(step * dataset.slots, config.num_steps * dataset.slots)
-    pin = torch.cuda.is_available()
-    return DataLoader(dataset, config.batch_size, sampler=items, num_workers=config.num_workers, pin_memory=pin)
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate at an update: up in a line over the warm-up, then down along half a cosine."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
-    fall = (config.learning_rate - config.final_learning_rate) * (1 + math.cos(math.pi * min(1, progress))) / 2
-    return config.final_learning_rate + fall
+    return TrainState(unet, optimizer, config.optimizer, ema)
 
 
 def generator_step(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import librosa
 import numpy as np
@@ -23,6 +23,7 @@ from musetalk.models.audio_encoder import AudioEncoder
 
 SEGMENT_SAMPLES = whisper.audio.N_SAMPLES  # 30 s, what Whisper hears at once
 SEGMENT_MEL_FRAMES = whisper.audio.N_FRAMES  # 3000
+SYNC_MEL_BLOCK = 60 * SYNC_MEL_RATE  # frames made at once, so that long audio needs little memory
 
 
 def audio_features(audio: np.ndarray, encoder: AudioEncoder, contract: FeatureContract) -> np.ndarray:
@@ -31,23 +32,25 @@ def audio_features(audio: np.ndarray, encoder: AudioEncoder, contract: FeatureCo
     audio: float32 (N,) in [-1, 1] at 16 kHz, of any length. Returns float16 (F, S, D), F = N / 320 rounded down,
     at least 1. Encoded in segments of 30 s without overlap, as MuseTalk does.
     """
-    features = [
-        encoder(mel, contract.final_layer_norm).cpu() for mel in _segment_mels(audio, encoder.mel_bins, contract)
-    ]
     count = max(1, len(audio) // SAMPLES_PER_FEATURE)
-    return torch.cat(features)[:count].half().numpy()
+    features = np.empty((count, *encoder.shape), np.float16)
+    for index, mel in enumerate(_segment_mels(audio, encoder.mel_bins, contract)):
+        states = encoder(mel, contract.final_layer_norm)  # (1500, S, D)
+        here = features[index * len(states) : (index + 1) * len(states)]
+        here[:] = states[: len(here)].half().cpu().numpy()
+    return features
 
 
-def _segment_mels(audio: np.ndarray, mel_bins: int, contract: FeatureContract) -> list[torch.Tensor]:
+def _segment_mels(audio: np.ndarray, mel_bins: int, contract: FeatureContract) -> Iterator[torch.Tensor]:
     """Whisper's log-mel of each 30 s, (mel_bins, 3000)."""
     samples = torch.from_numpy(audio).float()
-    if contract.tail == "silence":
-        samples = torch.nn.functional.pad(samples, (0, -len(samples) % SEGMENT_SAMPLES))
+    silence = -len(samples) % SEGMENT_SAMPLES if contract.tail == "silence" else 0
     if contract.mel_scope == "file":
-        mels = _log_mel(samples, mel_bins).split(SEGMENT_MEL_FRAMES, dim=1)
+        mels = _log_mel(torch.nn.functional.pad(samples, (0, silence)), mel_bins).split(SEGMENT_MEL_FRAMES, dim=1)
     else:
-        mels = [_log_mel(piece, mel_bins) for piece in samples.split(SEGMENT_SAMPLES)]
-    return [whisper.audio.pad_or_trim(mel, SEGMENT_MEL_FRAMES) for mel in mels]
+        *full, last = samples.split(SEGMENT_SAMPLES)
+        mels = (_log_mel(piece, mel_bins) for piece in (*full, torch.nn.functional.pad(last, (0, silence))))
+    return (whisper.audio.pad_or_trim(mel, SEGMENT_MEL_FRAMES) for mel in mels)
 
 
 def _log_mel(samples: torch.Tensor, mel_bins: int) -> torch.Tensor:
@@ -84,9 +87,14 @@ def sync_mel(audio: np.ndarray) -> np.ndarray:
 
     audio: float32 (N,) at 16 kHz. Source: Wav2Lip, hparams.py and audio.py (numbers only).
     """
-    emphasised = librosa.effects.preemphasis(audio, coef=0.97, zi=[0.0])
-    hop = AUDIO_SAMPLE_RATE // SYNC_MEL_RATE
-    spectrum = np.abs(librosa.stft(emphasised, n_fft=4 * hop, hop_length=hop, pad_mode="reflect"))
-    bank = librosa.filters.mel(sr=AUDIO_SAMPLE_RATE, n_fft=4 * hop, n_mels=SYNC_MEL_BINS, fmin=55, fmax=7600)
-    decibels = 20 * np.log10(np.maximum(1e-5, bank @ spectrum)) - 20
-    return np.clip(8 * (decibels + 100) / 100 - 4, -4, 4).T.astype(np.float16)
+    hop, window = AUDIO_SAMPLE_RATE // SYNC_MEL_RATE, 4 * AUDIO_SAMPLE_RATE // SYNC_MEL_RATE
+    emphasised = np.pad(librosa.effects.preemphasis(audio, coef=0.97, zi=[0.0]), window // 2, mode="reflect")
+    bank = librosa.filters.mel(sr=AUDIO_SAMPLE_RATE, n_fft=window, n_mels=SYNC_MEL_BINS, fmin=55, fmax=7600)
+    mel = np.empty((1 + len(audio) // hop, SYNC_MEL_BINS), np.float16)
+    for first in range(0, len(mel), SYNC_MEL_BLOCK):
+        here = mel[first : first + SYNC_MEL_BLOCK]
+        samples = emphasised[first * hop : (first + len(here) - 1) * hop + window]
+        spectrum = np.abs(librosa.stft(samples, n_fft=window, hop_length=hop, center=False))
+        decibels = 20 * np.log10(np.maximum(1e-5, bank @ spectrum)) - 20
+        here[:] = np.clip(8 * (decibels + 100) / 100 - 4, -4, 4).T
+    return mel

@@ -11,16 +11,19 @@ The same input and settings give the same bytes. Nothing is ever unpickled.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
+from reprlib import repr as short
 
 import cv2
 import numpy as np
 import safetensors
 import safetensors.numpy
+from PIL import Image
 
 from musetalk.contract import (
     CACHE_FIELDS,
@@ -31,10 +34,12 @@ from musetalk.contract import (
     VIDEO_FPS,
     FeatureContract,
 )
-from musetalk.files import write_whole
-from musetalk.script import UserError
+from musetalk.files import read_json, write_whole
+from musetalk.script import UserError, printable
+from musetalk.video import MediaError
 
-VERSION = 1
+VERSION = 2
+MAX_NAME = 200  # bytes; file systems take 255, endings included
 MAX_CLIP_FRAMES = 60 * VIDEO_FPS  # a longer source becomes several clips
 HDTF_NAME = re.compile(r"^((?:RD|WDA|WRA)_.+)_\d{3}$")
 JPEG_OPTIONS = (cv2.IMWRITE_JPEG_QUALITY, 90) + (
@@ -56,14 +61,27 @@ TENSORS = {
     "usable": (np.bool_, ("T",)),  # a face was found and there is audio
 }
 
+# What the records of clips and of refused sources have in common, and what only those of clips have.
+RECORD = {"source": str, "source_bytes": int, "identity": str, "last": bool}
+CLIP_RECORD = RECORD | {"frames": int, "usable_frames": int, "bytes": int, "sha256": str}
+REJECTED_RECORD = RECORD | {"kind": str, "reason": str}
+KNOWN = CLIP_RECORD | REJECTED_RECORD | {"start": int}
+LARGEST = 2**53  # number in a record, and numbers in a tensor
+
 
 class CacheError(UserError):
     """A cache cannot be used. The message names the file, what is wrong and what to do."""
 
 
 def clip_name(source: PurePath, part: int | None = None) -> str:
-    """The name of a clip: the source's path below the folder of videos, then the part's number if it was cut."""
-    name = "__".join(source.with_suffix("").parts)
+    """The name of a clip: the source's path below the folder of videos, then the part's number if it was cut.
+
+    Any file system takes it: control characters are escapes, and of a very long name only its hash and end are left.
+    """
+    name = printable("__".join(source.with_suffix("").parts))
+    content = name.encode()
+    if len(content) > MAX_NAME:
+        name = f"{hashlib.sha256(content).hexdigest()[:16]}-{content[-MAX_NAME // 2 :].decode(errors='ignore')}"
     return name if part is None else f"{name}-{part:04d}"
 
 
@@ -84,21 +102,36 @@ def encode_jpegs(images: Sequence[np.ndarray | None]) -> tuple[np.ndarray, np.nd
 
 
 def _json_bytes(values: dict) -> bytes:
-    return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")  # a name that is no UTF-8 comes back from JSON's own escapes
 
 
 def _read_json(path: Path) -> dict:
     try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CacheError(f"{path} cannot be read ({error}); delete it and run datasets_process.py again") from error
-    if not isinstance(values, dict):
-        raise CacheError(f"{path} holds no JSON object; delete it and run datasets_process.py again")
+        return read_json(path)
+    except UserError as error:
+        raise CacheError(f"{error}; delete it and run datasets_process.py again") from error
+
+
+def _read_record(path: Path, fields: dict[str, type] = RECORD) -> dict:
+    """A record, which has these fields. Raises CacheError where what is known is of another kind, or all is nested."""
+    values = _read_json(path)
+    for name in [*fields, *values]:
+        value, kind = values.get(name), KNOWN.get(name)
+        fits = not isinstance(value, dict | list) if kind is None else type(value) is kind
+        if not fits or (kind is int and not (name == "frames") <= value < LARGEST):
+            name = name[:40]
+            raise CacheError(f"{path} has no {name} that can be read; delete it and run datasets_process.py again")
     return values
 
 
+def _require_source(path: Path, record: dict, about: dict) -> None:
+    if record["source"] != about["source"]:
+        raise MediaError("same name", f"{about['source']}: {path} is of {record['source']}; rename one of them")
+
+
 class CacheWriter:
-    """Clips into a cache folder, each under its name only when complete."""
+    """Clips into a cache folder, each under its name only when complete. One process at a time: see own_folder."""
 
     def __init__(self, folder: Path, contract: FeatureContract) -> None:
         """Opens or makes the folder. Raises ContractError where it already holds clips made under other rules."""
@@ -111,26 +144,44 @@ class CacheWriter:
         else:
             write_whole(path, _json_bytes({"version": VERSION, "contract": contract.as_dict(CACHE_FIELDS)}))
 
-    def finished(self, source: PurePath) -> list[dict]:
+    def finished(self, about: dict) -> list[dict]:
         """Records of the clips of a source that are done, refused ones included, in order; [] to begin with.
 
-        All is done where the last of them says "last".
+        about: source, source_bytes and identity, as the records have them. All is done where the last record says
+        "last". What was made of a file of another size is deleted; an identity that was given since is put in.
+        Raises MediaError where another source has the name.
         """
-        whole = self._record(clip_name(source))
-        records = [whole] if whole else []
-        while not whole and (record := self._record(clip_name(source, len(records)))):
-            records.append(record)
+        source = PurePath(about["source"])
+        paths = [path] if (path := self._record(clip_name(source))) else []
+        while not path and (part := self._record(clip_name(source, len(paths)))):
+            paths.append(part)
+        kinds = {"clips": CLIP_RECORD, "rejected": REJECTED_RECORD}
+        records = [_read_record(path, kinds[path.parent.name]) for path in paths]
+        for path, record in zip(paths, records, strict=True):
+            _require_source(path, record, about)
+        if any(record["source_bytes"] != about["source_bytes"] for record in records):
+            for path in reversed(paths):  # so that what an interruption leaves is still found
+                path.unlink()
+                path.with_suffix(".safetensors").unlink(missing_ok=True)
+            return []
+        for path, record in zip(paths, records, strict=True):
+            if record["identity"] != about["identity"]:
+                record["identity"] = about["identity"]
+                write_whole(path, _json_bytes(record))
         return records
 
-    def _record(self, clip: str) -> dict | None:
-        for kind in ("clips", "rejected"):
-            path = self.folder / kind / f"{clip}.json"
-            if path.exists():
-                return _read_json(path)
-        return None
+    def _record(self, clip: str) -> Path | None:
+        """Where the record of a clip is, None where it is not done."""
+        places = (self.folder / kind / f"{clip}.json" for kind in ("clips", "rejected"))
+        return next((path for path in places if path.exists()), None)
 
     def write(self, clip: str, tensors: dict[str, np.ndarray], about: dict) -> dict:
-        """Store a clip. tensors: as `TENSORS` says. about: what else its record holds. Returns the record."""
+        """Store a clip. tensors: as `TENSORS` says. about: what else its record holds. Returns the record.
+
+        Raises MediaError where another source has the name.
+        """
+        if path := self._record(clip):
+            _require_source(path, _read_record(path), about)
         _check_tensors(clip, {name: (tensors[name].dtype, tensors[name].shape) for name in tensors})
         content = safetensors.numpy.save({name: np.ascontiguousarray(tensors[name]) for name in TENSORS})
         record = about | {
@@ -144,7 +195,13 @@ class CacheWriter:
         return record
 
     def reject(self, clip: str, about: dict, kind: str, reason: str) -> dict:
-        """Note why a source or a part of it was refused. kind: a word or two to count by. Returns the record."""
+        """Note why a source or a part of it was refused. kind: a word or two to count by. Returns the record.
+
+        Where another source has the name, its record stays and the ending of the file is added.
+        """
+        path = self._record(clip)
+        if path and _read_record(path)["source"] != about["source"]:
+            clip += PurePath(about["source"]).suffix
         record = about | {"kind": kind, "reason": reason}
         write_whole(self.folder / "rejected" / f"{clip}.json", _json_bytes(record))
         return record
@@ -157,8 +214,9 @@ def read_contract(folder: Path) -> FeatureContract:
         raise CacheError(f"{folder} is no cache of clips (no contract.json in it); make one with datasets_process.py")
     values = _read_json(path)
     if values.get("version") != VERSION:
+        version = short(values.get("version")).strip("'")
         raise CacheError(
-            f"{folder} is a cache of version {values.get('version')}, this code reads version {VERSION}; "
+            f"{folder} is a cache of version {version}, this code reads version {VERSION}; "
             "make it again with datasets_process.py in another folder"
         )
     return FeatureContract.from_dict(values.get("contract"), CACHE_FIELDS, str(path))
@@ -170,18 +228,15 @@ class Clip:
     def __init__(self, folder: Path, name: str) -> None:
         """Raises CacheError where the tensors' file is missing or not what `TENSORS` says."""
         self.name = name
-        record = folder / "clips" / f"{name}.json"
-        self.about = _read_json(record)
-        if not isinstance(self.about.get("identity"), str):
-            raise CacheError(f"{record} names no identity; delete it and run datasets_process.py again")
-        path = folder / "clips" / f"{name}.safetensors"
+        self.about = _read_record(folder / "clips" / f"{name}.json", CLIP_RECORD)
+        self.path = path = folder / "clips" / f"{name}.safetensors"
         try:
+            if not path.is_file():  # a pipe would be waited for
+                raise FileNotFoundError("it is missing")
             self._file = safetensors.safe_open(path, framework="numpy")
             self._slices = {key: self._file.get_slice(key) for key in self._file.keys()}  # noqa: SIM118
         except (OSError, safetensors.SafetensorError) as error:
-            raise CacheError(
-                f"{path} cannot be read ({error}); delete {name}.json beside it and run datasets_process.py again"
-            ) from error
+            raise CacheError(f"{path} cannot be read ({error}); {self.mend()}") from error
         kinds = {
             "U8": np.uint8,
             "I32": np.int32,
@@ -198,9 +253,26 @@ class Clip:
         self.usable = self.tensor("usable")
         self._offsets = self.tensor("face_jpeg_offsets")
         self.variants: int = self._slices["boxes"].get_shape()[1]
+        if self.about["frames"] != len(self):
+            raise CacheError(f"{path} has {len(self)} frames, its record says {self.about['frames']}; {self.mend()}")
+        begins, ends = self._offsets[:-1], self._offsets[1:]
+        pictures = (begins < ends).reshape(len(self), self.variants)
+        whole = begins[0] == 0 and ends[-1] == self.rows("face_jpeg") and (begins <= ends).all()
+        if not whole or (pictures != self.usable[:, None]).any():
+            raise CacheError(f"{path}: its pictures are not those of its usable frames; {self.mend()}")
 
     def __len__(self) -> int:
         return len(self.usable)
+
+    def mend(self) -> str:
+        return f"delete {self.name}.json beside it and run datasets_process.py again"
+
+    def verify(self) -> None:
+        """Read the whole file of tensors. Raises CacheError where it is not the one that the record tells of."""
+        with open(self.path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != self.about["sha256"]:
+            raise CacheError(f"{self.path} has changed since it was made (its sha256 is another); {self.mend()}")
 
     def rows(self, name: str) -> int:
         """How many rows a tensor of `TENSORS` has."""
@@ -219,11 +291,15 @@ class Clip:
         """The face crop of a usable frame, BGR uint8 (256, 256, 3). Raises CacheError for any other frame."""
         index = frame * self.variants + variant
         jpeg = self.tensor("face_jpeg", int(self._offsets[index]), int(self._offsets[index + 1]))
-        image = cv2.imdecode(jpeg, cv2.IMREAD_COLOR) if len(jpeg) else None
-        if image is None or image.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
-            raise CacheError(
-                f"clip {self.name}: there is no picture of frame {frame}; delete its record and prepare again"
-            )
+        try:
+            size = Image.open(
+                io.BytesIO(jpeg), formats=["JPEG"]
+            ).size  # by its header: no memory for what claims to be larger
+        except (OSError, Image.DecompressionBombError):
+            size = None
+        image = cv2.imdecode(jpeg, cv2.IMREAD_COLOR) if size == (IMAGE_SIZE, IMAGE_SIZE) else None
+        if image is None:
+            raise CacheError(f"{self.path}: there is no picture of frame {frame}; {self.mend()}")
         return image
 
 
@@ -238,6 +314,19 @@ class Cache:
         if not names:
             raise CacheError(f"{folder} has no clip in it; datasets_process.py says why under rejected/")
         self.clips = {name: Clip(folder, name) for name in names}
+        for clip in self.clips.values():
+            if clip.variants != len(self.contract.margins):
+                raise CacheError(f"{clip.path} has {clip.variants} variants, not those of contract.json; {clip.mend()}")
+
+
+def verify(folder: Path) -> Iterator[CacheError | None]:
+    """Read all of a cache: for each clip what is wrong with it, or None. Raises CacheError where there is no cache."""
+    read_contract(folder)
+    for record in sorted((folder / "clips").glob("*.json")):
+        try:
+            yield Clip(folder, record.stem).verify()
+        except CacheError as error:
+            yield error
 
 
 def _check_tensors(source: str, found: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> None:
@@ -248,7 +337,7 @@ def _check_tensors(source: str, found: dict[str, tuple[np.dtype, tuple[int, ...]
     sizes: dict[str, int] = {}
     for name, (dtype, wanted) in TENSORS.items():
         have_dtype, shape = found[name]
-        fits = have_dtype == dtype and len(shape) == len(wanted)
+        fits = have_dtype == dtype and len(shape) == len(wanted) and math.prod(max(1, n) for n in shape) < LARGEST
         for size, letter in zip(shape, wanted, strict=False):
             if letter == "T*K+1":
                 fits = fits and size == math.prod(found["boxes"][1][:2]) + 1

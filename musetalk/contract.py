@@ -8,6 +8,7 @@ B batch, T video frames, F audio features, S encoder states, W window tokens, D 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
+from reprlib import repr as short
 
 from musetalk.script import UserError
 
@@ -28,6 +29,9 @@ MASK_TOP = IMAGE_SIZE // 2  # first row of the half that is repainted
 VAE_FACTOR = 8  # pixels per latent pixel
 LATENT_SIZE = IMAGE_SIZE // VAE_FACTOR  # 32
 LATENT_CHANNELS = 4
+
+
+LARGEST = 1000  # number of pixels or frames in a feature contract
 
 
 class ContractError(UserError):
@@ -68,15 +72,17 @@ class FeatureContract:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ContractError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+                raise ContractError(f"{name} must be one of {', '.join(allowed)}, not {short(getattr(self, name))}")
         if isinstance(self.margins, list):
             object.__setattr__(self, "margins", tuple(self.margins))  # as JSON gives it
         for field in fields(self):
             if type(getattr(self, field.name)) is not type(field.default):
                 kind = type(field.default).__name__
-                raise ContractError(f"{field.name} must be of type {kind}, not {getattr(self, field.name)!r}")
+                raise ContractError(f"{field.name} must be of type {kind}, not {short(getattr(self, field.name))}")
         if not self.margins or any(type(margin) is not int or margin < 0 for margin in self.margins):
-            raise ContractError(f"margins must be one or more whole pixels, 0 or more, not {self.margins!r}")
+            raise ContractError(f"margins must be one or more whole pixels, 0 or more, not {short(self.margins)}")
+        if max(*self.margins, abs(self.bbox_shift), abs(self.sync_offset)) > LARGEST:
+            raise ContractError(f"margins, bbox_shift and sync_offset must be at most {LARGEST}")
 
     @classmethod
     def from_dict(cls, values: object, names: tuple[str, ...], source: str) -> FeatureContract:
@@ -84,7 +90,7 @@ class FeatureContract:
         if not isinstance(values, dict):
             raise ContractError(f"{source}: holds no feature contract")
         if set(values) != set(names):
-            odd = ", ".join(sorted(set(names).symmetric_difference(values)))
+            odd = ", ".join(sorted(str(name)[:40] for name in set(names).symmetric_difference(values))[:5])
             raise ContractError(f"{source}: its feature contract has unknown or missing fields: {odd}")
         try:
             return cls(**values)
@@ -104,8 +110,8 @@ class FeatureContract:
             have, want = getattr(self, name), getattr(wanted, name)
             if (not set(want) <= set(have)) if name == "margins" else (have != want):
                 raise ContractError(
-                    f"{source} was made with {name} = {have!r}, but {want!r} is asked for; "
-                    f"set {name} to {have!r}, or make it again"
+                    f"{source} was made with {name} = {short(have)}, but {short(want)} is asked for; "
+                    f"set {name} to {short(have)}, or make it again"
                 )
 
 

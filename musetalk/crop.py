@@ -21,6 +21,7 @@ from musetalk.face import Face, FaceBackend, follow_person
 from musetalk.video import batched
 
 DETECT_BATCH = 16  # frames given to the detector at once
+MIN_FACE = 32  # source pixels, both sides of a crop; a smaller one shows no mouth
 NOSE_POINT = 29  # low on the bridge of the nose, of the 68 landmarks
 NOSE_TIP = 30
 EYE_CORNERS = (36, 45)  # the outer ones
@@ -96,7 +97,7 @@ def face_box(
     jaw has dropped, which a network learns to read instead of the audio. "rigid" is ours: sized by the eyes alone.
     landmarks: (68, 2) in source pixels. frame_shape: (H, W, ...).
     bbox_shift: source pixels that the border of the mask moves down. margin: source pixels added below.
-    Returns int32 (4,) x1, y1, x2, y2, half-open and inside the frame, or None where nothing is left of it.
+    Returns int32 (4,) x1, y1, x2, y2, half-open and inside the frame, or None where it is smaller than `MIN_FACE`.
     Source of the first: MuseTalk, get_landmark_and_bbox (v1.0) and its extra_margin (v1.5).
     """
     points = landmarks.astype(np.int32)  # rounded down as MuseTalk does
@@ -112,7 +113,7 @@ def face_box(
     box = np.array([left, centre - half, right, centre + half + margin])
     height, width = frame_shape[:2]
     box = np.clip(box, 0, [width, height, width, height]).astype(np.int32)
-    return box if box[2] > box[0] and box[3] > box[1] else None
+    return box if min(box[2] - box[0], box[3] - box[1]) >= MIN_FACE else None
 
 
 def skull_size(landmarks: np.ndarray) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from musetalk.files import write_whole
+from musetalk.files import append_line, write_whole
 
 
 class RunLog:
@@ -30,21 +31,19 @@ class RunLog:
         self.stats = self.folder / "stats.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.stats.exists():
-            kept = [line for line in self.stats.read_text().splitlines() if json.loads(line)["step"] <= step]
-            write_whole(self.stats, "".join(f"{line}\n" for line in kept).encode())
+            lines = self.stats.read_text(encoding="utf-8", errors="replace").splitlines()
+            write_whole(self.stats, "".join(f"{line}\n" for line in lines if _step(line) <= step).encode())
         self.board = SummaryWriter(self.folder, purge_step=step + 1)
 
     def line(self, text: str) -> None:
         """A line for people: on the screen, past any progress bar, and in the file."""
         tqdm.write(text)
-        with open(self.lines, "a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        append_line(self.lines, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Figures of a step, for people and for programs."""
         self.line(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
-        with open(self.stats, "a") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
+        append_line(self.stats, json.dumps({"step": step} | values))
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         self.board.flush()
@@ -54,3 +53,12 @@ class RunLog:
         path = self.folder / "samples" / f"{step:07d}.png"
         write_whole(path, cv2.imencode(".png", image)[1].tobytes())
         return path
+
+
+def _step(line: str) -> float:
+    """The step of a record; infinity for a line that is none, such as one that a full disk cut off."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf
+    return step if isinstance(step, int | float) else math.inf

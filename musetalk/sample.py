@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from skimage import data
 from tqdm import tqdm
 
 from musetalk.contract import AUDIO_SAMPLE_RATE, VIDEO_FPS
+from musetalk.files import own_folder, write_whole
 from musetalk.video import write_video
 
 # One seed per clip, found by search: mouths that open wide, and tracks no two of which correlate by 0.1.
@@ -290,13 +290,13 @@ def make_sample(folder: Path) -> list[Path]:
     if folder.exists():
         raise FileExistsError(f"{folder}: exists already; the sample needs a new folder")
     unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     names = [f"sample_{index:02d}" for index in range(len(SEEDS))]
-    for index, name in enumerate(tqdm(names, "sample", unit="clip")):
-        audio = clip_script(index).audio
-        write_video(unfinished / f"{name}.mp4", render_frames(index), audio, AUDIO_SAMPLE_RATE)
-    identities = dict.fromkeys(names, "astronaut")
-    (unfinished / "identities.json").write_text(json.dumps(identities, indent=2) + "\n")
-    os.replace(unfinished, folder)
+    with own_folder(unfinished) as lock:
+        for index, name in enumerate(tqdm(names, "sample", unit="clip")):
+            audio = clip_script(index).audio
+            write_video(unfinished / f"{name}.mp4", render_frames(index), audio, AUDIO_SAMPLE_RATE)
+        identities = dict.fromkeys(names, "astronaut")
+        write_whole(unfinished / "identities.json", (json.dumps(identities, indent=2) + "\n").encode())
+        lock.unlink()
+        os.replace(unfinished, folder)
     return [folder / f"{name}.mp4" for name in names]

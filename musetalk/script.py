@@ -1,32 +1,149 @@
-"""How a script ends when its user can mend what is wrong: one sentence, exit code 2, no traceback."""
+"""How a script begins and ends: its constants are checked before anything expensive; what its user can mend is one
+sentence with exit code 2 and no traceback; an interruption says how to go on."""
 
 from __future__ import annotations
 
+import errno
+import re
+import signal
 import sys
-from collections.abc import Callable
-from typing import TypeVar
+import threading
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, TypeVar, get_type_hints
+
+import torch
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, AllowInfNan, TypeAdapter, ValidationError
 
 Config = TypeVar("Config")
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch("cpu|cuda(:[0-9]{1,2})?", name):
+        raise ValueError("must be cpu, cuda or cuda:<number>")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"must be a device that is there ({str(error).splitlines()[0]})") from error
+    return name
+
+
+# Kinds of constants.
+Count = Annotated[int, Ge(1), Le(10**12)]
+CountOrZero = Annotated[int, Ge(0), Le(10**12)]
+Seed = Annotated[int, Ge(0), Lt(2**32)]
+Positive = Annotated[float, Gt(0), AllowInfNan(False)]
+PositiveOrZero = Annotated[float, Ge(0), AllowInfNan(False)]
+Workers = Annotated[int, Ge(0), Le(512)]  # processes
+Share = Annotated[float, Gt(0), Lt(1)]
+Decay = Annotated[float, Ge(0), Lt(1)]
+Pixels = Annotated[int, Ge(0), Le(1000)]  # of a source
+Device = Annotated[str, AfterValidator(_device)]
+Shift = Annotated[int, Ge(-1000), Le(1000)]  # pixels of a source
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+# What to do about an error of the system.
+ADVICE = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some space and run the same command again",
+    errno.EACCES: "allow this user to read and write there, or choose another path",
+    errno.EPERM: "allow this user to read and write there, or choose another path",
+    errno.EROFS: "choose a path that can be written",
+    errno.EEXIST: "a file is where a folder should be; choose another path",
+    errno.ENOTDIR: "a file is where a folder should be; choose another path",
+    errno.EISDIR: "a folder is where a file should be; choose another path",
+}
 
 
 class UserError(ValueError):
     """Something a user can mend. The message is one sentence: the file or constant, what is wrong, what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """The text in one line that any terminal shows: control characters, line ends and undecodable bytes as escapes."""
+    return "".join(
+        char if unicodedata.category(char) not in ("Cc", "Cs", "Zl", "Zp") else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def check_constants(config: object) -> None:
+    """Hold every constant of a dataclass against its annotation. Raises UserError naming the first that is unfit."""
+    for name, kind in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        try:
+            TypeAdapter(kind).validate_python(value, strict=True)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(str(part) for part in (name, *fault["loc"]))
+            must = (
+                fault["msg"]
+                .replace("Input should", "must")
+                .replace("Tuple should", "must")
+                .replace(" after validation", "")
+                .replace("Field required", "must be given")
+                .replace("Value error, ", "")
+            )
+            raise UserError(f"{where} {must}, not {fault['input']!r}") from None
+
 
 def run_script(main: Callable[[Config], None], config: Config) -> None:
     """Run a script's main. Leaves with exit code 2 for what its user can mend, 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # no name of a file ends a run
+    threading.excepthook = _quiet_thread
     try:
         main(config)
     except UserError as error:
         sys.exit(_leave(str(error), 2))
     except OSError as error:
-        if error.filename is None:
+        if error.errno is None:
             raise
-        sys.exit(_leave(f"{error.filename}: {error.strerror}", 2))
-    except KeyboardInterrupt:
-        sys.exit(_leave("interrupted; run the same command again to go on", 130))
+        parts = (error.filename and printable(str(error.filename)), error.strerror, ADVICE.get(error.errno))
+        sys.exit(_leave(": ".join(part for part in parts if part), 2))
+    except KeyboardInterrupt as interruption:
+        sys.exit(_leave(str(interruption) or "interrupted; run the same command again to go on", 130))
+
+
+def _quiet_thread(thread) -> None:
+    """TensorBoard's thread hands a failed write to the main thread as well, which says it in a sentence."""
+    if not isinstance(thread.exc_value, OSError):
+        threading.__excepthook__(thread)
 
 
 def _leave(message: str, code: int) -> int:
     print(f"\n{message}", file=sys.stderr)
     return code
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Within it the first Ctrl-C, or SIGTERM, as clusters send it, only makes the given function say True.
+
+    A second one acts as ever. Only for the main thread.
+    """
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    requested = False
+
+    def request(number: int, _) -> None:
+        nonlocal requested
+        requested = True
+        print("\nstopping after this step; again to stop at once", file=sys.stderr)
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield lambda: requested
+    finally:
+        restore()

@@ -3,28 +3,134 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import io
 import pickle
+import pickletools
+import shlex
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 
 import safetensors.torch
 import torch
+from diffusers import ModelMixin
 from safetensors import SafetensorError
 from torch import nn
 
+from musetalk.files import read_json
 from musetalk.script import UserError
+
+HUGGING_FACE = "https://huggingface.co/{}/resolve/main/{}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where people get a weight file."""
+
+    url: str  # of the file or, with `look_for`, of the page where people find it
+    sha256: str = ""  # of the file, or its first digits; "" where it is not known
+    size: int = 0  # bytes; 0 where it is not known
+    look_for: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.url} ({self.look_for})" if self.look_for else self.url
+
 
 # Each file of a models folder -> where people get it. The first that is there is taken.
 SOURCES = {
-    "musetalk/musetalk.json": "https://huggingface.co/TMElyralab/MuseTalk (musetalk/musetalk.json)",
-    "sd-vae-ft-mse/config.json": "https://huggingface.co/stabilityai/sd-vae-ft-mse",
-    "sd-vae-ft-mse/diffusion_pytorch_model.safetensors": "https://huggingface.co/stabilityai/sd-vae-ft-mse",
-    "whisper/tiny.pt": "https://openaipublic.azureedge.net/main/whisper/models/"
-    "65147644a518d12f04e32d6f3b26facc3f8dd46e5390956a9424a650c0ce22b9/tiny.pt",
+    "musetalk/musetalk.json": Source(HUGGING_FACE.format("TMElyralab/MuseTalk", "musetalk/musetalk.json")),
+    "musetalk/pytorch_model.bin": Source(
+        HUGGING_FACE.format("TMElyralab/MuseTalk", "musetalk/pytorch_model.bin"), size=3_400_076_549
+    ),
+    "musetalk/cunet.bin": Source(
+        "https://drive.google.com/drive/folders/1USuHLbs1ff3mFJ5QtJMAZxm_yWLwqYai",
+        look_for="cunet.bin, MuseTalkTrainer's UNet",
+    ),
+    "musetalkV15/musetalk.json": Source(
+        HUGGING_FACE.format("TMElyralab/MuseTalk", "musetalkV15/musetalk.json"),
+        "5b6923aee04d71692e0e9846c471e0a4ea07a4f686d39545e472bd4ba17e1b47",
+        748,
+    ),
+    "musetalkV15/unet.pth": Source(
+        HUGGING_FACE.format("TMElyralab/MuseTalk", "musetalkV15/unet.pth"),
+        "7ebf6c98c181e20838e4c0054e96e944ac60d5d692cc01db42839fe11b787007",
+        3_400_074_924,
+    ),
+    "sd-vae-ft-mse/config.json": Source(HUGGING_FACE.format("stabilityai/sd-vae-ft-mse", "config.json")),
+    "sd-vae-ft-mse/diffusion_pytorch_model.safetensors": Source(
+        HUGGING_FACE.format("stabilityai/sd-vae-ft-mse", "diffusion_pytorch_model.safetensors"),
+        "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
+        334_643_276,
+    ),
+    "whisper/tiny.pt": Source(
+        "https://openaipublic.azureedge.net/main/whisper/models/"
+        "65147644a518d12f04e32d6f3b26facc3f8dd46e5390956a9424a650c0ce22b9/tiny.pt",
+        "65147644a518d12f04e32d6f3b26facc3f8dd46e5390956a9424a650c0ce22b9",
+        75_572_083,
+    ),
+    "dwpose/dw-ll_ucoco_384.pth": Source(
+        HUGGING_FACE.format("yzd-v/DWPose", "dw-ll_ucoco_384.pth"),
+        "0d9408b13cd863c4e95a149dd31232f88f2a12aa6cf8964ed74d7d97748c7a07",
+        406_878_486,
+    ),
+    "syncnet/lipsync_expert.pth": Source("https://github.com/Rudrabha/Wav2Lip", look_for="Expert Discriminator"),
+    "syncnet/latentsync_syncnet.pt": Source(
+        HUGGING_FACE.format("ByteDance/LatentSync", "latentsync_syncnet.pt"),
+        "38fa63bad3ed2332f647c40a5dc616cb0e233db8579f698f62af4c41965c4da5",
+        1_488_019_828,
+    ),
+    "syncnet/stable_syncnet.pt": Source(
+        HUGGING_FACE.format("ByteDance/LatentSync-1.5", "stable_syncnet.pt"),
+        "dccc464554b85ed939ae5cf63000e5803d4b21d8c7dae2260544a10aeb1ac483",
+        1_605_324_224,
+    ),
+    # A copy: its authors, zllrunning/face-parsing.PyTorch, have the same file on Google Drive.
+    "face-parse-bisent/79999_iter.pth": Source(
+        HUGGING_FACE.format("ManyOtherFunctions/face-parse-bisent", "79999_iter.pth"),
+        "468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567",
+        53_289_463,
+    ),
+    "vgg/vgg16-397923af.pth": Source(
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+        553_433_881,
+    ),
+    "vgg/lpips.pth": Source(
+        "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
+        "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+        7_289,
+    ),
 }
 
-# What torch's own unpickler lets through where the bytes make no sense.
-BROKEN_PICKLE = (ValueError, RuntimeError, IndexError, KeyError, TypeError, AttributeError)
+# A tensor that only this file has -> what the file is.
+SIGNS = {
+    "face_encoder.0.conv_block.0.weight": "Wav2Lip's SyncNet",
+    "audio_encoder.down_blocks.4.conv1.weight": "a StableSyncNet without attention",
+    "audio_encoder.down_blocks.4.attn.to_q.weight": "a StableSyncNet with attention",
+    "cp.resnet.conv1.weight": "the face parser",
+    "layer1.0.conv1.weight": "a ResNet",
+    "features.0.weight": "VGG",
+    "lin0.model.1.weight": "the heads of LPIPS",
+    "encoder.conv_in.weight": "a VAE",
+    "time_embedding.linear_1.weight": "a UNet",
+}
+
+# What Python, torch and diffusers let through where a file makes no sense.
+NONSENSE = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError)
+BROKEN_PICKLE = (*NONSENSE, EOFError, MemoryError, struct.error)
+MAX_LAYERS, MAX_PARAMETERS = 16, 4_000_000_000  # the largest network here has 850 million
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# All that the pickle of a torch file of plain tensors asks for, and how deep it is nested at most.
+KINDS = "Double Float Half BFloat16 Long Int Short Char Byte Bool".split()
+PLAIN = {f"torch {kind}Storage" for kind in KINDS} | {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor",  # before torch 0.4: torchvision's VGG16
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+}
+MAX_DEPTH = 50
 
 
 class WeightsError(UserError):
@@ -33,40 +139,143 @@ class WeightsError(UserError):
 
 def find(models_dir: Path, name: str) -> Path:
     """The path of a file of `SOURCES` in a models folder. Raises WeightsError naming its place and source."""
-    path = Path(models_dir) / name
+    path, source = Path(models_dir) / name, SOURCES[name]
     if not path.is_file():
-        raise WeightsError(f"{path} is missing; get it from {SOURCES[name]} and put it there")
+        folder = "" if Path(models_dir) == Path("models") else f" --models-dir {shlex.quote(str(models_dir))}"
+        command = "" if source.look_for else f", which python -m musetalk.download {name}{folder} does"
+        raise WeightsError(f"{path} is missing; get it from {source} and put it there{command}")
     return path
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises WeightsError where the file is something else."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise WeightsError(f"{path} holds no JSON object")
-    return values
 
 
 def read_tensors(path: Path) -> dict:
     """What a .safetensors or a torch file holds. Nothing in it is run. Raises WeightsError where it is neither."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise FileNotFoundError("there is no such file")
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        _check_torch_file(path)
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, SafetensorError, pickle.UnpicklingError, *BROKEN_PICKLE) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path} cannot be read as weights: {reason}") from error
+    except WeightsError:
+        raise
+    except pickle.UnpicklingError as error:  # whose own words would have people switch the guard off
+        raise WeightsError(f"{path} cannot be read as weights: it is no pickle of plain tensors") from error
+    except (OSError, SafetensorError, *BROKEN_PICKLE) as error:
+        raise WeightsError(f"{path} cannot be read as weights: {reason(error)}") from error
     if not isinstance(values, dict):
         raise WeightsError(f"{path} holds no weights by name but a {type(values).__name__}")
+    if sum(tensor.nbytes for tensor in _tensors(values)) > path.stat().st_size:
+        raise WeightsError(f"{path} is smaller than the tensors that it says it holds")
     return values
 
 
+def reason(error: Exception) -> str:
+    """What others' errors begin with; torch's go on with a trace."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    """All tensors in what a torch file holds."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def _check_torch_file(path: Path) -> None:
+    """Raises WeightsError where torch would make more of a file than plain tensors, or more than its size."""
+    with open(path, "rb") as file:
+        pickles = 5  # of the format before zip: two marks, the system, the values, the order of the tensors
+        begin = file.read(4)
+        file.seek(0)
+        if begin == b"PK\x03\x04":  # as torch asks, whose own reader decides what the archive holds
+            archive = torch._C.PyTorchFileReader(file)
+            if sum(map(archive.get_record_size, archive.get_all_records())) > path.stat().st_size:
+                raise WeightsError(f"{path} is no file of torch's: it is compressed, and could be of any size")
+            file, pickles = io.BytesIO(archive.get_record("data.pkl")), 1
+        for _ in range(pickles):
+            _check_pickle(file, path)
+
+
+def _check_pickle(file: io.BufferedIOBase, path: Path) -> None:
+    """Go over a pickle without making anything. Raises WeightsError where it asks for what is no part of a tensor, or
+    is so tangled that torch would take for ever or crash: nested deeply, or with one thing in many places."""
+    depths, marks, memo, before = [], [], {}, ""  # depths: of the things on the stack
+    for opcode, argument, _ in pickletools.genops(file):
+        name, takes = opcode.name, opcode.stack_before
+        if name == "GLOBAL" and argument not in PLAIN:
+            raise WeightsError(f"{path} holds more than plain tensors: it asks for {argument}")
+        if name.endswith("GET") and memo.get(argument) not in ("GLOBAL", "BINUNICODE", "SHORT_BINSTRING"):
+            raise WeightsError(f"{path} holds more than plain tensors: it has one thing in two places")
+        if name.endswith("PUT"):
+            memo[argument] = before
+        before = name
+        if name == "MARK":
+            marks.append(len(depths))
+            continue
+        count, end = len(takes), len(depths)
+        if pickletools.markobject in takes:
+            count, end = takes.index(pickletools.markobject), marks.pop()
+        taken = depths[end - count :]
+        del depths[end - count :]
+        depth = max([0, *taken[:1], *(inner + 1 for inner in taken[1:])]) + name.startswith("TUPLE")
+        if depth > MAX_DEPTH:
+            raise WeightsError(f"{path} holds more than plain tensors: it is nested too deeply")
+        depths += [depth] * len(opcode.stack_after)
+
+
+def build_network(kind: type[ModelMixin], path: Path, use: Callable[[ModelMixin], None]) -> ModelMixin:
+    """A network of a configuration file of diffusers, on the meta device: it takes no memory until it is filled.
+
+    use: tries on the meta device what the network is for, and raises ValueError where that is not what comes out.
+    Raises WeightsError where the file describes no such network, or one that is larger than any of these.
+    """
+    config = read_json(path)
+    what = f"{path} describes no {kind.__name__} that can be used"
+    if config.get("_class_name", kind.__name__) != kind.__name__:
+        raise WeightsError(f"{what}: its _class_name is {short(config['_class_name'])}")
+    for name, value in config.items():
+        sizes = value if isinstance(value, list) else [value]
+        shallow = all(size is None or (type(size) is int and size <= MAX_LAYERS) for size in sizes)
+        if len(sizes) > MAX_LAYERS or ("layers" in name and not shallow):
+            raise WeightsError(f"{what}: {name[:40]} is too large")
+    try:
+        with torch.device("meta"), torch.no_grad():
+            network = kind.from_config(config)
+            use(network)
+    except NONSENSE as error:
+        raise WeightsError(f"{what}: {reason(error)}") from error
+    if (size := sum(parameter.numel() for parameter in network.parameters())) > MAX_PARAMETERS:
+        raise WeightsError(f"{path} describes a network of {size:,} parameters, more than {MAX_PARAMETERS:,}")
+    return network
+
+
+def unwrap(values: dict, path: Path) -> dict:
+    """The tensors by name of a training's checkpoint ({"state_dict": ...}) or of a plain file, without the `module.`
+    that training on several devices puts before every name. Raises WeightsError where a checkpoint has none."""
+    tensors, prefix = values.get("state_dict", values), "module."
+    if not isinstance(tensors, dict):
+        raise WeightsError(f"{path} holds no weights by name but a {type(tensors).__name__}")
+    wrapped = all(str(name).startswith(prefix) for name in tensors)
+    return {str(name).removeprefix(prefix): tensor for name, tensor in tensors.items()} if wrapped else tensors
+
+
 def load_strictly(module: nn.Module, tensors: dict, path: Path) -> None:
-    """Put tensors into a module by name. Raises WeightsError listing what does not fit; then nothing was loaded."""
+    """Put tensors into a module by name; one on the meta device takes them over.
+
+    Raises WeightsError listing what does not fit; then nothing was loaded.
+    """
     own = module.state_dict()
+    if not isinstance(tensors, dict):
+        raise WeightsError(f"{path} holds no weights by name but a {type(tensors).__name__}")
+    odd = [
+        str(name)
+        for name, value in tensors.items()
+        if not (isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided)
+    ]
+    if odd:
+        raise WeightsError(f"{path} holds more than plain tensors by name: {_first(odd)}")
     faults = {
         "missing": sorted(own.keys() - tensors.keys()),
         "unexpected": sorted(tensors.keys() - own.keys()),
@@ -75,15 +284,24 @@ def load_strictly(module: nn.Module, tensors: dict, path: Path) -> None:
             for name in sorted(own.keys() & tensors.keys())
             if tensors[name].shape != own[name].shape
         ],
+        "not of floating point": [
+            f"{name} {tensors[name].dtype}"
+            for name in sorted(own.keys() & tensors.keys())
+            if own[name].is_floating_point() and tensors[name].dtype not in FLOATS
+        ],
     }
     if any(faults.values()):
-        listed = "; ".join(
-            f"{len(names)} {fault}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-            for fault, names in faults.items()
-            if names
+        listed = "; ".join(f"{len(names)} {fault}: {_first(names)}" for fault, names in faults.items() if names)
+        other = [what for sign, what in SIGNS.items() if sign in tensors and sign not in own]
+        raise WeightsError(
+            f"{path} does not fit {type(module).__name__}: {listed}"
+            + "".join(f"; it looks like {x}" for x in other[:1])
         )
-        raise WeightsError(f"{path} does not fit {type(module).__name__}: {listed}")
-    module.load_state_dict(tensors)
+    module.load_state_dict(tensors, assign=any(tensor.is_meta for tensor in own.values()))
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def freeze(module: nn.Module) -> nn.Module:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import islice
@@ -204,6 +209,39 @@ def make_cache(small_clips, tmp_path_factory) -> Callable[[str], Cache]:
         return Cache(made[contract])
 
     return make
+
+
+@pytest.fixture
+def interrupt(tmp_path) -> Callable[[list, Callable[[], bool]], tuple[int, str]]:
+    """A function that runs a script as people do and presses Ctrl-C when it is ready: its exit code, its words.
+
+    The signal goes to the whole group of processes, as a terminal sends it; none of them may be left.
+    """
+
+    def run(arguments: list, ready: Callable[[], bool]) -> tuple[int, str]:
+        with open(tmp_path / "words", "w") as words:
+            process = subprocess.Popen(
+                [sys.executable, *map(str, arguments)],
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=words,
+                stderr=words,
+                start_new_session=True,
+            )
+        try:
+            while not ready():
+                assert process.poll() is None, (tmp_path / "words").read_text()
+                time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait()
+            with pytest.raises(ProcessLookupError):
+                os.killpg(process.pid, 0)
+        finally:
+            process.kill()
+            process.wait()
+        return process.returncode, (tmp_path / "words").read_text()
+
+    return run
 
 
 @pytest.fixture

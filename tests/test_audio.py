@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 class Counting:
     """An encoder of two states that tells, of each segment, its number and the place in it."""
 
-    mel_bins = 80
+    mel_bins, shape = 80, (2, 2)
 
     def __init__(self) -> None:
         self.mels: list[torch.Tensor] = []

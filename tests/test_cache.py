@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from dataclasses import replace
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -23,16 +23,15 @@ from musetalk.cache import (
     CacheError,
     CacheWriter,
     Clip,
-    clip_name,
     encode_jpegs,
-    identity_of,
     read_contract,
 )
 from musetalk.contract import CACHE_FIELDS, IMAGE_SIZE, ContractError, FeatureContract
 from musetalk.files import write_whole
 
-ABOUT = {"source": "a.mp4", "identity": "somebody", "start": 0, "last": True}
+ABOUT = {"source": "a.mp4", "source_bytes": 9, "identity": "somebody", "start": 0, "last": True}
 CONTRACT = FeatureContract(margins=(0, 10), vae="abc")
+ONE_MARGIN = FeatureContract()
 
 
 @pytest.fixture
@@ -72,7 +71,8 @@ def test_what_is_written_is_read(
     tensors = random_tensors(
         frames, variants=variants, features=features, mels=mels, width=width, unusable=unusable, seed=seed
     )
-    record = CacheWriter(folder, CONTRACT).write("a__b", tensors, ABOUT)
+    contract = replace(CONTRACT, margins=tuple(range(variants)))
+    record = CacheWriter(folder, contract).write("a__b", tensors, ABOUT)
     clip = Cache(folder).clips["a__b"]
     assert len(clip) == frames and clip.variants == variants and clip.identity == "somebody"
     assert (
@@ -114,23 +114,23 @@ def test_every_picture_is_found_in_its_frame_and_variant(tmp_path, random_tensor
     for frame, pair in enumerate(levels):
         for variant in range(2):
             if pair is None:
-                with pytest.raises(CacheError, match="clip a: .*frame 1"):
+                with pytest.raises(CacheError, match="a.safetensors: .*frame 1"):
                     clip.image(frame, variant)
             else:
                 assert np.abs(clip.image(frame, variant).astype(int) - pair[variant]).max() <= 1
 
 
 def test_a_clip_without_any_face_can_be_stored(tmp_path, random_tensors):
-    CacheWriter(tmp_path, CONTRACT).write("a", random_tensors(3, unusable=[0, 1, 2]), ABOUT)
+    CacheWriter(tmp_path, ONE_MARGIN).write("a", random_tensors(3, unusable=[0, 1, 2]), ABOUT)
     clip = Cache(tmp_path).clips["a"]
     assert not clip.usable.any()
-    with pytest.raises(CacheError, match="clip a: .*frame 1"):
+    with pytest.raises(CacheError, match="a.safetensors: .*frame 1"):
         clip.image(1)
 
 
 def test_a_tensor_without_rows_is_read_as_such(tmp_path, random_tensors):
     """A part of a video after its sound has ended has no audio features."""
-    CacheWriter(tmp_path, CONTRACT).write("a", random_tensors(2, features=0, mels=0, unusable=[0, 1]), ABOUT)
+    CacheWriter(tmp_path, ONE_MARGIN).write("a", random_tensors(2, features=0, mels=0, unusable=[0, 1]), ABOUT)
     clip = Cache(tmp_path).clips["a"]
     assert clip.tensor("audio_features").shape == (0, 2, 3)
     assert clip.tensor("mel").shape == (0, 80) and clip.tensor("face_jpeg").shape == (0,)
@@ -150,7 +150,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, random_tensors):
 def test_arrays_in_another_order_of_memory_are_stored_by_their_values(tmp_path, random_tensors):
     tensors = random_tensors(3)
     odd = tensors | {"latents": np.asfortranarray(tensors["latents"]), "mel": tensors["mel"][::-1][::-1]}
-    CacheWriter(tmp_path, CONTRACT).write("a", odd, ABOUT)
+    CacheWriter(tmp_path, ONE_MARGIN).write("a", odd, ABOUT)
     clip = Cache(tmp_path).clips["a"]
     np.testing.assert_array_equal(clip.tensor("latents"), tensors["latents"])
     np.testing.assert_array_equal(clip.tensor("mel"), tensors["mel"])
@@ -197,7 +197,7 @@ def test_a_clip_cut_off_while_it_is_written_is_not_there(monkeypatch, folder, ra
     monkeypatch.undo()
     assert not (folder / "clips" / "b.json").exists()
     assert list(Cache(folder).clips) == ["a"]
-    assert CacheWriter(folder, CONTRACT).finished(PurePath("b.mp4")) == []
+    assert CacheWriter(folder, CONTRACT).finished(ABOUT | {"source": "b.mp4"}) == []
     CacheWriter(folder, CONTRACT).write("b", random_tensors(4, variants=2, seed=1), ABOUT)
     assert list(Cache(folder).clips) == ["a", "b"]
     np.testing.assert_array_equal(Cache(folder).clips["b"].tensor("mel"), random_tensors(4, variants=2, seed=1)["mel"])
@@ -319,16 +319,44 @@ def test_a_broken_picture_is_named_when_it_is_read(folder, random_tensors):
     tensors["face_jpeg"][:] = 7
     (folder / "clips" / "a.safetensors").write_bytes(safetensors.numpy.save(tensors))
     clip = Cache(folder).clips["a"]
-    with pytest.raises(CacheError, match="clip a: .*frame 4"):
+    with pytest.raises(CacheError, match="a.safetensors: .*frame 4"):
         clip.image(4)
 
 
 def test_a_picture_of_another_size_is_broken(tmp_path, random_tensors):
     tensors = random_tensors(1)
     tensors["face_jpeg"], tensors["face_jpeg_offsets"] = encode_jpegs([np.zeros((64, 64, 3), np.uint8)])
-    CacheWriter(tmp_path, CONTRACT).write("a", tensors, ABOUT)
-    with pytest.raises(CacheError, match="clip a: .*frame 0"):
+    CacheWriter(tmp_path, ONE_MARGIN).write("a", tensors, ABOUT)
+    with pytest.raises(CacheError, match="a.safetensors: .*frame 0"):
         Cache(tmp_path).clips["a"].image(0)
+
+
+@pytest.mark.parametrize("change", ["another usable frame", "a frame less", "shifted", "backwards", "beyond the end"])
+def test_pictures_that_are_not_those_of_the_usable_frames_are_refused(folder, random_tensors, change):
+    """Offsets must begin at 0, end at the last byte, never fall, and be apart for the usable frames alone."""
+    tensors = random_tensors(6, variants=2, unusable=[2])
+    usable, offsets = tensors["usable"], tensors["face_jpeg_offsets"]
+    if change == "another usable frame":
+        usable[2] = True
+    elif change == "a frame less":
+        usable[3] = False
+    elif change == "shifted":
+        offsets += 1
+    elif change == "backwards":
+        offsets[[2, 3]] = offsets[[3, 2]]
+    else:
+        offsets[-1] += 1
+    path = folder / "clips" / "a.safetensors"
+    path.write_bytes(safetensors.numpy.save(tensors))
+    with pytest.raises(CacheError, match="its pictures are not those of its usable frames; delete a.json") as caught:
+        Cache(folder)
+    assert str(path) in str(caught.value)
+
+
+def test_a_clip_of_more_variants_than_the_contract_has_is_refused(folder, random_tensors):
+    CacheWriter(folder, CONTRACT).write("b", random_tensors(2, variants=3), ABOUT)
+    with pytest.raises(CacheError, match="b.safetensors has 3 variants, not those of contract.json; delete b.json"):
+        Cache(folder)
 
 
 def test_a_folder_that_is_no_cache_or_has_no_clip_is_named(tmp_path):
@@ -382,91 +410,3 @@ def test_writing_on_under_the_same_rules_is_allowed(folder, random_tensors):
     writer = CacheWriter(folder, replace(CONTRACT, window_edge="clamp", positional_encoding=False))
     writer.write("b", random_tensors(2, variants=2), ABOUT)
     assert list(Cache(folder).clips) == ["a", "b"]
-
-
-# Names, identities, what is done.
-
-
-@pytest.mark.parametrize(
-    ("source", "part", "name"),
-    [
-        ("a.mp4", None, "a"),
-        ("people/a.mp4", None, "people__a"),
-        ("x/y/a.b.mov", None, "x__y__a.b"),
-        ("people/a.mp4", 0, "people__a-0000"),
-        ("a.mp4", 12, "a-0012"),
-    ],
-)
-def test_the_name_of_a_clip(source, part, name):
-    assert clip_name(PurePath(source), part) == name
-
-
-@pytest.mark.parametrize(
-    ("source", "identity"),
-    [
-        ("WDA_BernieSanders_000.mp4", "WDA_BernieSanders"),
-        ("RD_Radio1_000.mp4", "RD_Radio1"),
-        ("WRA_A_B_C_123.mp4", "WRA_A_B_C"),
-        ("hdtf/train/WDA_BernieSanders_001.mp4", "WDA_BernieSanders"),
-        ("WDA_BernieSanders.mp4", "WDA_BernieSanders"),
-        ("WDA_BernieSanders_0000.mp4", "WDA_BernieSanders_0000"),
-        ("WDA_BernieSanders_00.mp4", "WDA_BernieSanders_00"),
-        ("XWDA_Bernie_000.mp4", "XWDA_Bernie_000"),
-        ("my_own_000.mp4", "my_own_000"),
-        ("people/a.mp4", "people/a"),
-        ("others/a.mp4", "others/a"),
-        ("talks/talk.1.mp4", "talks/talk.1"),
-    ],
-)
-def test_who_is_in_a_source_by_its_name(source, identity):
-    assert identity_of(PurePath(source), {}) == identity
-    assert identity_of(PurePath(source), {"elsewhere": "x"}) == identity
-
-
-def test_identities_json_comes_first():
-    identities = {"WDA_BernieSanders_000": "Bernie", "people/a": "Anna"}
-    assert identity_of(PurePath("WDA_BernieSanders_000.mp4"), identities) == "Bernie"
-    assert identity_of(PurePath("people/a.mp4"), identities) == "Anna"
-    assert identity_of(PurePath("a.mp4"), identities) == "a"
-
-
-def test_what_is_done_of_a_source_is_told_in_order(tmp_path, random_tensors):
-    writer = CacheWriter(tmp_path, CONTRACT)
-    source = PurePath("people/a.mp4")
-    assert writer.finished(source) == []
-    writer.write("people__a-0000", random_tensors(2, variants=2), ABOUT | {"last": False})
-    assert [record["last"] for record in writer.finished(source)] == [False]
-    rejected = writer.reject("people__a-0001", ABOUT | {"last": False}, "no face", "no face was found")
-    writer.write("people__a-0002", random_tensors(2, variants=2), ABOUT)
-    records = CacheWriter(tmp_path, CONTRACT).finished(source)
-    assert [record["last"] for record in records] == [False, False, True]
-    assert records[1] == rejected and (rejected["kind"], rejected["reason"]) == ("no face", "no face was found")
-    assert writer.finished(PurePath("a.mp4")) == [] == writer.finished(PurePath("people/a-0000x.mp4"))
-
-
-def test_a_gap_ends_what_is_done(tmp_path, random_tensors):
-    writer = CacheWriter(tmp_path, CONTRACT)
-    for part in (0, 2):
-        writer.write(f"a-{part:04d}", random_tensors(1, variants=2), ABOUT | {"last": part == 2})
-    assert len(writer.finished(PurePath("a.mp4"))) == 1
-
-
-def test_a_refused_source_is_done_and_is_no_clip(folder):
-    writer = CacheWriter(folder, CONTRACT)
-    writer.reject("b", ABOUT, "no audio", "b.mp4: has no audio track")
-    assert [record["kind"] for record in writer.finished(PurePath("b.mp4"))] == ["no audio"]
-    assert list(Cache(folder).clips) == ["a"]
-    assert files(folder) == {"contract.json", "clips/a.json", "clips/a.safetensors", "rejected/b.json"}
-
-
-def test_a_record_that_cannot_be_read_is_named_when_going_on(folder):
-    (folder / "clips" / "a.json").write_text("{")
-    with pytest.raises(CacheError, match="a.json"):
-        CacheWriter(folder, CONTRACT).finished(PurePath("a.mp4"))
-
-
-def test_names_beyond_ascii_are_kept_readable(folder, random_tensors):
-    writer = CacheWriter(folder, CONTRACT)
-    writer.write("J\u00fcrgen", random_tensors(1, variants=2), ABOUT | {"identity": "J\u00fcrgen"})
-    assert Cache(folder).clips["J\u00fcrgen"].identity == "J\u00fcrgen"
-    assert "J\u00fcrgen" in (folder / "clips" / "J\u00fcrgen.json").read_text(encoding="utf-8")

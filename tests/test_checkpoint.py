@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,8 +40,13 @@ def test_a_state_comes_back_with_its_step(tmp_path):
     state = {"unet": {"weight": torch.randn(2, 3)}, "rng": torch.get_rng_state(), "scheduler": {"last_epoch": 3}}
     path = save_state(tmp_path, 12, state, keep=2)
     assert path == tmp_path / "training-state-0000012.pt" and names(tmp_path) == [path.name]
-    found = load_latest_state(tmp_path)
-    assert found["step"] == 12 and found["scheduler"] == {"last_epoch": 3} and found.keys() == state.keys() | {"step"}
+    where, found = load_latest_state(tmp_path)
+    assert (
+        where == path
+        and found["step"] == 12
+        and found["scheduler"] == {"last_epoch": 3}
+        and found.keys() == state.keys() | {"step"}
+    )
     assert torch.equal(found["unet"]["weight"], state["unet"]["weight"]) and torch.equal(found["rng"], state["rng"])
     assert "step" not in state
 
@@ -51,7 +57,7 @@ def test_only_the_newest_states_are_kept(tmp_path_factory, steps, keep):
     for step in sorted(steps):
         save_state(folder, step, {}, keep)
     assert names(folder) == sorted(f"training-state-{step:07d}.pt" for step in sorted(steps)[-keep:])
-    assert load_latest_state(folder)["step"] == max(steps)
+    assert load_latest_state(folder)[1]["step"] == max(steps)
 
 
 def test_the_newest_is_the_highest_step_not_the_last_in_the_alphabet(tmp_path):
@@ -59,7 +65,7 @@ def test_the_newest_is_the_highest_step_not_the_last_in_the_alphabet(tmp_path):
         save_state(tmp_path, step, {}, keep=5)
         save_unet(tmp_path, step, {"a": torch.ones(1)}, RIGID)
     assert sorted(names(tmp_path))[-1] == "unet-9999999.safetensors"
-    assert load_latest_state(tmp_path)["step"] == 10_000_000
+    assert load_latest_state(tmp_path)[1]["step"] == 10_000_000
     assert latest_unet(tmp_path).name == "unet-10000000.safetensors"
 
 
@@ -81,7 +87,7 @@ def test_other_files_are_neither_taken_nor_deleted(tmp_path):
         latest_unet(tmp_path)
     for step in (1, 2):
         save_state(tmp_path, step, {}, keep=1)
-    assert load_latest_state(tmp_path)["step"] == 2
+    assert load_latest_state(tmp_path)[1]["step"] == 2
     assert names(tmp_path) == sorted([*others, "training-state-0000002.pt"])
 
 
@@ -105,7 +111,7 @@ def test_a_save_cut_off_leaves_what_was_there(monkeypatch, tmp_path, save):
         with pytest.raises(OSError, match="No space"):
             save(tmp_path, step, *rest)
     assert first.read_bytes() == content
-    assert load_latest_state(tmp_path)["step"] == 1 if save is save_state else latest_unet(tmp_path) == first
+    assert load_latest_state(tmp_path)[1]["step"] == 1 if save is save_state else latest_unet(tmp_path) == first
 
 
 def test_a_state_that_cannot_be_read_is_named(tmp_path):
@@ -113,6 +119,78 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "training-state-0000002.pt").write_bytes(b"cut off")
     with pytest.raises(WeightsError, match="training-state-0000002.pt"):
         load_latest_state(tmp_path)
+
+
+@pytest.fixture
+def saved(tmp_path) -> tuple[Path, dict]:
+    """A state of a few numbers and where it is."""
+    numbers = {"weight": torch.randn(3)}
+    optimizer = {"state": {0: {"exp_avg": torch.randn(3)}}, "param_groups": [{"lr": 0.1}]}
+    state = {"unet": numbers, "optimizer": optimizer, "optimizer_name": "adam"}
+    return save_state(tmp_path, 1, state, keep=1), state
+
+
+def assert_refused_in_a_sentence(path: Path) -> None:
+    with pytest.raises(WeightsError) as caught:
+        load_latest_state(path.parent)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and message.endswith("delete it, and the run goes on from the state before it")
+
+
+def test_a_state_of_which_a_bit_has_changed_is_refused_unless_the_bit_means_nothing(saved):
+    """A bit of every third byte: of numbers, of names, of the zip's headers and directory, of padding."""
+    path, state = saved
+    content = path.read_bytes()
+    refused = 0
+    for place in range(0, len(content), 3):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        try:
+            _, found = load_latest_state(path.parent)
+        except WeightsError as error:
+            refused += 1
+            assert str(error).startswith(str(path)) and "delete it, and the run goes on" in str(error)
+        else:
+            assert torch.equal(found["unet"]["weight"], state["unet"]["weight"])
+            assert torch.equal(found["optimizer"]["state"][0]["exp_avg"], state["optimizer"]["state"][0]["exp_avg"])
+            assert (found["step"], found["optimizer_name"]) == (1, "adam")
+    assert refused > len(content) / 9
+
+
+def test_numbers_that_torch_would_take_for_a_folder_are_refused(saved):
+    """Marked as a folder in the zip's directory, a record is not read at all: memory as it was would become weights."""
+    path, _ = saved
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"data/0"))
+    content[entry + 38] |= 0x10  # of its external attributes
+    path.write_bytes(content)
+    assert_refused_in_a_sentence(path)
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.9, 0.999])
+def test_a_state_that_was_cut_off_is_refused(saved, share):
+    path, _ = saved
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    assert_refused_in_a_sentence(path)
+
+
+def test_a_state_that_is_something_else_is_refused(saved):
+    path, _ = saved
+    for content in (b"<html>", pickle.dumps({"step": 1})):
+        path.write_bytes(content)
+        assert_refused_in_a_sentence(path)
+    path.unlink()
+    path.mkdir()
+    assert_refused_in_a_sentence(path)
+
+
+def test_after_a_broken_state_is_deleted_the_one_before_is_found(saved):
+    path, state = saved
+    newer = save_state(path.parent, 2, state, keep=2)
+    newer.write_bytes(newer.read_bytes()[:-9])
+    assert_refused_in_a_sentence(newer)
+    newer.unlink()
+    assert load_latest_state(path.parent)[0] == path
 
 
 # Weights to use.

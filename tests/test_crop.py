@@ -243,7 +243,7 @@ def test_where_alpha_is_zero_the_bytes_of_the_frame_stay(picture):
 
 
 @pytest.mark.parametrize("recipe", ["nose_centred", "rigid"])
-@pytest.mark.parametrize("eyes", [20, 30, 61, 90])
+@pytest.mark.parametrize("eyes", [24, 30, 61, 90])
 @pytest.mark.parametrize("margin", [0, 10])
 @pytest.mark.parametrize("jaw", [0, 0.2])
 def test_alpha_is_nothing_at_the_edges_of_its_box_and_all_at_the_mouth(recipe, eyes, margin, jaw):

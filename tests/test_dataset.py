@@ -21,13 +21,17 @@ UNUSABLE = {"a": [0, 7, 8, 19], "b": [], "short": []}
 FRAMES = {"a": 24, "b": 14, "short": MIN_REFERENCE_GAP}  # no two frames of "short" are far enough apart
 
 
+def about(name: str) -> dict:
+    return {"source": f"{name}.mp4", "source_bytes": 9, "identity": name, "last": True}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, random_tensors) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     writer = CacheWriter(folder, CONTRACT)
     for seed, (name, frames) in enumerate(FRAMES.items()):
         tensors = random_tensors(frames, variants=3, unusable=UNUSABLE[name], seed=seed)
-        writer.write(name, tensors, {"identity": name, "last": True})
+        writer.write(name, tensors, about(name))
     return folder
 
 
@@ -93,7 +97,7 @@ def test_windows_of_three_frames_never_hold_an_unusable_one(cache):
 
 def test_a_frame_without_a_reference_is_not_drawn(tmp_path, random_tensors):
     """Of 8 frames, 3 and 4 have nothing 5 frames away."""
-    CacheWriter(tmp_path, CONTRACT).write("c", random_tensors(8, variants=3), {"identity": "c", "last": True})
+    CacheWriter(tmp_path, CONTRACT).write("c", random_tensors(8, variants=3), about("c"))
     data = dataset(Cache(tmp_path), ["c"])
     assert {data.draw(step, 0).start for step in range(300)} == {0, 1, 2, 5, 6, 7}
     with pytest.raises(CacheError, match="4 usable frames"):
@@ -238,6 +242,5 @@ def test_windows_read_alone_are_those_of_the_whole_clip(folder_of_one_clip, edge
 
 @pytest.fixture
 def folder_of_one_clip(tmp_path, random_tensors):
-    about = {"source": "one.mp4", "identity": "one", "start": 0, "last": True}
-    CacheWriter(tmp_path, FeatureContract()).write("one", random_tensors(12, features=23), about)
+    CacheWriter(tmp_path, FeatureContract()).write("one", random_tensors(12, features=23), about("one"))
     return tmp_path

@@ -1,23 +1,31 @@
 """The real script on real and made-up videos: what it writes, what it refuses, that it goes on where it stopped."""
 
+from __future__ import annotations
+
 import json
 import re
 import shutil
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import cv2
 import numpy as np
 import pytest
+import tyro
 
 import datasets_process
 import musetalk.crop
-from datasets_process import PrepareConfig, find_videos, read_identities
+from datasets_process import PrepareConfig, read_identities
 from datasets_process import main as prepare
 from musetalk.cache import Cache, CacheError
-from musetalk.contract import ContractError
-from musetalk.script import run_script
+from musetalk.contract import CONTRACTS, RIGID, ContractError
+from musetalk.face import load_face_backend
+from musetalk.script import UserError, run_script
 from musetalk.video import MediaError, read_audio, read_frames, write_video
 from musetalk.weights import WeightsError
+
+ROOT = Path(__file__).parents[1]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -26,6 +34,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_the_cache_of_the_sample(sample_cache):
     assert sorted(path for path in contents(sample_cache.folder) if not path.startswith("clips")) == [
+        ".lock",
         "contact_sheet.png",
         "contract.json",
     ]
@@ -154,21 +163,53 @@ def test_without_videos_of_ones_own_the_sample_is_made(mini, tmp_path, monkeypat
     assert "making the built-in sample (set hdtf_dir" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"hdtf_dir": Path("nowhere")}, MediaError, "nowhere: there is no such folder; set hdtf_dir"),
-        ({"models_dir": Path("nowhere")}, WeightsError, "nowhere/sd-vae-ft-mse/config.json is missing; get it from"),
-        ({"contract": "v2"}, ContractError, "contract must be one of rigid"),
-        ({"face_backend": "eyes"}, ValueError, "face_backend must be"),
-        ({"margins": (-1,)}, ContractError, "margins must be"),
-        ({"encode_dtype": "int8"}, ContractError, "encode_dtype must be one of float32"),
-    ],
-)
-def test_what_cannot_work_is_refused_in_a_sentence(small_clips, tmp_path, change, error, message):
-    with pytest.raises(error, match=message):
-        prepare(PrepareConfig(**{"hdtf_dir": small_clips, "hdtf_samples_dir": tmp_path} | change))
+def test_without_its_folder_of_videos_it_says_which_constant_to_set(tmp_path):
+    with pytest.raises(MediaError, match="nowhere: there is no such folder; set hdtf_dir"):
+        prepare(PrepareConfig(hdtf_dir=tmp_path / "nowhere", hdtf_samples_dir=tmp_path / "cache"))
     assert not list(tmp_path.iterdir())
+
+
+def test_without_weights_it_says_where_to_get_them(small_clips, tmp_path):
+    with pytest.raises(WeightsError, match="nowhere/sd-vae-ft-mse/config.json is missing; get it from"):
+        prepare(PrepareConfig(hdtf_dir=small_clips, hdtf_samples_dir=tmp_path / "cache", models_dir=Path("nowhere")))
+    assert not list(tmp_path.iterdir())
+
+
+NO_PATH = ["videos", "", None, 3, b"videos"]
+UNFIT = {
+    "hdtf_dir": NO_PATH,
+    "hdtf_samples_dir": NO_PATH,
+    "models_dir": NO_PATH,
+    "contract": ["v2", "", "Rigid", None, 1, ["rigid"]],
+    "bbox_shift": [1001, -1001, 0.0, True, "0", None, float("nan")],
+    "margins": [(-1,), (1001,), (0, 0.5), (True,), ("0",), [0], 0, None, "0"],
+    "encode_dtype": ["int8", "float16", None, 32],
+    "face_backend": ["eyes", "", None, 1],
+    "device": ["gpu", "", "meta", "cuda:99", None, 0],
+    "verify": ["yes", 1, 0, None],
+}
+
+
+@pytest.mark.parametrize("name", [constant.name for constant in fields(PrepareConfig)])
+def test_an_unfit_constant_is_refused_by_name_before_anything_is_done(name, tmp_path, monkeypatch):
+    """A constant without an entry in UNFIT fails."""
+    monkeypatch.chdir(tmp_path)
+    for stage in ("load_vae", "load_audio_encoder", "load_face_backend", "make_sample", "own_folder", "verify_cache"):
+        monkeypatch.setattr(datasets_process, stage, lambda *_: pytest.fail("it went on"))
+    for value in UNFIT[name]:
+        with pytest.raises(UserError, match=rf"^{name}(\.\d)? must .*, not ") as caught:
+            prepare(replace(PrepareConfig(), **{name: value}))
+        assert str(caught.value).endswith(repr(value)) or isinstance(value, tuple)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_choices_of_constants_are_those_there_are():
+    kinds = get_type_hints(PrepareConfig)
+    assert get_args(kinds["contract"]) == tuple(CONTRACTS)
+    for name in get_args(kinds["face_backend"]):
+        assert load_face_backend(name)
+    for name in get_args(kinds["encode_dtype"]):
+        assert not name or replace(RIGID, encode_dtype=name).encode_dtype == name
 
 
 def test_an_output_that_is_a_file_is_one_sentence(small_clips, tmp_path, capsys):
@@ -195,19 +236,60 @@ def test_nothing_usable_ends_in_a_sentence(tmp_path):
 
 def test_identities_must_be_names(tmp_path):
     (tmp_path / "identities.json").write_text('{"a": 1}')
-    with pytest.raises(MediaError, match='identities.json: must be one object of "path without ending"'):
+    with pytest.raises(UserError, match='identities.json: must be one object of "path without ending"'):
         read_identities(tmp_path)
 
 
-def test_videos_are_found_in_all_subfolders_in_order(tmp_path):
-    for name in ("b.MP4", "a/z.mov", "a/b/c.mkv", "d.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    assert [path.relative_to(tmp_path).as_posix() for path in find_videos(tmp_path)] == [
-        "a/b/c.mkv",
-        "a/z.mov",
-        "b.MP4",
+# Verifying, and mending what it finds.
+
+
+def test_a_cache_is_verified_and_mended_by_the_same_command(small_clips, sample_cache, tmp_path, capsys):
+    folder = tmp_path / "cache"
+    shutil.copytree(sample_cache.folder, folder)
+    config = PrepareConfig(hdtf_dir=small_clips, hdtf_samples_dir=folder)
+    check = replace(config, verify=True)
+    run_script(prepare, check)
+    assert capsys.readouterr().out == f"{folder}: all 3 clips are what was made\n"
+
+    record, tensors = folder / "clips" / "sample_01.json", folder / "clips" / "sample_01.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[len(content) // 2] ^= 1
+    tensors.write_bytes(content)
+    (folder / "clips" / "sample_02.safetensors").unlink()
+    with pytest.raises(SystemExit) as leaving:
+        run_script(prepare, check)
+    assert leaving.value.code == 2
+    printed = capsys.readouterr()
+    assert [line.partition(" ")[0] for line in printed.out.splitlines()] == [
+        str(tensors),
+        str(folder / "clips" / "sample_02.safetensors"),
     ]
+    assert f"{folder}: 2 of 3 clips are not what was made; delete the records named above" in printed.err
+
+    record.unlink()
+    (folder / "clips" / "sample_02.json").unlink()
+    prepare(config)
+    assert contents(folder) == contents(sample_cache.folder)
+    run_script(prepare, check)
+
+
+def test_without_a_cache_there_is_nothing_to_verify(tmp_path):
+    with pytest.raises(CacheError, match="no cache of clips"):
+        prepare(PrepareConfig(hdtf_samples_dir=tmp_path / "none", verify=True))
+    assert not list(tmp_path.iterdir())
+
+
+def test_after_ctrl_c_the_same_command_ends_as_if_there_had_been_none(small_clips, sample_cache, tmp_path, interrupt):
+    folder = tmp_path / "cache"
+    arguments = ["--hdtf-dir", small_clips, "--hdtf-samples-dir", folder]
+    ready = (folder / "clips" / "sample_00.json").exists
+    code, words = interrupt([ROOT / "datasets_process.py", *arguments], ready)
+    assert code == 130 and "Traceback" not in words
+    assert words.endswith("\ninterrupted; run the same command again to go on\n")
+    left = contents(folder)
+    assert "contact_sheet.png" not in left and not [name for name in left if name.endswith(".partial")]
+    prepare(tyro.cli(PrepareConfig, args=list(map(str, arguments))))
+    assert contents(folder) == contents(sample_cache.folder)
 
 
 def test_real_clips(clips, tmp_path):

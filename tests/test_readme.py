@@ -86,7 +86,7 @@ def test_the_notebook_uses_clips_that_the_demo_holds_out(random_tensors, tmp_pat
 
     writer = CacheWriter(tmp_path, CONTRACTS["rigid"])
     for index in range(len(SEEDS)):
-        about = {"source": f"sample_{index:02d}.mp4", "identity": "astronaut", "start": 0, "last": True}
+        about = {"source": f"sample_{index:02d}.mp4", "source_bytes": 9, "identity": "astronaut", "last": True}
         writer.write(f"sample_{index:02d}", random_tensors(1), about)
     demo = PRESETS["demo"]
     _, held_out, _ = split_clips(Cache(tmp_path), demo.held_out, demo.seed)

@@ -38,7 +38,9 @@ from whisper.model import ModelDimensions, Whisper
 from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, MASK_TOP, VAE_FACTOR
 from musetalk.crop import crop_face, face_box, mask_lower_half, to_tensor
 from musetalk.face import FaceBackend, follow_person, load_face_backend
+from musetalk.files import whole_file
 from musetalk.sample import SEEDS, render_frames
+from musetalk.script import run_script
 from musetalk.video import read_frames
 
 HELD_OUT = ("talking_b", "portrait_hevc_1080x1920", "person_3", "person_5", "person_l8")
@@ -109,7 +111,12 @@ def main(config: Config) -> None:
     """Make every part of the small set."""
     torch.set_num_threads(config.num_threads)
     make_audio_encoder(config)
-    make_vae(config)
+    try:
+        make_vae(config)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; the VAE in {config.models_dir} is that of the last save, and the same command begins anew"
+        ) from None
 
 
 def make_audio_encoder(config: Config) -> None:
@@ -124,9 +131,8 @@ def make_audio_encoder(config: Config) -> None:
         for conv in (model.encoder.conv1, model.encoder.conv2):
             conv.weight *= CONV_GAIN
     tensors = {name: value.half() for name, value in model.state_dict().items()}
-    path = config.models_dir / "whisper" / "tiny.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"dims": asdict(AUDIO_DIMENSIONS), "model_state_dict": tensors}, path)
+    with whole_file(config.models_dir / "whisper" / "tiny.pt") as path:
+        torch.save({"dims": asdict(AUDIO_DIMENSIONS), "model_state_dict": tensors}, path)
 
 
 def make_vae(config: Config) -> None:
@@ -502,4 +508,4 @@ def regions(landmarks: np.ndarray) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    run_script(main, tyro.cli(Config, description=__doc__))

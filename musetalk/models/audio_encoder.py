@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from reprlib import repr as short
 
 import torch
 from whisper.model import AudioEncoder as WhisperEncoder
 from whisper.model import ModelDimensions
 
-from musetalk.weights import WeightsError, find, fingerprint, freeze, load_strictly, read_tensors
+from musetalk.weights import NONSENSE, WeightsError, find, fingerprint, freeze, load_strictly, read_tensors, reason
+
+MEL_BINS = (80, 128)  # of the mels that Whisper's models hear
+SEGMENT_STATES = 1500  # in 30 s
 
 
 class AudioEncoder:
@@ -18,6 +22,7 @@ class AudioEncoder:
         self.fingerprint = fingerprint(encoder)
         self.encoder = freeze(encoder)
         self.mel_bins = encoder.conv1.in_channels
+        self.shape = len(encoder.blocks) + 1, encoder.conv1.out_channels  # S, D
 
     @torch.no_grad()
     def __call__(self, mel: torch.Tensor, final_layer_norm: bool) -> torch.Tensor:
@@ -46,12 +51,25 @@ def load_audio_encoder(models_dir: Path, device: torch.device) -> AudioEncoder:
     """The encoder of whisper/tiny.pt in a models folder, openai-whisper's own format. Raises WeightsError."""
     path = find(models_dir, "whisper/tiny.pt")
     checkpoint = read_tensors(path)
+    prefix = "encoder."
     try:
         dims = ModelDimensions(**checkpoint["dims"])
-        tensors = checkpoint["model_state_dict"]
-    except (KeyError, TypeError) as error:
+        tensors = {k[len(prefix) :]: v for k, v in checkpoint["model_state_dict"].items() if k.startswith(prefix)}
+    except (KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path} is not in openai-whisper's format: it lacks {error}") from error
-    encoder = build_encoder(dims)
-    prefix = "encoder."
-    load_strictly(encoder, {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}, path)
+    sizes = dims.n_mels, dims.n_audio_ctx, dims.n_audio_state, dims.n_audio_head, dims.n_audio_layer
+    if not (
+        all(type(size) is int and size > 0 for size in sizes)
+        and dims.n_mels in MEL_BINS
+        and dims.n_audio_ctx == SEGMENT_STATES
+        and dims.n_audio_state % (2 * dims.n_audio_head) == 0
+        and dims.n_audio_layer <= len(tensors)
+    ):
+        raise WeightsError(f"{path} describes no audio encoder of Whisper's: {short(sizes)}")
+    try:
+        with torch.device("meta"):  # no memory is taken for what the file does not hold
+            encoder = build_encoder(dims)
+    except NONSENSE as error:
+        raise WeightsError(f"{path} describes no audio encoder that can be built: {reason(error)}") from error
+    load_strictly(encoder, tensors, path)
     return AudioEncoder(encoder.float().to(device))

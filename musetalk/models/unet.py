@@ -12,10 +12,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from musetalk.weights import find, load_strictly, read_json, read_tensors
+from musetalk.contract import LATENT_CHANNELS, LATENT_SIZE, WINDOW_STEPS
+from musetalk.weights import build_network, find, load_strictly, read_tensors
 
 SINGLE_STEP_TIMESTEP = 0  # the network was made for diffusion and asks for one
 MAX_TOKENS = 5000
+MAX_WIDTH = 2**14  # of a token; the largest Whisper's are 1280 wide
 
 
 class UNet(nn.Module):
@@ -48,20 +50,33 @@ def sinusoid(length: int, width: int) -> torch.Tensor:
     return table
 
 
+def _plan(models_dir: Path) -> UNet2DConditionModel:
+    """The network of musetalk/musetalk.json in a models folder, on the meta device. Raises WeightsError."""
+
+    def use(model: UNet2DConditionModel) -> None:
+        if not 0 < (width := model.config.cross_attention_dim) <= MAX_WIDTH:
+            raise ValueError(f"cross_attention_dim must be at most {MAX_WIDTH}")
+        tokens = torch.empty(1, WINDOW_STEPS, width)
+        made = model(torch.empty(1, 2 * LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE), 0, tokens).sample
+        if made.shape != (1, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE):
+            raise ValueError(f"of latents it makes {tuple(made.shape)}")
+
+    return build_network(UNet2DConditionModel, find(models_dir, "musetalk/musetalk.json"), use)
+
+
 def build_unet(models_dir: Path, seed: int, positional_encoding: bool) -> UNet:
     """An untrained UNet of musetalk/musetalk.json in a models folder, the same for the same seed.
 
     Raises WeightsError.
     """
-    config = read_json(find(models_dir, "musetalk/musetalk.json"))
+    plan = _plan(models_dir)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return UNet(UNet2DConditionModel.from_config(config), positional_encoding)
+        return UNet(UNet2DConditionModel.from_config(plan.config), positional_encoding)
 
 
 def load_unet(models_dir: Path, path: Path, positional_encoding: bool) -> UNet:
     """A UNet of musetalk/musetalk.json with the weights of a file. Raises WeightsError."""
-    config = read_json(find(models_dir, "musetalk/musetalk.json"))
-    model = UNet2DConditionModel.from_config(config)
+    model = _plan(models_dir)
     load_strictly(model, read_tensors(path), path)
-    return UNet(model, positional_encoding)
+    return UNet(model.float(), positional_encoding)

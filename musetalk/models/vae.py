@@ -6,6 +6,7 @@ Three states of a face: crop (uint8 pixels) -> cached latents (float16, scaled) 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,10 +15,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from musetalk.contract import LATENT_CHANNELS, LATENT_SIZE, FeatureContract
+from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, LATENT_SIZE, FeatureContract
 from musetalk.crop import mask_lower_half, to_tensor
 from musetalk.video import batched
-from musetalk.weights import find, fingerprint, freeze, load_strictly, read_json, read_tensors
+from musetalk.weights import build_network, find, fingerprint, freeze, load_strictly, read_tensors
 
 # What the published file calls the layers of the middle attention -> what diffusers does today.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -84,9 +85,14 @@ def load_vae(
     models_dir: Path, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format = torch.channels_last
 ) -> VAE:
     """The VAE of a models folder. channels_last is faster, but for bfloat16 gradients on a CPU. Raises WeightsError."""
-    config = read_json(find(models_dir, "sd-vae-ft-mse/config.json"))
+
+    def use(autoencoder: AutoencoderKL) -> None:
+        if not 0 < autoencoder.config.scaling_factor < math.inf:
+            raise ValueError("scaling_factor must be over 0")
+        autoencoder.decode(autoencoder.encode(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE)).latent_dist.mode())
+
+    autoencoder = build_network(AutoencoderKL, find(models_dir, "sd-vae-ft-mse/config.json"), use)
     path = find(models_dir, "sd-vae-ft-mse/diffusion_pytorch_model.safetensors")
-    autoencoder = AutoencoderKL.from_config(config)
     load_strictly(autoencoder, {_today(name): tensor for name, tensor in read_tensors(path).items()}, path)
     vae = VAE(autoencoder)  # its fingerprint is of the float32 tensors
     # nn.Module's own `to`: diffusers' warns of layers to keep in float32 even where there are none.

@@ -1,0 +1,366 @@
+"""Names of clips, who is in them, what is done of a source, and whether a cache is still what was made."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path, PurePath
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from musetalk.cache import (
+    CLIP_RECORD,
+    REJECTED_RECORD,
+    TENSORS,
+    Cache,
+    CacheError,
+    CacheWriter,
+    clip_name,
+    identity_of,
+    verify,
+)
+from musetalk.contract import FeatureContract
+from musetalk.video import MediaError
+
+CONTRACT = FeatureContract()
+
+
+def about(source: str = "a.mp4", **changes) -> dict:
+    """What the records of a source have in common."""
+    return {"source": source, "source_bytes": 9, "identity": "somebody", "start": 0, "last": True} | changes
+
+
+@pytest.fixture
+def writer(tmp_path) -> CacheWriter:
+    return CacheWriter(tmp_path / "cache", CONTRACT)
+
+
+@pytest.fixture
+def write(writer, random_tensors):
+    """A function that writes a clip of a source."""
+
+    def write(clip: str, source: str = "a.mp4", **changes) -> dict:
+        return writer.write(clip, random_tensors(2, seed=sum(clip.encode())), about(source, **changes))
+
+    return write
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {"contract.json"}
+
+
+# Names.
+
+
+@pytest.mark.parametrize(
+    ("source", "part", "name"),
+    [
+        ("a.mp4", None, "a"),
+        ("people/a.mp4", None, "people__a"),
+        ("x/y/a.b.mov", None, "x__y__a.b"),
+        ("people/a.mp4", 0, "people__a-0000"),
+        ("a.mp4", 12, "a-0012"),
+        ("a.mp4", 10_000, "a-10000"),
+        ("a\n\x1b.mp4", None, r"a\n\x1b"),
+        ("\udcff.mp4", 1, r"\udcff-0001"),
+        ("...mp4", None, ".."),
+        ("J\u00fcrgen.mp4", None, "J\u00fcrgen"),
+        ("n" * 200 + ".mp4", None, "n" * 200),
+    ],
+)
+def test_the_name_of_a_clip(source, part, name):
+    assert clip_name(PurePath(source), part) == name
+
+
+def test_of_a_very_long_name_its_hash_and_its_end_are_left():
+    names = [clip_name(PurePath(start + "\u00fc" * 110 + ".mp4"), 3) for start in "ab"]
+    assert names[0] != names[1] and all(name.endswith("-" + "\u00fc" * 50 + "-0003") for name in names)
+    assert clip_name(PurePath("a" * 201)) != clip_name(PurePath("a" * 202))
+
+
+any_name = st.text(st.characters(exclude_characters="/\0"), min_size=1).filter(lambda name: name not in (".", ".."))
+
+
+@given(folders=st.lists(any_name, max_size=5), name=any_name, times=st.integers(1, 40), parts=st.sets(st.integers(0)))
+@settings(max_examples=200)
+def test_any_name_of_a_video_gives_one_that_any_file_system_takes(tmp_path_factory, folders, name, times, parts):
+    folder = tmp_path_factory.getbasetemp() / "names"
+    folder.mkdir(exist_ok=True)
+    source = PurePath(*folders, name * times + ".mp4")
+    parts = sorted(part % 100_000 for part in parts)
+    names = [clip_name(source), *(clip_name(source, part) for part in parts)]
+    assert len(set(names)) == 1 + len(set(parts))
+    for clip in names:
+        path = folder / f"{clip}.safetensors.1234567.partial"
+        assert path.parent == folder and path.name == f"{clip}.safetensors.1234567.partial"
+        assert len(os.fsencode(path.name)) <= 255 and len(f"{clip}.".splitlines()) == 1
+        path.touch()
+        path.unlink()
+        assert Path(f"{clip}.json").stem == clip  # as it is read
+
+
+@pytest.mark.parametrize(
+    ("source", "identity"),
+    [
+        ("WDA_BernieSanders_000.mp4", "WDA_BernieSanders"),
+        ("RD_Radio1_000.mp4", "RD_Radio1"),
+        ("WRA_A_B_C_123.mp4", "WRA_A_B_C"),
+        ("hdtf/train/WDA_BernieSanders_001.mp4", "WDA_BernieSanders"),
+        ("WDA_BernieSanders.mp4", "WDA_BernieSanders"),
+        ("WDA_BernieSanders_0000.mp4", "WDA_BernieSanders_0000"),
+        ("WDA_BernieSanders_00.mp4", "WDA_BernieSanders_00"),
+        ("XWDA_Bernie_000.mp4", "XWDA_Bernie_000"),
+        ("my_own_000.mp4", "my_own_000"),
+        ("people/a.mp4", "people/a"),
+        ("others/a.mp4", "others/a"),
+        ("talks/talk.1.mp4", "talks/talk.1"),
+    ],
+)
+def test_who_is_in_a_source_by_its_name(source, identity):
+    assert identity_of(PurePath(source), {}) == identity
+    assert identity_of(PurePath(source), {"elsewhere": "x"}) == identity
+
+
+def test_identities_json_comes_first():
+    identities = {"WDA_BernieSanders_000": "Bernie", "people/a": "Anna"}
+    assert identity_of(PurePath("WDA_BernieSanders_000.mp4"), identities) == "Bernie"
+    assert identity_of(PurePath("people/a.mp4"), identities) == "Anna"
+    assert identity_of(PurePath("a.mp4"), identities) == "a"
+
+
+@pytest.mark.parametrize("odd", ["J\u00fcrgen", "a\nb", "\udcff", "\u4f60\u597d", "\U0001f642" * 40, "\x1b[2J"])
+def test_odd_names_come_back_from_records_as_they_are(writer, write, odd):
+    source = f"{odd}/{odd}.mp4"
+    clip = clip_name(PurePath(source))
+    written = write(clip, source, identity=odd)
+    assert writer.finished(about(source, identity=odd)) == [written]
+    assert Cache(writer.folder).clips[clip].identity == odd
+    assert Cache(writer.folder).clips[clip].about["source"] == source
+    if odd.isprintable():
+        assert odd in (writer.folder / "clips" / f"{clip}.json").read_text(encoding="utf-8")
+
+
+# What is done of a source.
+
+
+def test_what_is_done_of_a_source_is_told_in_order(writer, write):
+    source = about("people/a.mp4")
+    assert writer.finished(source) == []
+    first = write("people__a-0000", "people/a.mp4", last=False)
+    assert writer.finished(source) == [first]
+    second = writer.reject("people__a-0001", source | {"last": False}, "no face", "no face was found")
+    third = write("people__a-0002", "people/a.mp4")
+    assert CacheWriter(writer.folder, CONTRACT).finished(source) == [first, second, third]
+    assert (second["kind"], second["reason"]) == ("no face", "no face was found")
+    assert writer.finished(about("a.mp4")) == [] == writer.finished(about("people/a-0000x.mp4"))
+
+
+def test_a_gap_ends_what_is_done(writer, write):
+    for part in (0, 2):
+        write(f"a-{part:04d}", last=part == 2)
+    assert len(writer.finished(about())) == 1
+
+
+def test_a_refused_source_is_done_and_is_no_clip(writer, write):
+    write("b", "b.mp4")
+    writer.reject("a", about(), "no audio", "a.mp4: has no audio track")
+    assert [record["kind"] for record in writer.finished(about())] == ["no audio"]
+    assert list(Cache(writer.folder).clips) == ["b"]
+    assert files(writer.folder) == {"clips/b.json", "clips/b.safetensors", "rejected/a.json"}
+
+
+@pytest.mark.parametrize("changed", ["another.mp4", "A.mp4", "a.mov", "x/../a.mp4"])
+def test_a_name_that_another_source_has_is_not_taken(writer, write, changed):
+    write("a")
+    before = (writer.folder / "clips" / "a.json").read_bytes()
+    with pytest.raises(MediaError, match=f"{changed}: .*a.json is of a.mp4; rename one of them") as caught:
+        write("a", changed)
+    assert caught.value.kind == "same name"
+    assert (writer.folder / "clips" / "a.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("clip", "first", "second"),
+    [
+        ("a__b", "a/b.mp4", "a__b.mp4"),
+        ("a__b", "a__b.mp4", "a/b.mp4"),
+        ("x-0000", "x.mp4", "x-0000.mp4"),  # the part of a long one, and a short one of that name
+        ("x-0000", "x-0000.mp4", "x.mp4"),
+        ("x-0000-0001", "x-0000.mp4", "x-0000-0001.mp4"),
+        (r"a\n", "a\n.mp4", r"a\n.mp4"),
+        ("a", "a.mp4", "a.mov"),
+    ],
+)
+def test_a_source_whose_name_is_taken_is_refused_before_it_is_prepared(writer, write, clip, first, second):
+    part = clip != clip_name(PurePath(first))
+    if clip.endswith("-0001"):
+        write("x-0000-0000", first, last=False)
+    written = write(clip, first, last=not part)
+    with pytest.raises(MediaError) as caught:
+        writer.finished(about(second))
+    assert caught.value.kind == "same name" and "rename one of them" in str(caught.value)
+    assert writer.finished(about(first))[-1] == written
+
+
+def test_a_refusal_takes_no_record_of_another_source(writer, write):
+    written = write("a__b", "a/b.mp4")
+    writer.reject("c__d", about("c/d.mp4"), "no audio", "none")
+    for clip in ("a__b", "c__d"):
+        writer.reject(clip, about(f"{clip}.mp4"), "unreadable", "is no file")
+    assert writer.finished(about("a/b.mp4")) == [written]
+    assert writer.finished(about("c/d.mp4"))[0]["kind"] == "no audio"
+    assert {name for name in files(writer.folder) if name.startswith("rejected")} == {
+        "rejected/a__b.mp4.json",
+        "rejected/c__d.json",
+        "rejected/c__d.mp4.json",
+    }
+
+
+def test_what_was_made_of_a_file_of_another_size_is_deleted(writer, write):
+    write("b", "b.mp4")
+    write("a-0000", last=False)
+    writer.reject("a-0001", about(last=False), "no face", "none")
+    write("a-0002")
+    assert writer.finished(about(source_bytes=10)) == []
+    assert files(writer.folder) == {"clips/b.json", "clips/b.safetensors"}
+    assert writer.finished(about()) == []
+
+
+def test_a_deletion_cut_off_is_taken_up_by_the_next_run(writer, write, monkeypatch):
+    """Were the first part deleted first, the others would stay for ever: what is done ends at a gap."""
+    for part in range(3):
+        write(f"a-{part:04d}", last=part == 2)
+    unlink, deleted = Path.unlink, []
+
+    def interrupted(path, missing_ok=False):
+        if len(deleted) == 2:
+            raise KeyboardInterrupt
+        deleted.append(path)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.finished(about(source_bytes=10))
+    monkeypatch.undo()
+    assert len(writer.finished(about())) == 2
+    assert writer.finished(about(source_bytes=10)) == [] and files(writer.folder) == set()
+
+
+def test_an_identity_given_since_is_put_into_every_record(writer, write):
+    write("a-0000", last=False)
+    writer.reject("a-0001", about(last=False), "no face", "none")
+    write("a-0002", identity="her already")
+    tensors = (writer.folder / "clips" / "a-0000.safetensors").read_bytes()
+    found = writer.finished(about(identity="her already"))
+    assert [record["identity"] for record in found] == ["her already"] * 3
+    assert found == writer.finished(about(identity="her already"))
+    assert {clip.identity for clip in Cache(writer.folder).clips.values()} == {"her already"}
+    assert (writer.folder / "clips" / "a-0000.safetensors").read_bytes() == tensors
+
+
+# Records that cannot be read.
+
+ABSENT = "absent"
+WRONG = {str: [ABSENT, None, 3, []], int: [ABSENT, None, "9", 9.0, True, -1], bool: [ABSENT, None, 1, "true"]}
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value"),
+    [("clips", name, value) for name, kind in CLIP_RECORD.items() for value in WRONG[kind]]
+    + [("rejected", name, value) for name, kind in REJECTED_RECORD.items() for value in WRONG[kind]],
+)
+def test_a_record_with_an_unfit_field_is_named(writer, write, place, name, value):
+    if place == "clips":
+        write("a")
+    else:
+        writer.reject("a", about(), "no face", "none")
+    path = writer.folder / place / "a.json"
+    record = json.loads(path.read_text())
+    del record[name]
+    path.write_text(json.dumps(record if value is ABSENT else record | {name: value}))
+    with pytest.raises(CacheError) as caught:
+        writer.finished(about())
+    assert str(caught.value) == f"{path} has no {name} that can be read; delete it and run datasets_process.py again"
+    if place == "clips":
+        with pytest.raises(CacheError, match=f"a.json has no {name} that can be read"):
+            Cache(writer.folder)
+        assert [str(fault) for fault in verify(writer.folder)] == [str(caught.value)]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
+def test_a_record_that_is_no_json_is_named_when_going_on(writer, write, content):
+    write("a")
+    (writer.folder / "clips" / "a.json").write_bytes(content)
+    with pytest.raises(CacheError, match="a.json .*; delete it and run datasets_process.py again"):
+        writer.finished(about())
+
+
+# Whether the cache is what was made.
+
+
+@pytest.fixture
+def faults(writer, write):
+    """A cache of three clips, and a function that verifies it."""
+    for clip in "abc":
+        write(clip, f"{clip}.mp4")
+    return lambda: [None if fault is None else str(fault) for fault in verify(writer.folder)]
+
+
+def test_a_cache_that_is_what_was_made_has_no_fault(faults):
+    assert faults() == [None, None, None]
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("bit", [0, 7])
+def test_a_bit_changed_in_any_tensor_is_found(writer, faults, name, bit):
+    path = writer.folder / "clips" / "b.safetensors"
+    content = bytearray(path.read_bytes())
+    data = 8 + int.from_bytes(content[:8], "little")  # after the header's length and the header
+    begin, end = json.loads(content[8:data])[name]["data_offsets"]
+    content[data + (begin + end) // 2] ^= 1 << bit
+    path.write_bytes(content)
+    found = faults()
+    assert [fault is None for fault in found] == [True, False, True]
+    assert found[1].startswith(str(path)) and "delete b.json" in found[1]
+    if name not in ("usable", "face_jpeg_offsets"):  # which are read when a clip is opened
+        assert found[1].startswith(f"{path} has changed since it was made")
+        assert list(Cache(writer.folder).clips) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("change", ["missing", "empty", "longer", "header"])
+def test_a_file_of_tensors_that_is_another_is_found(writer, faults, change):
+    path = writer.folder / "clips" / "c.safetensors"
+    content = path.read_bytes()
+    if change == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "longer": content + b"\0", "header": b"\xff" + content[1:]}[change])
+    found = faults()
+    assert found[:2] == [None, None] and found[2].startswith(str(path)) and "delete c.json" in found[2]
+
+
+def test_a_clip_in_place_of_another_is_found(writer, faults):
+    path = writer.folder / "clips" / "a.safetensors"
+    path.write_bytes((writer.folder / "clips" / "b.safetensors").read_bytes())
+    assert Cache(writer.folder).clips["a"].usable.all()
+    (only,) = (fault for fault in faults() if fault)
+    assert only.startswith(f"{path} has changed since it was made")
+
+
+def test_what_is_no_cache_cannot_be_verified(tmp_path):
+    with pytest.raises(CacheError, match="no cache of clips"):
+        list(verify(tmp_path))
+
+
+def test_a_clip_can_be_written_again_over_one_that_was_broken(writer, write, faults, random_tensors):
+    (writer.folder / "clips" / "a.safetensors").write_bytes(b"broken")
+    (writer.folder / "clips" / "a.json").unlink()
+    assert writer.finished(about()) == []
+    write("a")
+    assert faults() == [None, None, None]
+    np.testing.assert_array_equal(
+        Cache(writer.folder).clips["a"].tensor("mel"), random_tensors(2, seed=ord("a"))["mel"]
+    )

@@ -1,0 +1,141 @@
+"""Files from outside take no more memory than they could fill, measured in a process that has little."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from test_hostile_clips import HOSTILE_SAFETENSORS, PICTURES, store_picture
+from test_hostile_files import one_clip, read_all, refusal
+from test_hostile_networks import CPU, FILES, MINI, configuration, small_models
+from test_hostile_pickles import BOMBS, call, dictionary, legacy, number, saved, storage, tensor, text, zipped
+
+from musetalk.checkpoint import load_latest_state
+from musetalk.files import read_json
+from musetalk.models.audio_encoder import load_audio_encoder
+from musetalk.models.unet import build_unet
+from musetalk.models.vae import load_vae
+from musetalk.weights import read_tensors
+
+
+def limit_memory() -> None:
+    """Let this process take no more than 2 GB over what it has."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + (2 << 30), resource.RLIM_INFINITY))
+
+
+@pytest.fixture(scope="module")
+def small_process():
+    """A process of its own that has little memory."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=limit_memory) as pool:
+        yield pool
+
+
+READERS = {
+    "clip": read_all,
+    "json": lambda folder: read_json(folder / "a.json"),
+    "tensors": lambda folder: read_tensors(folder / "unet.pth"),
+    "state": load_latest_state,
+    "unet": lambda folder: build_unet(folder, 0, True),
+    "vae": lambda folder: load_vae(folder, CPU, torch.float32),
+    "whisper": lambda folder: load_audio_encoder(folder, CPU),
+}
+
+
+def memory_taken(reader: str, folder: Path) -> tuple[str, int]:
+    """What a reader says against a file, and by how many MB it raised the most memory that this process ever took."""
+    torch.set_num_threads(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    message = refusal(lambda: READERS[reader](folder), str(folder))
+    return message, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
+
+
+@pytest.fixture
+def said(small_process) -> Callable[[str, Path], str]:
+    """A function: reader, folder -> what it says against a file there, having taken no memory to speak of."""
+
+    def measure(reader: str, folder: Path) -> str:
+        message, taken = small_process.submit(memory_taken, reader, folder).result()
+        assert taken < (400 if reader == "json" else 100)
+        return message
+
+    return measure
+
+
+def test_no_picture_takes_more_memory_than_its_file_could_fill(said, tmp_path, random_tensors):
+    one_clip(tmp_path, random_tensors)
+    store_picture(tmp_path, random_tensors(6, variants=2, unusable=[2]), PICTURES["65500 x 65500"])
+    assert "there is no picture" in said("clip", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["length 2**63", "length beyond the file", "huge offsets", "too many sizes", "deep"])
+def test_no_clip_takes_more_memory_than_it_could_fill(said, tmp_path, random_tensors, name):
+    one_clip(tmp_path, random_tensors)
+    (tmp_path / "clips" / "a.safetensors").write_bytes(HOSTILE_SAFETENSORS[name])
+    assert "a.safetensors" in said("clip", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" + b"[]," * 5_000_000 + b"[]]", b'{"a":' * 10**6, bytes(10**8)], ids=["many", "deep", "large"]
+)
+def test_no_json_takes_more_memory_than_the_largest_allowed(said, tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    assert "a.json" in said("json", tmp_path)
+
+
+WORST = {
+    "bytearray of 1.5 GB": lambda: zipped(dictionary(text("a"), call("builtins.bytearray", number(3 * 2**29)))),
+    "bytearray": lambda: zipped(dictionary(text("a"), BOMBS["bytearray"])),
+    "expanded": lambda: zipped(dictionary(text("a"), BOMBS["expanded"])),
+    "laughs as a key": lambda: zipped(dictionary(text("a"), BOMBS["laughs as a key"])),
+    "deep tuples as a key": lambda: zipped(dictionary(text("a"), BOMBS["deep tuples as a key"])),
+    "memo far away": lambda: zipped(dictionary(text("a"), BOMBS["memo far away"])),
+    "packed": lambda: zipped(dictionary(text("a"), tensor()), zipfile.ZIP_DEFLATED, **{"0": bytes(3 * 10**8)}),
+    "old, 1 GB": lambda: legacy(dictionary(text("a"), tensor(storage(2**28, more=b"N"), size=(2**28,)))),
+    "old, 4 GB": lambda: legacy(dictionary(text("a"), tensor(storage(2**30, more=b"N"), size=(2**30,)))),
+    "old, 40 TB": lambda: legacy(dictionary(text("a"), tensor(storage(10**13, more=b"N"), size=(10**13,)))),
+    "old, in no list": lambda: legacy(dictionary(text("a"), tensor(storage(2**28, more=b"N"), size=(2**28,))), [], b""),
+    "old, grown": lambda: legacy(dictionary(text("a"), tensor(storage(more=b"N"), size=(2**28,)))),
+}
+
+
+@pytest.mark.parametrize("make", WORST.values(), ids=WORST)
+@pytest.mark.parametrize(("reader", "name"), [("tensors", "unet.pth"), ("state", "training-state-0000001.pt")])
+def test_no_weights_take_more_memory_than_their_file_could_fill(said, tmp_path, reader, name, make):
+    (tmp_path / name).write_bytes(make())
+    assert name in said(reader, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("unet", {"layers_per_block": 10**9}),
+        ("unet", {"layers_per_block": [[10**9]] * 3}),
+        ("unet", {"transformer_layers_per_block": 10**9}),
+        ("unet", {"reverse_transformer_layers_per_block": [[10**9]] * 3}),
+        ("unet", {"block_out_channels": [10**6] * 3}),
+        ("unet", {"cross_attention_dim": 2**24}),
+        ("unet", {"conv_in_kernel": 10**5}),
+        ("vae", {"layers_per_block": 10**9}),
+        ("vae", {"block_out_channels": [10**6] * 4}),
+        ("vae", {"latent_channels": 10**8}),
+    ],
+    ids=str,
+)
+def test_no_configuration_takes_memory_for_a_network_that_cannot_be_used(said, tmp_path, name, changes):
+    small_models(tmp_path, name, configuration(name, **changes))
+    assert FILES[name].partition("/")[0] in said(name, tmp_path)
+
+
+@pytest.mark.parametrize("dims", [{"n_audio_layer": 10**9}, {"n_audio_state": 10**6}, {"n_audio_ctx": 10**12}], ids=str)
+def test_no_dimension_of_whisper_takes_memory_for_what_the_file_does_not_hold(said, tmp_path, dims):
+    checkpoint = torch.load(MINI / FILES["whisper"], weights_only=True)
+    small_models(tmp_path, "whisper", saved(checkpoint | {"dims": checkpoint["dims"] | dims}))
+    assert FILES["whisper"] in said("whisper", tmp_path)

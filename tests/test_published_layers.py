@@ -1,0 +1,295 @@
+"""What the networks of published weights compute, against formulas written out here and diffusers' layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention as DiffusersAttention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+from torch.nn import functional
+
+from musetalk.models.face_parser import CLASSES, BiSeNet, FaceParser
+from musetalk.models.syncnet import (
+    AttentionBlock,
+    ColourSyncNet,
+    EncoderConfig,
+    ResnetBlock,
+    StableConfig,
+    StableSyncNet,
+)
+from musetalk.models.vgg import EPS, LPIPS, SCALE, SHIFT, VGG16, Heads
+
+SMALL = StableConfig(
+    resolution=16,
+    visual_encoder=EncoderConfig(6, (32, 32, 64, 256), ((1, 2), 2, 2, 2), (0, 0, 1, 0)),
+    audio_encoder=EncoderConfig(1, (32, 32, 64, 256), ((2, 1), 2, 2, (10, 1)), (0, 0, 1, 0)),
+)
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_weights(network: nn.Module, seed: int = 0) -> nn.Module:
+    """The network in eval mode, every tensor drawn anew, the moments of batch norms too."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in network.state_dict().items():
+        if not tensor.is_floating_point():
+            tensor.fill_(7)
+        elif name.endswith("running_var") or tensor.ndim == 1 and name.endswith("weight"):
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        else:
+            tensor.normal_(0, (2 / max(1, tensor[0].numel())) ** 0.5 if tensor.ndim > 1 else 0.1, generator=generator)
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def colour() -> ColourSyncNet:
+    return random_weights(ColourSyncNet())
+
+
+@pytest.fixture(scope="module")
+def stable() -> StableSyncNet:
+    return random_weights(StableSyncNet(SMALL))
+
+
+@pytest.fixture(scope="module")
+def parser() -> BiSeNet:
+    return random_weights(BiSeNet())
+
+
+def norm(x: torch.Tensor, tensors: dict, name: str) -> torch.Tensor:
+    mean, var, weight, bias = (tensors[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+    return functional.batch_norm(x, mean, var, weight, bias)
+
+
+def test_wav2lips_expert_layer_by_layer(colour):
+    tensors = colour.state_dict()
+    layers = {  # stride and padding of each block, None for a residual one
+        "face": [(1, 3), ((1, 2), 1), None, None, (2, 1), None, None, None, (2, 1), None, None, (2, 1), None, None]
+        + [(2, 1), (1, 0), (1, 0)],
+        "audio": [(1, 1), None, None, ((3, 1), 1), None, None, (3, 1), None, None, ((3, 2), 1), None, None]
+        + [(1, 0), (1, 0)],
+    }
+    images, mel = drawn(2, 5, 3, 96, 96).clamp(-1, 1), drawn(2, 16, 80, seed=1)
+    bgr = images[:, :, [2, 1, 0], 48:].add(1).div(2)
+    inputs = {"face": torch.cat([bgr[:, k] for k in range(5)], 1), "audio": mel.permute(0, 2, 1)[:, None]}
+    with torch.no_grad():
+        found = colour.embed(images, mel)
+    for x, (encoder, blocks) in zip(found, layers.items(), strict=True):
+        y = inputs[encoder]
+        for index, block in enumerate(blocks):
+            name = f"{encoder}_encoder.{index}.conv_block"
+            stride, padding = block or (1, 1)
+            z = functional.conv2d(y, tensors[f"{name}.0.weight"], tensors[f"{name}.0.bias"], stride, padding)
+            y = (norm(z, tensors, f"{name}.1") + (0 if block else y)).clamp(min=0)
+        y = y.reshape(2, 512)
+        torch.testing.assert_close(x, y / y.square().sum(1, keepdim=True).sqrt())
+
+
+@pytest.mark.parametrize("kind", ["colour", "stable"])
+def test_embeddings_are_unit_vectors_that_no_other_sample_changes(request, kind):
+    network = request.getfixturevalue(kind)
+    images, mel = drawn(3, network.frames, 3, 64, 48), drawn(3, network.mel_frames, 80, seed=1)
+    with torch.no_grad():
+        together = network.embed(images, mel)
+        alone = network.embed(images[1:2], mel[1:2])
+    for x, y in zip(together, alone, strict=True):
+        torch.testing.assert_close(x.norm(dim=1), torch.ones(3))
+        assert x.min() >= 0 and (x[0] - x[1]).abs().max() > 1e-4
+        torch.testing.assert_close(x[1:2], y)
+
+
+@pytest.mark.parametrize("kind", ["colour", "stable"])
+def test_an_expert_sees_the_lower_half_and_gives_all_of_it_a_gradient(request, kind):
+    network = request.getfixturevalue(kind)
+    middle = 3 * network.image_size // 2  # of images three times as large as it takes
+    images = drawn(1, network.frames, 3, 2 * middle, 2 * middle).clamp(-0.9, 0.9).requires_grad_()
+    network.embed_faces(images)[0, ::3].sum().backward()
+    assert not images.grad[:, :, :, : middle - 3].any()
+    assert images.grad[:, :, :, middle:].ne(0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    "kind, wanted", [("colour", [(0.5 * k + 1) / 2 for k in (-1, 0, 1)]), ("stable", [0.5, 0, -0.5])]
+)
+def test_wav2lip_sees_bgr_from_0_and_latentsync_rgb_from_minus_1_frame_by_frame(request, kind, wanted):
+    network = request.getfixturevalue(kind)
+    seen = []
+    hook = network.face_encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    images = torch.tensor([0.5, 0, -0.5])[:, None, None].expand(1, network.frames, 3, 300, 200).clone()
+    images[:, 1:] = 2  # later frames are white, beyond what can be shown
+    network.embed_faces(images)
+    hook.remove()
+    (faces,) = seen
+    assert faces.shape == (1, 3 * network.frames, network.image_size // 2, network.image_size)
+    torch.testing.assert_close(faces[0, :3, 4, 4], torch.tensor(wanted, dtype=torch.float32))
+    torch.testing.assert_close(faces[0, 3:], torch.ones_like(faces[0, 3:]))
+
+
+@pytest.mark.parametrize("inputs", [32, 64])
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_block_of_the_stable_syncnet_is_diffusers_own(inputs, factor):
+    block = random_weights(ResnetBlock(inputs, 64, factor))
+    oracle = ResnetBlock2D(in_channels=inputs, out_channels=64, temb_channels=None, groups=32, eps=1e-6)
+    tensors = {name: x for name, x in block.state_dict().items() if not name.startswith("downsample_conv")}
+    oracle.load_state_dict(tensors)
+    x = 1e-3 * drawn(2, inputs, 6, 10)  # so small that what is added to a variance shows
+    with torch.no_grad():
+        wanted = oracle(x, None)
+        if factor == 2:
+            wanted = functional.conv2d(functional.pad(wanted, (0, 1, 0, 1)), *block.downsample_conv.parameters(), 2)
+        torch.testing.assert_close(block(x), wanted)
+
+
+@pytest.mark.parametrize("factor, size, pads", [((1, 2), (6, 5), (0, 1, 1, 1)), ((2, 1), (3, 10), (1, 1, 0, 1))])
+def test_a_direction_that_keeps_its_size_is_padded_on_both_sides(factor, size, pads):
+    block = random_weights(ResnetBlock(32, 32, factor))
+    x = drawn(1, 32, 6, 10)
+    with torch.no_grad():
+        found = block(x)
+        weight, bias = block.downsample_conv.parameters()
+        block.downsample_conv = None
+        torch.testing.assert_close(found, functional.conv2d(functional.pad(block(x), pads), weight, bias, factor))
+    assert found.shape == (1, 32, *size)
+
+
+def test_the_attention_of_the_stable_syncnet_is_diffusers_own():
+    block = random_weights(AttentionBlock(64))
+    attention = DiffusersAttention(64, heads=8, dim_head=8, bias=True)
+    perceptron = FeedForward(64, activation_fn="geglu")
+    attention.load_state_dict(block.attn.state_dict())
+    perceptron.load_state_dict(block.ff.state_dict())
+    x = 1e-3 * drawn(2, 64, 3, 5)
+    with torch.no_grad():
+        tokens = block.conv_in(functional.group_norm(x, 32, block.norm1.weight, block.norm1.bias, 1e-6))
+        tokens = tokens.permute(0, 2, 3, 1).reshape(2, 15, 64)
+        tokens = tokens + attention(block.norm2(tokens))
+        tokens = tokens + perceptron(block.norm3(tokens))
+        wanted = x + block.conv_out(tokens.reshape(2, 3, 5, 64).permute(0, 3, 1, 2))
+        torch.testing.assert_close(block(x), wanted)
+
+
+def test_a_stable_syncnet_is_its_blocks_normed_and_rectified(stable):
+    images, mel = 1e-3 * drawn(2, 2, 3, 16, 16), 1e-3 * drawn(2, 7, 80, seed=1)
+    inputs = images[:, :, :, 8:].flatten(1, 2), mel.transpose(1, 2).unsqueeze(1)
+    with torch.no_grad():
+        for encoder, x, found in zip(
+            (stable.visual_encoder, stable.audio_encoder), inputs, stable.embed(images, mel), strict=True
+        ):
+            x = nn.Sequential(encoder.conv_in, *encoder.down_blocks)(x)
+            x = (
+                functional.group_norm(x, 32, encoder.norm_out.weight, encoder.norm_out.bias, 1e-6)
+                .relu()
+                .reshape(2, 256)
+            )
+            torch.testing.assert_close(found, x / x.square().sum(1, keepdim=True).sqrt())
+
+
+def test_the_parser_layer_by_layer(parser):
+    tensors = parser.state_dict()
+
+    def conv(x, name, stride=1):
+        weight = tensors[f"{name}.weight"]
+        return functional.conv2d(x, weight, None, stride, weight.shape[2] // 2)
+
+    def block(x, name):
+        return norm(conv(x, f"{name}.conv"), tensors, f"{name}.bn").relu()
+
+    def refined(x, name):
+        y = block(x, name + ".conv")
+        return y * norm(conv(y.mean((2, 3), True), f"{name}.conv_atten"), tensors, f"{name}.bn_atten").sigmoid()
+
+    images, features = drawn(1, 3, 64, 96), []
+    x = norm(conv(images, "cp.resnet.conv1", 2), tensors, "cp.resnet.bn1").relu()
+    x = functional.max_pool2d(x, 3, 2, 1)
+    for layer in range(1, 5):
+        for index in range(2):
+            name, stride = f"cp.resnet.layer{layer}.{index}", 2 if layer > 1 and index == 0 else 1
+            y = norm(conv(x, f"{name}.conv1", stride), tensors, f"{name}.bn1").relu()
+            y = norm(conv(y, f"{name}.conv2"), tensors, f"{name}.bn2")
+            if stride == 2:
+                x = norm(conv(x, f"{name}.downsample.0", 2), tensors, f"{name}.downsample.1")
+            x = (x + y).relu()
+        features.append(x)
+    _, eighth, sixteenth, last = features
+    x = refined(last, "cp.arm32") + block(last.mean((2, 3), True), "cp.conv_avg")
+    x = block(x.repeat_interleave(2, 2).repeat_interleave(2, 3), "cp.conv_head32") + refined(sixteenth, "cp.arm16")
+    x = block(x.repeat_interleave(2, 2).repeat_interleave(2, 3), "cp.conv_head16")
+    x = block(torch.cat([eighth, x], 1), "ffm.convblk")
+    x = x + x * conv(conv(x.mean((2, 3), True), "ffm.conv1").relu(), "ffm.conv2").sigmoid()
+    x = conv(block(x, "conv_out.conv"), "conv_out.conv_out")
+    wanted = functional.interpolate(x, (64, 96), mode="bilinear", align_corners=True)
+    with torch.no_grad():
+        torch.testing.assert_close(parser(images), wanted)
+
+
+def test_a_face_of_any_size_becomes_a_map_of_classes_of_what_imagenets_networks_see(parser):
+    seen = []
+    hook = parser.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    image = -torch.ones(1, 3, 40, 3 * 512)
+    image[:, 0, :, 1::3] = 1  # red, a third of the columns
+    classes = FaceParser(parser)(image)
+    hook.remove()
+    assert classes.shape == (1, 512, 512) and classes.dtype == torch.uint8
+    with torch.no_grad():
+        assert torch.equal(classes, parser(seen[0]).argmax(1).byte())
+    wanted = torch.tensor([(1 / 3 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225])
+    torch.testing.assert_close(seen[0][0, :, 100, 100], wanted)
+    names = {1: "skin", 10: "nose", 11: "mouth", 12: "upper_lip", 13: "lower_lip", 14: "neck", 17: "hair"}
+    assert len(CLASSES) == 19 and {index: CLASSES[index] for index in names} == names
+
+
+@pytest.fixture
+def hand_lpips() -> LPIPS:
+    """All convolutions pass on what the first takes of red and green; the stages' heads weigh them k + 1 and 2."""
+    trunk, heads = VGG16((2,) * 5).double(), Heads((2,) * 5).double()
+    for tensor in trunk.state_dict().values():
+        tensor.zero_()
+        if tensor.ndim == 4:
+            tensor[0, 0, 1, 1] = tensor[1, 1, 1, 1] = 1
+    for index, head in enumerate(heads.state_dict().values()):
+        head[0, :, 0, 0] = torch.tensor([index + 1, 2])
+    return LPIPS(trunk, heads)
+
+
+def painted(red: float, green: float) -> torch.Tensor:
+    """An image that the trunk sees as these."""
+    values = [value * scale + shift for value, scale, shift in zip((red, green, 0), SCALE, SHIFT, strict=True)]
+    return torch.tensor(values, dtype=torch.float64)[None, :, None, None].expand(1, 3, 16, 16).clone()
+
+
+def test_lpips_by_hand(hand_lpips):
+    """(3, 4) and (4, 3) of length 5 differ by 0.2 in each channel; below 0 nothing is seen."""
+    found = hand_lpips(painted(3, 4), painted(4, 3))
+    assert found.dtype == torch.float64 and found.item() == pytest.approx((1 + 2 + 3 + 4 + 5 + 5 * 2) * 0.04, rel=1e-8)
+    # One seen only in red, the other only in green: squared differences of 1 each.
+    assert hand_lpips(painted(1, -1), painted(-1, 1)).item() == pytest.approx(25, rel=1e-7)
+    # Against nothing at all the length of the other is what is left, here of a dim one.
+    share = 1e-8 / (1e-8 + EPS)
+    assert hand_lpips(painted(1e-4, -1), painted(-1, -1)).item() == pytest.approx(15 * share, rel=1e-6)
+    both = hand_lpips(torch.cat([painted(3, 4), painted(1, 1)]), torch.cat([painted(4, 3), painted(1, 1)]))
+    assert both.tolist() == pytest.approx([1.0, 0.0])
+
+
+def test_lpips_is_a_distance_of_two_images():
+    lpips = LPIPS(random_weights(VGG16((4, 4, 8, 8, 8))), random_weights(Heads((4, 4, 8, 8, 8))))
+    for head in lpips.heads.parameters():
+        head.abs_()
+    one, other = drawn(2, 2, 3, 32, 48).clamp(-1, 1)
+    assert torch.equal(lpips(one, one), torch.zeros(2))
+    torch.testing.assert_close(lpips(one, other), lpips(other, one))
+    assert (lpips(one, other) > 1e-3).all()
+    assert (lpips(one, 0.9 * one + 0.1 * other) < lpips(one, 0.5 * one + 0.5 * other)).all()
+    torch.testing.assert_close(lpips(one, other)[1:], lpips(one[1:], other[1:]))
+
+
+def test_a_gradient_of_lpips_reaches_the_image_even_where_nothing_is_seen_and_no_weight(hand_lpips):
+    one = painted(3, 4)
+    one[..., :8] = painted(-1, -1)[..., :8]
+    one.requires_grad_()
+    hand_lpips.train()(one, painted(4, 3)).sum().backward()
+    assert torch.isfinite(one.grad).all() and one.grad[:, :2, :, 8:].all() and not one.grad[:, 2].any()
+    assert all(weight.grad is None for weight in hand_lpips.parameters())

@@ -229,7 +229,7 @@ def prepare_source(source: Path, about: dict, writer: CacheWriter, tools: Tools,
                 f"{source}: no face of at least {MIN_FACE} pixels was found from second {second} on",
             )
         bar.write(f"refused: {printable(reason)}")
-        yield writer.reject(name, now, kind, reason)
+        yield writer.reject(name, now, kind, printable(reason))
 
 
 def counted(items: Iterable, bar: tqdm) -> Iterator:

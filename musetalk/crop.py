@@ -17,10 +17,11 @@ import torch
 
 from musetalk.cache import MAX_CLIP_FRAMES, clip_name
 from musetalk.contract import IMAGE_SIZE, MASK_TOP, FeatureContract
-from musetalk.face import Face, FaceBackend, follow_person
+from musetalk.face import Face, FaceBackend, area, follow_person
 from musetalk.video import batched
 
 DETECT_BATCH = 16  # frames given to the detector at once
+MAX_FACES = 4  # of a frame, the largest: the crops of all of them are kept until it shows whose clip it is
 MIN_FACE = 32  # source pixels, both sides of a crop; a smaller one shows no mouth
 NOSE_POINT = 29  # low on the bridge of the nose, of the 68 landmarks
 NOSE_TIP = 30
@@ -52,7 +53,7 @@ def crop_person(frames: Iterable[np.ndarray], backend: FaceBackend, contract: Fe
     for batch in batched(frames, DETECT_BATCH):
         for frame, faces in zip(batch, backend.detect(batch), strict=True):
             found.append([])
-            for face in faces:
+            for face in sorted(faces, key=lambda face: area(face.box), reverse=True)[:MAX_FACES]:
                 boxes = [
                     face_box(face.landmarks, frame.shape, contract.bbox_shift, margin, contract.crop)
                     for margin in contract.margins

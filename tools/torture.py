@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import faulthandler
 import fcntl
+import importlib
 import os
 import re
 import resource
@@ -29,7 +30,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,9 @@ import datasets_process
 import musetalk.crop
 import musetalk.sample
 import musetalk_trainer
+from musetalk.audio import sync_mel
+from musetalk.contract import AUDIO_SAMPLE_RATE
+from musetalk.models.unet import build_unet
 from musetalk.script import Count, Seed, UserError, check_constants, run_script
 
 ROOT = Path(__file__).parents[1]
@@ -117,23 +120,23 @@ class Victim:
 
     def start(self, folder: Path, disturbance: Disturbance) -> tuple[BaseProcess, int]:
         """A run in a folder, by a process of its own, when it has begun; and the end of a pipe with what it says."""
-        said, saying = os.pipe()
+        (said, saying), (begun, beginning) = os.pipe(), os.pipe()
         fcntl.fcntl(saying, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        ready = FORK.Event()
-        process = FORK.Process(target=self._live, args=(folder, saying, ready, disturbance))
+        process = FORK.Process(target=self._live, args=(folder, saying, beginning, disturbance))
         process.start()
         os.close(saying)
-        ready.wait()
+        os.close(beginning)
+        read_all(begun)  # ends when the process has begun its script, or is dead
         return process, said
 
-    def _live(self, folder: Path, saying: int, ready: Event, disturbance: Disturbance) -> None:
+    def _live(self, folder: Path, saying: int, beginning: int, disturbance: Disturbance) -> None:
         os.chdir(folder)
         os.dup2(saying, 1)
         os.dup2(saying, 2)
         sys.stdout, sys.stderr = (open(number, "w", buffering=1) for number in (1, 2))
         faulthandler.register(signal.SIGUSR1, all_threads=False)
         disturbance.inside(folder)
-        ready.set()
+        os.close(beginning)
         self.main()
 
 
@@ -167,8 +170,9 @@ def undisturbed(script: str, main: Callable[[], None], folder: Path) -> Victim:
     victim, begun = Victim(script, main), time.monotonic()
     process, said = victim.start(folder, Disturbance())
     process.join()
+    words = read_all(said)
     if process.exitcode:
-        raise UserError(f"{script} does not run undisturbed: {read_all(said)}")
+        raise UserError(f"{script} does not run undisturbed: {words}")
     return replace(victim, truth=contents(folder), seconds=time.monotonic() - begun)
 
 
@@ -392,20 +396,32 @@ def torture(config: Config, folder: Path) -> list[Row]:
     """All disturbances of both scripts in a new folder, some at a time."""
     check_constants(config)
     torch.set_num_threads(1)
+    importlib.import_module("mediapipe.python.solutions.face_mesh")  # what takes long, so that a life need not do it
+    sync_mel(np.zeros(AUDIO_SAMPLE_RATE, np.float32))
+    build_unet(MODELS, seed=0, positional_encoding=True)
     prepared = undisturbed("datasets_process.py", prepare, folder / "prepared")
     trained = undisturbed("musetalk_trainer.py", partial(train, folder / "prepared/data/cache"), folder / "trained")
-    jobs = []
-    for victim in (prepared, trained):
-        sizes = [len(content) for content in victim.truth.values()]
-        kills = [KillAnyTime(victim.seconds), KillAtWrite()]
-        faults = [RefuseWrite(errno.EACCES), RefuseWrite(errno.ENOSPC), LimitFiles(max(sizes))]
-        faults += [FullDisk(sum(sizes))] if can_mount(folder) else []
-        jobs += [partial(disturb, victim, kind, config.kills) for kind in kills]
-        jobs += [partial(disturb, victim, kind, config.faults) for kind in faults]
-        jobs.append(partial(twice_at_once, victim, config.faults))
+    mountable = can_mount(folder)
+    of_each = jobs_of(prepared, config, mountable), jobs_of(trained, config, mountable)
+    jobs = [job for pair in zip(*of_each, strict=True) for job in pair]
     with ProcessPoolExecutor(os.cpu_count(), FORK) as pool:
         running = [pool.submit(job, config.seed + k, folder / str(k)) for k, job in enumerate(jobs)]
-        return [job.result() for job in running]
+        for row in running:
+            tqdm.write(str(row.result()))
+        return [row.result() for row in running]
+
+
+def jobs_of(victim: Victim, config: Config, mountable: bool) -> Iterator[Callable[[int, Path], Row]]:
+    """All that is done to one script, each in a folder of its own and with a seed of its own."""
+    sizes = [len(content) for content in victim.truth.values()]
+    yield partial(disturb, victim, KillAnyTime(victim.seconds), config.kills)
+    yield partial(disturb, victim, KillAtWrite(), config.kills)
+    yield partial(disturb, victim, RefuseWrite(errno.EACCES), config.faults)
+    yield partial(disturb, victim, RefuseWrite(errno.ENOSPC), config.faults)
+    yield partial(disturb, victim, LimitFiles(max(sizes)), config.faults)
+    if mountable:
+        yield partial(disturb, victim, FullDisk(sum(sizes)), config.faults)
+    yield partial(twice_at_once, victim, config.faults)
 
 
 def can_mount(folder: Path) -> bool:

@@ -1,10 +1,11 @@
 # make demo: the whole way on the built-in sample, about 7 minutes on 2 cores
 # make test: the checks that CI runs
+# make test-mmpose: those that need mmpose, in an environment of their own
 # make torture: tries to lose something by kills, full disks and denied writes, about an hour on 2 cores
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test torture clean
+.PHONY: demo test test-mmpose torture clean
 
 demo: .venv/installed
 	$(BIN)/python datasets_process.py
@@ -16,12 +17,20 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q
 
+test-mmpose: .venv-mmpose/installed
+	.venv-mmpose/bin/python -m pytest -q -p tests.cpu_torchvision tests/test_mmpose.py
+
 torture: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.torture
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv-mmpose/installed: requirements.txt requirements-mmpose.txt
+	$(PYTHON) -m venv .venv-mmpose
+	.venv-mmpose/bin/pip install --quiet --requirement requirements-mmpose.txt
 	touch $@
 
 clean:

@@ -69,7 +69,7 @@ class PrepareConfig:
     encode_dtype: Literal["float32", "bfloat16", ""] = ""  # bfloat16 takes half the time; "" is the contract's own
 
     # Run
-    face_backend: Literal["mediapipe"] = "mediapipe"
+    face_backend: Literal["mediapipe", "dwpose", "mmpose"] = "mediapipe"  # dwpose is what MuseTalk uses
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     verify: bool = False  # make nothing, but hold the cache against its records
 
@@ -181,7 +181,8 @@ def load_tools(config: PrepareConfig) -> Tools:
     vae = load_vae(config.models_dir, config.device, getattr(torch, contract.encode_dtype))
     audio_encoder = load_audio_encoder(config.models_dir, config.device)
     contract = replace(contract, vae=vae.fingerprint, audio_encoder=audio_encoder.fingerprint)
-    return Tools(load_face_backend(config.face_backend), vae, audio_encoder, contract)
+    backend = load_face_backend(config.face_backend, config.models_dir, config.device)
+    return Tools(backend, vae, audio_encoder, contract)
 
 
 def expected_frames(source: Path) -> int:

@@ -96,7 +96,7 @@ class LipSyncPipeline:
 
     @cached_property
     def backend(self) -> FaceBackend:
-        return load_face_backend(self.face_backend)
+        return load_face_backend(self.face_backend, self.models_dir, next(self.unet.parameters()).device)
 
     def __call__(self, video: str | Path, audio: str | Path, output: str | Path, margin: int | None = None) -> int:
         """Make the face of a video speak an audio; returns the number of frames of the mp4 at `output`.

@@ -8,7 +8,7 @@ import pickle
 import pickletools
 import shlex
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -131,6 +131,23 @@ PLAIN = {f"torch {kind}Storage" for kind in KINDS} | {
     "torch._utils _rebuild_parameter",
 }
 MAX_DEPTH = 50
+# What more a trainer's checkpoint may have. Two of its calls make as much as they are given: nothing large twice.
+FLAT = 2  # depth of a tuple of numbers and names
+ENCODE = "_codecs encode"  # makes bytes of text
+GROWING = (ENCODE, "collections OrderedDict")
+SHORT_TEXT = 16  # characters
+
+
+class StandIn:
+    """What a trainer's own class or function becomes: it takes anything, keeps nothing and does nothing."""
+
+    __slots__ = ()
+
+    def __new__(cls, *_: object) -> StandIn:
+        return super().__new__(cls)
+
+    def __setstate__(self, _: object) -> None:
+        pass
 
 
 class WeightsError(UserError):
@@ -147,15 +164,20 @@ def find(models_dir: Path, name: str) -> Path:
     return path
 
 
-def read_tensors(path: Path) -> dict:
-    """What a .safetensors or a torch file holds. Nothing in it is run. Raises WeightsError where it is neither."""
+def read_tensors(path: Path, left_out: Collection[str] = ()) -> dict:
+    """What a .safetensors or a torch file holds. Nothing in it is run. Raises WeightsError where it is neither.
+
+    left_out: "module.name" of classes and functions that a trainer's checkpoint may ask for beside its tensors, and
+    gets a StandIn for.
+    """
     try:
         if not path.is_file():  # a pipe would be waited for
             raise FileNotFoundError("there is no such file")
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        _check_torch_file(path)
-        values = torch.load(path, map_location="cpu", weights_only=True)
+        _check_torch_file(path, left_out)
+        with torch.serialization.safe_globals([(StandIn, name) for name in left_out]):
+            values = torch.load(path, map_location="cpu", weights_only=True)
     except WeightsError:
         raise
     except pickle.UnpicklingError as error:  # whose own words would have people switch the guard off
@@ -175,15 +197,20 @@ def reason(error: Exception) -> str:
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
-    """All tensors in what a torch file holds."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
+    """All tensors in what a torch file holds, each once."""
+    ahead, seen = [value], set()
+    while ahead:
+        value = ahead.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple):
+            ahead += value.values() if isinstance(value, dict) else value
 
 
-def _check_torch_file(path: Path) -> None:
+def _check_torch_file(path: Path, left_out: Collection[str]) -> None:
     """Raises WeightsError where torch would make more of a file than plain tensors, or more than its size."""
     with open(path, "rb") as file:
         pickles = 5  # of the format before zip: two marks, the system, the values, the order of the tensors
@@ -195,22 +222,30 @@ def _check_torch_file(path: Path) -> None:
                 raise WeightsError(f"{path} is no file of torch's: it is compressed, and could be of any size")
             file, pickles = io.BytesIO(archive.get_record("data.pkl")), 1
         for _ in range(pickles):
-            _check_pickle(file, path)
+            _check_pickle(file, path, left_out)
 
 
-def _check_pickle(file: io.BufferedIOBase, path: Path) -> None:
-    """Go over a pickle without making anything. Raises WeightsError where it asks for what is no part of a tensor, or
-    is so tangled that torch would take for ever or crash: nested deeply, or with one thing in many places."""
-    depths, marks, memo, before = [], [], {}, ""  # depths: of the things on the stack
+def _check_pickle(file: io.BufferedIOBase, path: Path, left_out: Collection[str]) -> None:
+    """Go over a pickle without making anything. Raises WeightsError where it asks for what is no part of a tensor and
+    not left out, or is so tangled that torch would take for ever or crash: nested deeply, or with one thing in many
+    places. Only where something is left out may results of calls, dictionaries and flat tuples be in several."""
+    depths, marks, memo, before = [], [], {}, ("", None)  # depths: of the things on the stack, -1 for GROWING
     for opcode, argument, _ in pickletools.genops(file):
-        name, takes = opcode.name, opcode.stack_before
-        if name == "GLOBAL" and argument not in PLAIN:
-            raise WeightsError(f"{path} holds more than plain tensors: it asks for {argument}")
-        if name.endswith("GET") and memo.get(argument) not in ("GLOBAL", "BINUNICODE", "SHORT_BINSTRING"):
-            raise WeightsError(f"{path} holds more than plain tensors: it has one thing in two places")
+        name, takes, depth = opcode.name, opcode.stack_before, 0
+        if name == "GLOBAL":
+            asked = argument.replace("__builtin__", "builtins").replace(" ", ".")
+            if argument not in PLAIN and asked not in left_out and not (left_out and argument == ENCODE):
+                raise WeightsError(f"{path} holds more than plain tensors: it asks for {argument}")
+            depth = -1 if left_out and argument in GROWING else 0
+        if name.endswith("GET"):
+            kind, depth = memo.get(argument, ("", 0))
+            shared = kind in ("REDUCE", "EMPTY_DICT") or (kind.startswith("TUPLE") and depth <= FLAT)
+            if kind not in ("GLOBAL", "BINUNICODE", "SHORT_BINSTRING") and not (left_out and shared):
+                raise WeightsError(f"{path} holds more than plain tensors: it has one thing in two places")
         if name.endswith("PUT"):
-            memo[argument] = before
-        before = name
+            large = before[0] == "EMPTY_DICT" or (before[0] == "BINUNICODE" and len(before[1]) > SHORT_TEXT)
+            memo[argument] = before[0], FLAT if large else depths[-1]
+        before = name, argument
         if name == "MARK":
             marks.append(len(depths))
             continue
@@ -219,8 +254,8 @@ def _check_pickle(file: io.BufferedIOBase, path: Path) -> None:
             count, end = takes.index(pickletools.markobject), marks.pop()
         taken = depths[end - count :]
         del depths[end - count :]
-        depth = max([0, *taken[:1], *(inner + 1 for inner in taken[1:])]) + name.startswith("TUPLE")
-        if depth > MAX_DEPTH:
+        depth = max([depth, *taken[:1], *(inner + 1 for inner in taken[1:])]) + name.startswith("TUPLE")
+        if depth > MAX_DEPTH or (name == "REDUCE" and taken[0] == -1 and depth > FLAT + 1):
             raise WeightsError(f"{path} holds more than plain tensors: it is nested too deeply")
         depths += [depth] * len(opcode.stack_after)
 

@@ -90,7 +90,7 @@ def real_whisper_models(tmp_path_factory) -> Path:
 def face_backend():
     from musetalk.face import load_face_backend  # heavy
 
-    return load_face_backend("mediapipe")
+    return load_face_backend("mediapipe", Path(), "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,8 +143,8 @@ def test_overlap_and_area_by_hand():
 
 
 def test_an_unknown_backend_is_named():
-    with pytest.raises(UserError, match="'dwpose'"):
-        load_face_backend("dwpose")
+    with pytest.raises(UserError, match="'mediapipe', 'dwpose', 'mmpose', not 'eyes'"):
+        load_face_backend("eyes", Path(), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +204,7 @@ def test_a_frame_gives_the_same_faces_whatever_came_before_it(real_frames, real_
     assert same(alone, real_faces[:4])
     order = [3, 0, 7, 3, 1, 10]
     assert same(face_backend.detect([real_frames[i] for i in order]), [real_faces[i] for i in order])
-    other = load_face_backend("mediapipe").detect(real_frames[2:4])
+    other = load_face_backend("mediapipe", Path(), "cpu").detect(real_frames[2:4])
     assert same(other, real_faces[2:4])
 
 

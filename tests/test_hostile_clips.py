@@ -145,8 +145,7 @@ OFFSETS = {
     "beyond the end": lambda o: np.r_[o[:-1], o[-1] + 1],
     "far beyond": lambda o: np.r_[o[:-1], 2**62],
     "the smallest": lambda o: np.r_[-(2**63), o[1:]],
-    "around the whole range of int64": lambda o: np.r_[0, 2**62, 2**63 - 1, -(2**63) + 2, -(2**62), *o[5:]],
-    "once around in equal steps": lambda o: np.r_[np.arange(12).astype(np.uint64) * 2**61, o[-1]],
+    "around the whole range of int64": lambda o: np.r_[o[:7], 2**62, 2**63 - 1, -(2**63) + 2, -(2**62), o[11:]],
     "all zero": np.zeros_like,
 }
 

@@ -20,6 +20,7 @@ from musetalk.models.audio_encoder import load_audio_encoder
 from musetalk.models.unet import load_unet
 from musetalk.weights import read_tensors
 
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({"little_endian": True}, 2)
 CPU = torch.device("cpu")
 

@@ -21,6 +21,9 @@ from torch import nn
 from musetalk.checkpoint import load_latest_state, read_unet_contract
 from musetalk.weights import load_strictly, read_tensors
 
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+
+
 # Archives that lie.
 
 
@@ -72,6 +75,16 @@ def test_an_archive_that_lies_is_refused(tmp_path, name, make):
     path = tmp_path / name
     path.write_bytes(make())
     refusal((lambda: read_tensors(path)) if name == "unet.pth" else (lambda: load_latest_state(tmp_path)), str(path))
+
+
+def test_many_entries_for_one_piece_of_an_archive_are_not_read_one_by_one(tmp_path):
+    """A small file can so be read for hours."""
+    with zipfile.ZipFile(tmp_path / "training-state-0000001.pt", "w") as archive:
+        archive.writestr("a/data.pkl", bytes(10**5))
+        archive.filelist += archive.filelist * 99
+    (tmp_path / "unet.pth").write_bytes((tmp_path / "training-state-0000001.pt").read_bytes())
+    assert "it holds more than its size" in refusal(lambda: load_latest_state(tmp_path), str(tmp_path))
+    refusal(lambda: read_tensors(tmp_path / "unet.pth"), str(tmp_path / "unet.pth"))
 
 
 def test_an_archive_of_many_entries_is_read_by_those_that_count(tmp_path):

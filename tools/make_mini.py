@@ -156,7 +156,7 @@ def make_vae(config: Config) -> None:
 
 def training_crops(config: Config, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Crops of everybody not held out and of the sample: BGR uint8 (N, 256, 256, 3), landmarks (N, 68, 2)."""
-    backend = load_face_backend("mediapipe")
+    backend = load_face_backend("mediapipe", Path(), "cpu")
     paths = [path for path in sorted(config.clips.rglob("*.mp4")) if path.stem not in HELD_OUT]
     sources = [islice(read_frames(path), 0, None, config.frame_step) for path in paths]
     sources += [islice(render_frames(k), 0, None, config.sample_frame_step) for k in range(len(SEEDS))]
@@ -171,7 +171,7 @@ def training_crops(config: Config, rng: np.random.Generator) -> tuple[np.ndarray
 
 def held_out_crops(config: Config) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Crops of the held-out people: for each clip images (N, 256, 256, 3), landmarks (N, 68, 2)."""
-    backend, rng = load_face_backend("mediapipe"), np.random.default_rng(config.seed)
+    backend, rng = load_face_backend("mediapipe", Path(), "cpu"), np.random.default_rng(config.seed)
     crops = {}
     for path in sorted(path for path in config.clips.rglob("*.mp4") if path.stem in HELD_OUT):
         frames = islice(read_frames(path), 0, None, config.held_out_frame_step)

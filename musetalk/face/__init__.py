@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from musetalk.contract import VIDEO_FPS
 from musetalk.script import UserError
 
+FACE_BACKENDS = ("mediapipe", "dwpose", "mmpose")
 SAME_PERSON_IOU = 0.3  # overlap of a person's boxes from one frame to the next
 MAX_GAP = 2 * VIDEO_FPS  # frames that a person may be unseen before a face there counts as somebody else
 
@@ -40,13 +43,24 @@ class FaceBackend(Protocol):
         """Faces of each frame, in any order. frames: BGR uint8 (H, W, 3), of any size."""
 
 
-def load_face_backend(name: str) -> FaceBackend:
-    """The backend of a name. Raises UserError for a name there is none of."""
+def load_face_backend(name: str, models_dir: Path, device: torch.device | str) -> FaceBackend:
+    """The backend of a name in FACE_BACKENDS; mediapipe has its weights in itself and runs on the CPU.
+
+    Raises UserError for a name there is none of, WeightsError where a file of models_dir is missing or unfit.
+    """
     if name == "mediapipe":
         from musetalk.face.mediapipe import MediapipeFaceMesh  # heavy: imported by those who use it
 
         return MediapipeFaceMesh()
-    raise UserError(f"face_backend must be 'mediapipe', not {name!r}")
+    if name == "dwpose":
+        from musetalk.face.dwpose import load_dwpose  # weights.py imports diffusers
+
+        return load_dwpose(models_dir, torch.device(device))
+    if name == "mmpose":
+        from musetalk.face.mmpose import load_mmpose  # not among the requirements
+
+        return load_mmpose(models_dir, torch.device(device))
+    raise UserError(f"face_backend must be one of {', '.join(map(repr, FACE_BACKENDS))}, not {name!r}")
 
 
 def follow_person(faces: Sequence[Sequence[Face]]) -> list[Face | None]:

@@ -1,0 +1,386 @@
+"""DWPose: its names, the file its trainer left, what it makes of planted networks and of batches."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from test_hostile_files import refusal
+from test_hostile_pickles import call, dictionary, harmful, named, tensor, text, zipped
+from torch import nn
+
+from musetalk.face import load_face_backend
+from musetalk.face.dwpose import (
+    BATCH,
+    FACE,
+    MIN_SCORE,
+    MIRRORED,
+    TRAINER,
+    WEIGHTS,
+    DWPose,
+    RTMPose,
+    decode,
+    load_dwpose,
+    warp,
+)
+from musetalk.script import UserError
+from musetalk.weights import WeightsError, read_tensors
+
+CPU = torch.device("cpu")
+
+
+def randomised() -> dict[str, torch.Tensor]:
+    """Weights of every name, of which no two points and no two pictures get the same answer."""
+    torch.manual_seed(0)
+    tensors = RTMPose().state_dict()
+    for name, value in tensors.items():
+        if name.endswith(("running_var", "bn.weight")):
+            value.uniform_(0.5, 1.5)
+        elif name.endswith(("running_mean", "bn.bias")):
+            value.normal_(0, 0.2)
+        elif name.endswith(("gamma", "beta", "scale", ".g")):
+            value.normal_(1, 0.3)
+    return tensors
+
+
+class HistoryBuffer:
+    """A log as mmengine's trainer keeps one: arrays, and functions by name."""
+
+    def __init__(self) -> None:
+        self.log, self.count = np.arange(5.0), np.ones(5, np.int64)
+        self.statistics = {"min": HistoryBuffer.min}
+
+    def min(self) -> float:
+        return self.log.min()
+
+
+def save_as_trainer(tensors: dict, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form of mmengine's checkpoints: names, kinds and what is shared are those of a file its trainer wrote."""
+    home = "mmengine.logging.history_buffer"
+    with monkeypatch.context() as patch:
+        for name in ("mmengine", "mmengine.logging", home):
+            patch.setitem(sys.modules, name, ModuleType(name))
+        sys.modules[home].HistoryBuffer = HistoryBuffer
+        for thing in (HistoryBuffer, HistoryBuffer.min):
+            patch.setattr(thing, "__module__", home)
+        settings, logs = {"joint_weights": np.ones(133, np.float32), "colors": np.zeros((3, 3), np.int64)}, {}
+        for name in ("train/loss", "val/AP"):
+            logs[name] = HistoryBuffer()
+            logs[name].statistics = logs["train/loss"].statistics
+        rate = {"lr": 0.001, "betas": (0.9, 0.999)}
+        moments = {"step": torch.tensor(7.0), "exp_avg": torch.ones(576, 256), "exp_avg_sq": torch.ones(576, 256)}
+        checkpoint = {
+            "meta": {"epoch": 3, "cfg": "model = dict()" * 9, "dataset_meta": settings, "seed": None},
+            "state_dict": tensors,
+            "message_hub": {
+                "log_scalars": logs,
+                "runtime_info": {"dataset_meta": settings, "best_score": np.float64(0.6)},
+                "resumed_keys": {"train/loss": True},
+            },
+            "optimizer": {"state": {0: moments}, "param_groups": [{**rate, "params": [0]}, {**rate, "params": []}]},
+            "param_schedulers": [{"base_values": [0.004], "last_step": 3}],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, path)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Iterator[tuple[Path, dict]]:
+    """A models folder with randomised weights in the published form, and those weights."""
+    folder, tensors = tmp_path_factory.mktemp("dwpose"), randomised()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        save_as_trainer(tensors, folder / WEIGHTS, monkeypatch)
+    yield folder, tensors
+    (folder / WEIGHTS).unlink()  # 140 MB
+
+
+@pytest.fixture(scope="module")
+def backend(published) -> DWPose:
+    return load_dwpose(published[0], CPU)
+
+
+# Names.
+
+
+def test_names_and_shapes_are_those_of_mmpose():
+    """The hash is of the state dict that mmpose 1.3.2 builds from its own configuration of RTMPose-l."""
+    with torch.device("meta"):
+        network = RTMPose()
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    assert len(shapes) == 470 and sum(parameter.numel() for parameter in network.parameters()) == 33_610_919
+    assert shapes["backbone.stage4.1.conv2.conv.weight"] == (1024, 2048, 1, 1)
+    assert shapes["backbone.stage3.1.blocks.5.conv2.depthwise_conv.conv.weight"] == (256, 1, 5, 5)
+    assert shapes["head.final_layer.weight"] == (133, 1024, 7, 7) and shapes["head.gau.uv.weight"] == (1152, 256)
+    listed = "".join(f"{name} {shape}\n" for name, shape in sorted(shapes.items()))
+    expected = "69506a37d4855fdf906417fe8d97068db7cc41b66fa774b8bf3a600fd76b2cc3"
+    assert hashlib.sha256(listed.encode()).hexdigest() == expected
+
+
+def test_a_mirror_changes_left_and_right():
+    assert sorted(MIRRORED) == list(range(133)) and [MIRRORED[other] for other in MIRRORED] == list(range(133))
+    face = [other - FACE.start for other in MIRRORED[FACE]]
+    assert (face[0], face[8], face[36], face[41], face[48], face[60], face[30]) == (16, 8, 45, 46, 54, 64, 30)
+    assert (MIRRORED[0], MIRRORED[1], MIRRORED[17], MIRRORED[91]) == (0, 2, 20, 112)
+
+
+# The file.
+
+
+def test_the_trainers_own_checkpoint_is_loaded_to_the_last_bit(published, backend):
+    folder, tensors = published
+    asked = set(torch.serialization.get_unsafe_globals_in_checkpoint(folder / WEIGHTS))
+    kinds = {"_reconstruct", "scalar", "ndarray", "dtype", "getattr", "HistoryBuffer"}
+    assert asked <= set(TRAINER) and {name.rpartition(".")[2] for name in asked} == kinds
+    assert "asks for" in refusal(lambda: read_tensors(folder / WEIGHTS), WEIGHTS)
+    loaded = backend.network.state_dict()
+    assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    assert not any(parameter.requires_grad for parameter in backend.network.parameters())
+    assert not backend.network.training
+
+
+def test_a_plain_file_is_loaded_too(published, tmp_path):
+    (tmp_path / WEIGHTS).parent.mkdir()
+    torch.save(published[1], tmp_path / WEIGHTS)
+    network = load_face_backend("dwpose", tmp_path, "cpu").network
+    assert torch.equal(network.state_dict()["head.cls_x.weight"], published[1]["head.cls_x.weight"])
+    (tmp_path / WEIGHTS).unlink()
+
+
+def test_a_missing_file_is_named_with_its_source(tmp_path):
+    with pytest.raises(WeightsError, match=f"{WEIGHTS} is missing; get it from https://huggingface.co/yzd-v/DWPose"):
+        load_face_backend("dwpose", tmp_path, "cpu")
+
+
+def test_a_checkpoint_of_another_network_is_refused_by_name(tmp_path, monkeypatch):
+    save_as_trainer({"head.cls_x.weight": torch.zeros(576, 255)}, tmp_path / WEIGHTS, monkeypatch)
+    said = refusal(lambda: load_dwpose(tmp_path, CPU), WEIGHTS)
+    assert "does not fit RTMPose: 469 missing" in said and "(576, 255) for (576, 256)" in said
+
+
+@pytest.mark.parametrize("kind", list(harmful(Path("unused"))))
+def test_what_would_run_code_is_still_refused(kind, tmp_path):
+    trap, path = tmp_path / "trap", tmp_path / WEIGHTS
+    path.parent.mkdir()
+    path.write_bytes(zipped(dictionary(text("message_hub"), harmful(trap)[kind])))
+    refusal(lambda: load_dwpose(tmp_path, CPU), WEIGHTS)
+    assert not trap.exists()
+
+
+def test_what_a_stand_in_takes_the_place_of_does_nothing(tmp_path):
+    """Python's getattr of a tensor, called in a file, gives no method of it."""
+    method = call("builtins.getattr", tensor(), text("tolist"))
+    (tmp_path / "a.pt").write_bytes(zipped(dictionary(text("a"), tensor(), text("b"), method)))
+    values = read_tensors(tmp_path / "a.pt", left_out=TRAINER)
+    assert values["a"].tolist() == [0, 0, 0, 0] and not callable(values["b"]) and not hasattr(values["b"], "__dict__")
+
+
+def put(index: int) -> bytes:
+    return b"q" + bytes([index])
+
+
+def get(index: int) -> bytes:
+    return b"h" + bytes([index])
+
+
+def tuples(count: int) -> bytes:
+    """Each holds the one before it twice: 2 to the power of count things, where they are counted."""
+    return text("a") + text("b") + b"\x86" + put(0) + b"".join(get(k) * 2 + b"\x86" + put(k + 1) for k in range(count))
+
+
+def doubled(count: int) -> bytes:
+    """Bytes that are encoded again and again, each time to twice as many."""
+    content = text("a")
+    for _ in range(count):
+        content = call("_codecs.encode", content, text("hex"))
+    return text("a") + content
+
+
+GROWING = {
+    "tuples of tuples": tuples(20) + text("b"),
+    "bytes of bytes": doubled(4),
+    "bytes of one text": text("a" * 99) + put(0) + call("_codecs.encode", get(0), text("latin1")),
+    "copies of a dictionary": text("a") + b"}" + put(0) + text("b") + call("collections.OrderedDict", get(0)),
+    "one list twice": text("a") + b"]" + put(0) + text("b") + get(0),
+}
+
+
+@pytest.mark.parametrize("kind", GROWING)
+def test_what_could_grow_without_end_is_refused(kind, tmp_path):
+    (tmp_path / "a.pt").write_bytes(zipped(dictionary(GROWING[kind])))
+    for left_out in (TRAINER, ()):
+        said = refusal(lambda left_out=left_out: read_tensors(tmp_path / "a.pt", left_out=left_out), "a.pt")
+        assert "more than plain tensors" in said
+
+
+def test_a_dictionary_in_itself_holds_its_tensors_once(tmp_path):
+    content = b"\x80\x02}" + put(0) + b"(" + text("a") + tensor() + text("b") + get(0) + b"u."
+    (tmp_path / "a.pt").write_bytes(zipped(content))
+    values = read_tensors(tmp_path / "a.pt", left_out=TRAINER)
+    assert values["b"] is values and values["a"].tolist() == [0, 0, 0, 0]
+
+
+def test_names_without_a_call_are_no_weights(tmp_path):
+    path = tmp_path / WEIGHTS
+    path.parent.mkdir()
+    path.write_bytes(zipped(dictionary(text("state_dict"), named("builtins.getattr"))))
+    assert "holds no weights by name" in refusal(lambda: load_dwpose(tmp_path, CPU), WEIGHTS)
+
+
+# Geometry and presence, by networks that answer what is planted.
+
+
+class Planted(nn.Module):
+    """Sees every point of every picture at one place of the input, with its score; the mirror as a mirror would."""
+
+    def __init__(self, column: int, row: int, scores: np.ndarray, row_scores: np.ndarray | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.columns, self.rows = torch.full((133, 576), -1.0), torch.full((133, 768), -1.0)
+        self.columns[:, 2 * column] = torch.from_numpy(scores).float()
+        self.rows[:, 2 * row] = torch.from_numpy(scores if row_scores is None else row_scores).float()
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert images.shape[1:] == (3, 384, 288) and torch.equal(images.chunk(2)[0], images.chunk(2)[1].flip(-1))
+        columns = torch.stack([self.columns, self.columns[MIRRORED].flip(-1)])
+        rows = torch.stack([self.rows, self.rows[MIRRORED]])
+        return columns.repeat_interleave(len(images) // 2, 0), rows.repeat_interleave(len(images) // 2, 0)
+
+
+class Brightest(nn.Module):
+    """Sees every point where the picture is brightest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        bright = images.sum(dim=1)
+        return tuple(bright.amax(dim=d).repeat_interleave(2, -1)[:, None].expand(-1, 133, -1) for d in (1, 2))
+
+
+def black(width: int, height: int) -> np.ndarray:
+    return np.zeros((height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("size", "planted", "source"),
+    [
+        ((576, 768), (144, 192), (288, 384)),  # the middle; a pixel of the input is 2.5 of the frame's
+        ((576, 768), (100, 50), (100 * 2.5 - 72, 50 * 2.5 - 96)),
+        ((1000, 400), (36, 192), (36 * 1250 / 288 - 125, 200)),  # as wide as 1.25 times the frame
+        ((300, 1600), (144, 96), (150, 96 * 2000 / 384 - 200)),  # as high
+        ((96, 128), (0, 0), (-12, -16)),
+    ],
+)
+def test_a_planted_place_comes_back_where_it_is_in_the_frame(size, planted, source):
+    points, scores = DWPose(Planted(*planted, np.full(133, 0.8))).points([black(*size)] * 2)
+    assert points.shape == (2, 133, 2) and points.dtype == scores.dtype == np.float32
+    np.testing.assert_allclose(points, np.broadcast_to(source, (2, 133, 2)), atol=1e-3)
+    np.testing.assert_allclose(scores, 0.8, atol=1e-6)
+
+
+@pytest.mark.parametrize(("width", "height"), [(576, 768), (1000, 400), (300, 900), (101, 77)])
+def test_a_bright_dot_is_found_where_it_is(width, height):
+    frames, places = [], np.random.default_rng(0).uniform(0.1, 0.9, (5, 2)) * (width, height)
+    pixel = max(width / 288, height / 384) * 1.25  # of the input, in those of the frame
+    radius = int(np.ceil(pixel))
+    for x, y in places.astype(int):
+        frames.append(black(width, height))
+        frames[-1][max(0, y - radius) : y + radius + 1, max(0, x - radius) : x + radius + 1] = 255
+    points, _ = DWPose(Brightest()).points(frames)
+    assert np.abs(points[:, 0] - places).max() < radius + pixel + 1
+
+
+def test_a_score_is_the_smaller_of_both_maxima_and_without_one_a_point_is_nowhere():
+    columns, rows = np.zeros((1, 3, 576), np.float32), np.zeros((1, 3, 768), np.float32)
+    columns[0, :, 11], rows[0, :, 700] = (0.9, 0.4, 0.5), (0.4, 0.9, -0.1)
+    rows[0, 2, :] = -0.1
+    points, scores = decode(columns, rows)
+    np.testing.assert_allclose(scores, [[0.4, 0.4, -0.1]])
+    assert points.tolist() == [[[5.5, 350], [5.5, 350], [-0.5, -0.5]]]
+
+
+def test_a_face_is_there_where_its_own_points_score_enough():
+    for face, elsewhere, seen in ((0.29, 1.0, False), (0.31, 0.0, True), (1.7, 0.0, True), (-0.5, 2.0, False)):
+        scores = np.full(133, elsewhere)
+        scores[FACE] = face
+        found = DWPose(Planted(100, 200, scores)).detect([black(400, 300)] * 3)
+        assert [len(faces) for faces in found] == [int(seen)] * 3 and (face >= MIN_SCORE) is seen
+        assert not seen or found[0][0].score == pytest.approx(min(face, 1))
+
+
+def test_the_box_is_around_the_68_landmarks_of_the_face():
+    network = Planted(0, 0, np.ones(133))
+    network.columns[:], network.rows[:] = 0, 0
+    for point in range(133):
+        network.columns[point, 2 * point] = network.rows[point, 4 * point] = 1
+    ((face,),) = DWPose(network).detect([black(288 * 4 // 5, 384 * 4 // 5)])  # of which a pixel is one of the input
+    assert face.landmarks.shape == (68, 2) and face.landmarks.dtype == face.box.dtype == np.float32
+    np.testing.assert_allclose(face.landmarks[0], (23 - 28.8, 46 - 38.4), atol=1)
+    np.testing.assert_allclose(face.landmarks[67] - face.landmarks[0], (67, 134), atol=1)
+    assert np.array_equal(face.box, np.concatenate([face.landmarks[0], face.landmarks[67]]))
+
+
+def test_the_network_sees_red_first_and_normalised_as_imagenet():
+    network, seen = Planted(0, 0, np.ones(133)), []
+    network.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    frame = black(90, 120)
+    frame[:] = 10, 20, 30  # blue, green, red
+    DWPose(network).points([frame])
+    expected = [(30 - 123.675) / 58.395, (20 - 116.28) / 57.12, (10 - 103.53) / 57.375]
+    np.testing.assert_allclose(seen[0][0, :, 192, 144], expected, rtol=1e-6)
+
+
+def test_what_is_outside_of_the_frame_is_black():
+    view = warp(np.full((400, 400, 3), 255, np.uint8))
+    assert view.shape == (384, 288, 3) and view[192, 144].min() == 255
+    assert view[:60].max() == 0 == view[-60:].max() and view[192, 2].max() == 0 == view[192, -3].max()
+
+
+# Batches, with a network that looks.
+
+
+@pytest.fixture(scope="module")
+def frames() -> list[np.ndarray]:
+    """More of them than a batch has, of several sizes."""
+    rng = np.random.default_rng(3)
+    sizes = [(120 + 40 * index, 200 - 20 * index) for index in range(BATCH + 1)]
+    return [rng.integers(256, size=(height, width, 3), dtype=np.uint8) for width, height in sizes]
+
+
+def test_a_batch_gives_what_its_frames_give_alone(backend, frames):
+    points, scores = backend.points(frames)
+    assert len(np.unique(points.reshape(-1, 2), axis=0)) > 100
+    for index in (0, BATCH - 1, BATCH):
+        alone, score = backend.points([frames[index]])
+        np.testing.assert_array_equal(alone[0], points[index])
+        np.testing.assert_array_equal(score[0], scores[index])
+
+
+def test_a_mirrored_frame_has_mirrored_points(backend, frames):
+    """The network sees each picture both ways; the two answers differ by a bin, and where two places score alike."""
+    frame = frames[2]
+    ((points, mirrored), _) = backend.points([frame, np.ascontiguousarray(frame[:, ::-1])])
+    back = np.array([frame.shape[1], 0]) + mirrored[MIRRORED] * [-1, 1]
+    apart = np.abs(back - points).max(axis=-1)
+    pixel = max(frame.shape[1] / 288, frame.shape[0] / 384) * 1.25
+    assert np.mean(apart <= pixel) > 0.9
+
+
+def test_no_frame_gives_no_face(backend):
+    assert backend.detect([]) == []
+    points, scores = backend.points([])
+    assert points.shape == (0, 133, 2) and scores.shape == (0, 133)
+
+
+def test_without_mmpose_its_engine_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "mmcv", None)
+    monkeypatch.delitem(sys.modules, "mmcv._ext", raising=False)
+    with pytest.raises(UserError, match="pip install -r requirements-mmpose.txt, or use 'dwpose'"):
+        load_face_backend("mmpose", tmp_path, "cpu")

@@ -90,7 +90,6 @@ ODD_CONFIGURATIONS = [
         for value in ("AutoencoderKL", "DiffusionPipeline", "os.system", "utils", ["x"], None, "")
     ),
     *(("vae", "_class_name", value) for value in ("UNet2DConditionModel", "OnnxStableDiffusionPipeline", 3)),
-    *(("vae", "scaling_factor", value) for value in (0, -1, math.inf, math.nan, "1", None, [1], 10**400)),
     *(("unet", "in_channels", value) for value in (4, 9, 0, 10**12)),
     *(("unet", "out_channels", value) for value in (3, 8, 10**12)),
     *(("unet", "class_embed_type", value) for value in ("timestep", "projection", "x")),
@@ -121,6 +120,15 @@ def test_an_odd_configuration_makes_a_network_that_works_or_none(models, name, k
 def test_a_nested_configuration_is_refused(models, name, key, nested):
     folder = models(name, configuration(name, **{key: "PLACE"}).replace(b'"PLACE"', nested.encode()))
     refusal(lambda: build(folder, name), str(folder / FILES[name]))
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, math.inf, math.nan, "1", None, [1], 1e-300, 1e300, 10**400], ids=lambda v: repr(v)[:9]
+)
+def test_a_scale_of_latents_that_is_none_is_refused(models, value):
+    """All that comes out would be nothing, or no number."""
+    folder = models("vae", configuration("vae", scaling_factor=value))
+    refusal(lambda: build(folder, "vae"), str(folder / FILES["vae"]))
 
 
 @pytest.mark.parametrize("name", ["unet", "vae"])
@@ -286,6 +294,9 @@ MOMENTS = {
     "a name too few": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(4, 8, 3, 3)}},
     "another parameter": {10**6: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)}},
     "a parameter by name": {"x": {"step": torch.tensor(1.0), "exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)}},
+    "a parameter from the end": {
+        -1: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(4), "exp_avg_sq": torch.zeros(4)}
+    },
     "another shape": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)}},
     "whole numbers": {
         0: {"step": torch.tensor(1), "exp_avg": torch.zeros(4, 8, 3, 3), "exp_avg_sq": torch.zeros(4, 8, 3, 3)}

@@ -73,6 +73,8 @@ def zipped(content: bytes, method: int = zipfile.ZIP_STORED, **records: bytes) -
         archive.writestr("a/version", "3\n")
         for name, data in (records or {"0": bytes(16)}).items():
             archive.writestr(f"a/data/{name}", data)
+        for entry in archive.filelist:
+            entry.external_attr = 0  # as torch writes it
     return buffer.getvalue()
 
 

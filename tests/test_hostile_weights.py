@@ -57,6 +57,9 @@ LYING_ARCHIVES = {
     "4 GB": lambda: changed(zipped(GOOD), b"a/data/0", SIZES, "<II", 2**32 - 1, 2**32 - 1),
     "a pickle of 4 GB": lambda: changed(zipped(GOOD), b"a/data.pkl", SIZES, "<II", 2**32 - 1, 2**32 - 1),
     "unknown method": lambda: changed(zipped(GOOD), b"a/data.pkl", METHOD, "<H", 77),
+    "deflated, it says": lambda: changed(zipped(GOOD), b"a/data.pkl", METHOD, "<H", zipfile.ZIP_DEFLATED),
+    "bzip2, it says": lambda: changed(zipped(GOOD), b"a/data.pkl", METHOD, "<H", zipfile.ZIP_BZIP2),
+    "lzma, it says": lambda: changed(zipped(b"\x09\x04\x05\x00" + GOOD), b"a/data.pkl", METHOD, "<H", zipfile.ZIP_LZMA),
     "no pickle": lambda: zipped(GOOD).replace(b"data.pkl", b"date.pkl"),
     "no folder": lambda: zipped(GOOD).replace(b"a/data.pkl", b"aadata.pkl"),
     "TorchScript": lambda: zipped(GOOD).replace(b"a/version", b"a/constants.pkl"[:9]),
@@ -81,6 +84,7 @@ def test_many_entries_for_one_piece_of_an_archive_are_not_read_one_by_one(tmp_pa
     """A small file can so be read for hours."""
     with zipfile.ZipFile(tmp_path / "training-state-0000001.pt", "w") as archive:
         archive.writestr("a/data.pkl", bytes(10**5))
+        archive.filelist[0].external_attr = 0
         archive.filelist += archive.filelist * 99
     (tmp_path / "unet.pth").write_bytes((tmp_path / "training-state-0000001.pt").read_bytes())
     assert "it holds more than its size" in refusal(lambda: load_latest_state(tmp_path), str(tmp_path))

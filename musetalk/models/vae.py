@@ -6,7 +6,6 @@ Three states of a face: crop (uint8 pixels) -> cached latents (float16, scaled) 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -87,8 +86,8 @@ def load_vae(
     """The VAE of a models folder. channels_last is faster, but for bfloat16 gradients on a CPU. Raises WeightsError."""
 
     def use(autoencoder: AutoencoderKL) -> None:
-        if not 0 < autoencoder.config.scaling_factor < math.inf:
-            raise ValueError("scaling_factor must be over 0")
+        if not 1e-6 < autoencoder.config.scaling_factor < 1e6:
+            raise ValueError("scaling_factor must be over 0, and of a size that numbers keep")
         autoencoder.decode(autoencoder.encode(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE)).latent_dist.mode())
 
     autoencoder = build_network(AutoencoderKL, find(models_dir, "sd-vae-ft-mse/config.json"), use)

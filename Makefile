@@ -15,7 +15,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-mmpose: .venv-mmpose/installed
 	.venv-mmpose/bin/python -m pytest -q -p tests.cpu_torchvision tests/test_mmpose.py
@@ -34,4 +34,4 @@ torture: .venv/installed
 	touch $@
 
 clean:
-	rm -rf data/sample data/cache checkpoints/demo log/demo output
+	rm -rf data/sample data/cache checkpoints/demo checkpoints/syncnet_demo log/demo log/syncnet_demo output exported

@@ -26,7 +26,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from musetalk.audio import audio_features, sync_mel
+from musetalk.audio import audio_features, sync_mel, window_start
 from musetalk.cache import (
     MAX_CLIP_FRAMES,
     Cache,
@@ -37,9 +37,17 @@ from musetalk.cache import (
     identity_of,
     verify,
 )
-from musetalk.contract import CONTRACTS, FEATURES_PER_FRAME, SYNC_MEL_RATE, VIDEO_FPS, FeatureContract
+from musetalk.contract import (
+    CONTEXT_FRAMES,
+    CONTRACTS,
+    FEATURES_PER_FRAME,
+    SYNC_MEL_RATE,
+    VIDEO_FPS,
+    WINDOW_STEPS,
+    FeatureContract,
+)
 from musetalk.crop import MIN_FACE, CroppedClip, crop_clips
-from musetalk.face import FaceBackend, load_face_backend
+from musetalk.face import FACE_BACKENDS, FaceBackend, load_face_backend
 from musetalk.files import own_folder, read_json, write_whole
 from musetalk.models.audio_encoder import AudioEncoder, load_audio_encoder
 from musetalk.models.vae import VAE, load_vae
@@ -180,8 +188,13 @@ def load_tools(config: PrepareConfig) -> Tools:
         torch.set_num_threads(1)  # with more, a batch of another size would give other last bits
     vae = load_vae(config.models_dir, config.device, getattr(torch, contract.encode_dtype))
     audio_encoder = load_audio_encoder(config.models_dir, config.device)
-    contract = replace(contract, vae=vae.fingerprint, audio_encoder=audio_encoder.fingerprint)
     backend = load_face_backend(config.face_backend, config.models_dir, config.device)
+    contract = replace(
+        contract,
+        vae=vae.fingerprint,
+        audio_encoder=audio_encoder.fingerprint,
+        face_backend=FACE_BACKENDS[config.face_backend],
+    )
     return Tools(backend, vae, audio_encoder, contract)
 
 
@@ -217,18 +230,22 @@ def prepare_source(source: Path, about: dict, writer: CacheWriter, tools: Tools,
         now = about | {"start": start, "last": last}
         seen = np.array([face is not None for face in cropped.faces])
         heard = FEATURES_PER_FRAME * (start + np.arange(len(seen))) < len(features)
-        if (seen & heard).any():
+        # What the first frames of a later part hear begins before their clip and is not in it: training would hear the
+        # edge of a file where inference hears sound.
+        usable = seen & heard & (np.arange(len(seen)) >= (CONTEXT_FRAMES if part else 0))
+        if usable.any():
             sound = features[FEATURES_PER_FRAME * start :], mel[SYNC_MEL_RATE * start // VIDEO_FPS :]
-            yield writer.write(name, clip_tensors(name, cropped, seen & heard, *sound, tools, bar), now)
+            yield writer.write(name, clip_tensors(name, cropped, usable, *sound, tools, bar), now)
             continue
         second = start // VIDEO_FPS
-        if seen.any():
-            kind, reason = "no audio", f"{source}: its audio ends before its second {second}"
+        if not seen.any():
+            kind, reason = "no face", f"no face of at least {MIN_FACE} pixels was found from second {second} on"
+        elif not (seen & heard).any():
+            kind, reason = "no audio", f"its audio ends before its second {second}"
         else:
-            kind, reason = (
-                "no face",
-                f"{source}: no face of at least {MIN_FACE} pixels was found from second {second} on",
-            )
+            after = f"more than {CONTEXT_FRAMES} frames after second {second}"
+            kind, reason = "too short", f"no face with sound was found {after}, where a part of it begins"
+        reason = f"{source}: {reason}"
         bar.write(f"refused: {printable(reason)}")
         yield writer.reject(name, now, kind, printable(reason))
 
@@ -249,21 +266,25 @@ def clip_tensors(
     tools: Tools,
     bar: tqdm,
 ) -> dict[str, np.ndarray]:
-    """Tensors of a clip as musetalk/cache.py lists them. features, mel: from the clip's first frame on."""
+    """Tensors of a clip as musetalk/cache.py lists them.
+
+    features, mel: from the clip's first frame on, to the end of the source's sound.
+    """
     count = len(usable)
     crops = [faces if good else None for faces, good in zip(cropped.crops, usable, strict=True)]
     masked_latents, latents = tools.vae.encode_clip(name, counted(crops, bar), tools.contract)
     none = [None] * len(tools.contract.margins)
     jpegs, offsets = encode_jpegs([image for faces in crops for image in faces or none])
-    unknown = np.zeros((68, 2), np.float32)
+    unknown = np.zeros((68, 2))
+    landmarks = np.stack([unknown if face is None else face.landmarks for face in cropped.faces])
     return {
         "face_jpeg": jpegs,
         "face_jpeg_offsets": offsets,
         "latents": latents,
         "masked_latents": masked_latents,
-        "audio_features": features[: FEATURES_PER_FRAME * count],
+        "audio_features": features[: window_start(count - 1) + WINDOW_STEPS],
         "mel": mel[: SYNC_MEL_RATE * count // VIDEO_FPS + 1],
-        "landmarks": np.stack([unknown if face is None else face.landmarks for face in cropped.faces]),
+        "landmarks": landmarks.astype(np.float32),
         "boxes": cropped.boxes,
         "usable": usable,
     }

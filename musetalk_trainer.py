@@ -2,41 +2,54 @@
 
     python musetalk_trainer.py                           preset demo: the small set, the cache of the built-in sample
     python musetalk_trainer.py stage1 --hdtf-samples-dir data/mine
+    python musetalk_trainer.py stage2 --hdtf-samples-dir data/mine     goes on from what stage1 left
     python musetalk_trainer.py stage1 --help             all constants
 
 Writes `<checkpoint_dir>/<preset>/training-state-<step>.pt` to go on and `unet-<step>.safetensors` to use, and in
-`log_dir` trainer.log, `<preset>/stats.jsonl`, `<preset>/samples/<step>.png` (masked | reference | prediction |
-truth, of clips held out) and TensorBoard files. Run the same command again to go on from the newest state, exactly
-as if there had been no interruption. Ctrl-C, or a cluster's SIGTERM, ends it after the step with its state saved.
+`log_dir` trainer.log and a folder of the preset's: stats.jsonl, TensorBoard files, curves.png, and pictures of clips
+held out by step: samples/ (masked | reference | prediction | truth), validation/ (rows of truth, prediction, and that
+by other audio, by another reference, in silence) and mouths/ (their openings over time). Run the same command again to
+go on from the newest state, exactly as if there had been no interruption. Ctrl-C, or a cluster's SIGTERM, ends it after
+the step with its state saved.
+
+A loss counts by its weight in `loss_weights`, 0 is off: latent_l1 on latents, pixel_l1 and lpips on images, sync by the
+expert that `sync_expert` names, adv_g and feat_match by a discriminator that is trained along, adv_g_mouth and
+feat_match_mouth by another one that sees mouths.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
-import tyro
 from accelerate import Accelerator
+from accelerate.utils import broadcast, gather_object
 from tqdm import tqdm
 
-from losses import weighted_sum
-from losses.pixel_branch import pixel_branch
-from losses.reconstruction import latent_l1, pixel_l1
+from losses.adversarial import Adversary
+from losses.discriminator import PatchDiscriminator
+from losses.objective import ADVERSARIAL, Objective
+from losses.pixel_branch import Terms
 from musetalk.cache import Cache
 from musetalk.checkpoint import save_state, save_unet
-from musetalk.contract import ALL_FIELDS, CONTRACTS, MASK_TOP, MODEL_FIELDS, FeatureContract
-from musetalk.crop import to_tensor
+from musetalk.contract import ALL_FIELDS, FeatureContract, sync_mel_frames
+from musetalk.crop import crop_mouth, to_tensor
 from musetalk.dataset import FaceDataset, split_clips
 from musetalk.files import own_folder
-from musetalk.models.unet import UNet, build_unet
-from musetalk.models.vae import VAE, load_vae
+from musetalk.models.syncnet import SyncNet, load_syncnet
+from musetalk.models.unet import build_unet
+from musetalk.models.vae import VAE
+from musetalk.models.vgg import load_lpips
 from musetalk.pipeline import LipSyncPipeline
-from musetalk.run_log import RunLog
+from musetalk.run_log import RunLog, SilentLog
 from musetalk.script import (
     Count,
     CountOrZero,
@@ -47,10 +60,39 @@ from musetalk.script import (
     Share,
     Workers,
     check_constants,
+    parse_preset,
     run_script,
     stop_requests,
 )
-from musetalk.training import OPTIMIZERS, TrainError, TrainState, learning_rate, loader, precision, resume
+from musetalk.sync_check import check_expert
+from musetalk.training import (
+    OPTIMIZERS,
+    TrainError,
+    TrainState,
+    average_gradients,
+    check_width,
+    frozen_dtype,
+    learning_rate,
+    load_pixel_vae,
+    loader,
+    not_finite,
+    of_any_process,
+    resume,
+    start_processes,
+    training_contract,
+)
+from musetalk.validation import GRID_ROWS, Validator, draw_grid
+
+LOSSES = (
+    *("latent_l1", "pixel_l1", "lpips", "sync"),
+    *("adv_g", "feat_match", "adv_g_mouth", "feat_match_mouth"),
+)
+VIEWS = {"": lambda images, _: images, "_mouth": crop_mouth}  # what the discriminators see, by their terms' endings
+
+
+def weights(**given: float) -> dict[str, float]:
+    """A weight for each loss, 0 (off) for those that are not given."""
+    return dict.fromkeys(LOSSES, 0.0) | given
 
 
 @dataclass
@@ -62,20 +104,32 @@ class TrainConfig:
     checkpoint_dir: Path = Path("checkpoints")  # each preset has a folder in it
     log_dir: Path = Path("log")
     models_dir: Path = Path("models")
+    start_from: str = ""  # weights to begin with: of another preset, or a file, or a folder; "" is a new UNet
 
     # Data
     contract: Literal["rigid", "musetalk_v15", "musetalk_v1"] = "rigid"  # whose audio window and positions it learns
     held_out: Share = 0.1  # share of identities (or clips, of a single one) kept for the samples
+    references: Literal["random", "pose_and_mouth"] = "pose_and_mouth"  # the latter: alike in pose, another mouth
+    min_reference_gap: Count = 5  # frames between a frame and its reference
+    frames: Count = 1  # consecutive ones in a sample; with a sync loss those that its expert sees
     num_workers: Workers = 4  # processes that read the cache
     batch_size: Count = 8  # samples in one forward
     grad_accum_steps: Count = 1  # forwards in one optimizer step
 
     # Losses: a weight for each term, 0 is off
-    loss_weights: dict[Literal["latent_l1", "pixel_l1"], PositiveOrZero] = field(
-        default_factory=lambda: {"latent_l1": 1.0, "pixel_l1": 1.0}
+    loss_weights: dict[Literal[LOSSES], PositiveOrZero] = field(
+        default_factory=lambda: weights(latent_l1=1.0, pixel_l1=1.0)
     )
     pixel_every: Count = 1  # steps between those with losses on images, which cost most of the time
     chunk_size: Count = 4  # samples decoded at once for them
+    adversarial_start: CountOrZero = 0  # step from which discriminators learn and are heard
+    adaptive_every: CountOrZero = (
+        0  # of those steps, one measures how much adv_g must weigh to pull as they do; 0: none
+    )
+    discriminator_learning_rate: Positive = 1e-4
+    discriminator_betas: tuple[Decay, Decay] = (0.5, 0.999)
+    sync_expert: str = "syncnet/latentsync_syncnet.pt"  # in models_dir, or what syncnet_trainer.py made
+    unfit_expert: bool = False  # go on with one that fails its check on these clips
 
     # Optimizer
     optimizer: Literal["adamw", "adamax", "adam"] = "adamw"  # adamax is the original's
@@ -85,6 +139,7 @@ class TrainConfig:
     weight_decay: PositiveOrZero = 1e-2
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     max_grad_norm: Positive = 1.0
+    not_finite: Literal["stop", "skip"] = "stop"  # what to do in a step whose gradient is not finite
     ema_decay: Decay = 0.999  # of the weights that are used; kept in host memory
     ema_every: Count = 10  # steps
     gradient_checkpointing: bool = False  # of the UNet: less memory, a third more time
@@ -93,6 +148,8 @@ class TrainConfig:
     num_steps: Count = 250_000  # optimizer updates
     log_every: Count = 100
     sample_every: Count = 2000
+    val_every: Count = 10_000  # steps between looks at clips held out, with all measures and probes
+    val_frames: Count = 50  # of each of four clips
     save_every: Count = 2000
     keep_states: Count = 2  # training states of the newest steps; weights to use are all kept
     seed: Seed = 1234
@@ -102,6 +159,7 @@ PRESETS = {
     "demo": TrainConfig(
         models_dir=Path("models/mini"),
         held_out=0.25,
+        references="random",
         num_workers=0,
         batch_size=8,
         pixel_every=10,
@@ -113,208 +171,312 @@ PRESETS = {
         num_steps=800,
         log_every=20,
         sample_every=200,
+        val_every=800,
         save_every=200,
     ),
-    "stage1": TrainConfig(batch_size=32),
+    # Faces first, frame by frame.
+    "stage1": TrainConfig(
+        batch_size=32,
+        loss_weights=weights(latent_l1=1.0, pixel_l1=1.0, lpips=0.1),
+    ),
+    # Then sync and sharpness, from windows of frames.
+    "stage2": TrainConfig(
+        start_from="stage1",
+        frames=16,
+        batch_size=2,
+        grad_accum_steps=8,
+        loss_weights=weights(
+            latent_l1=1.0,
+            pixel_l1=1.0,
+            lpips=0.1,
+            sync=0.05,
+            adv_g=0.01,
+            feat_match=0.1,
+            adv_g_mouth=0.01,
+            feat_match_mouth=0.1,
+        ),
+        adversarial_start=1000,
+        adaptive_every=10,
+        learning_rate=5e-6,
+        final_learning_rate=5e-6,
+        discriminator_learning_rate=5e-6,
+        gradient_checkpointing=True,
+        num_steps=20_000,
+    ),
+    # The recipe of the original MuseTalkTrainer, to compare with on the same cache.
+    "original": TrainConfig(
+        references="random",
+        min_reference_gap=1,
+        batch_size=10,
+        loss_weights=weights(latent_l1=1.0, pixel_l1=1.0, lpips=0.01, adv_g=0.01),
+        discriminator_betas=(0.9, 0.999),
+        optimizer="adamax",
+        learning_rate=1e-4,
+        final_learning_rate=1e-4,
+        warmup_steps=0,
+        weight_decay=0.0,
+        ema_decay=0.0,
+        ema_every=1,
+    ),
 }
-
-GRID_ROWS = 6  # moments in a sample grid
 
 
 def train(preset: str, config: TrainConfig) -> None:
     """Train until `num_steps`, going on from the newest state in the preset's folder."""
     # Check what costs nothing first: constants, then data, then networks.
     check(config)
-    accelerator = Accelerator(mixed_precision=precision())
-    if accelerator.num_processes > 1:
-        raise TrainError("training on several processes is not supported yet; start it with plain python")
+    accelerator = start_processes()
     cache = Cache(config.hdtf_samples_dir)
-    contract = training_contract(config, cache)
+    contract = training_contract(config.contract, cache)
     train_clips, held_clips, note = split_clips(cache, config.held_out, config.seed)
-    slots = config.batch_size * config.grad_accum_steps
-    dataset = FaceDataset(cache, train_clips, contract, seed=config.seed, slots=slots)
+    draw = partial(open_dataset, config, cache, train_clips, contract, ranks=accelerator.num_processes)
+    draw(sync_offset=0)
     shown = FaceDataset(cache, held_clips or train_clips, contract, seed=config.seed, slots=GRID_ROWS)
-    if slots > (count := int(dataset.ends[-1])):
-        raise TrainError(
-            f"batch_size x grad_accum_steps is {slots}, but {cache.folder} has {count} samples to train on"
-        )
     vae = load_pixel_vae(config.models_dir, accelerator)
     cache.contract.require(replace(cache.contract, vae=vae.fingerprint), ("vae",), str(cache.folder))
     state = build_state(config, contract, accelerator)
-    check_width(state.unet, cache, config)
+    check_width(state.unet, cache, config.models_dir)
+    objective, expert = build_objective(config, state, vae, accelerator)
     pipeline = LipSyncPipeline(state.unet, vae, contract, config.models_dir)
+    _ = pipeline.audio_encoder  # for validation; rather missed now than then
+    held_clips = held_clips or train_clips
+    validator = Validator(pipeline, cache, held_clips, config.val_frames, distance=objective.distance, expert=expert)
 
     run_dir, log_dir = config.checkpoint_dir / preset, config.log_dir / preset
-    with own_folder(run_dir), own_folder(log_dir), stop_requests() as stopping:
-        # Go on from the newest state, if there is one.
-        resume(state, run_dir, contract)
-        log = RunLog(config.log_dir, preset, state.step)
+    with ExitStack() as stack, stop_requests() as stopping:
+        if accelerator.is_main_process:  # one process writes
+            stack.enter_context(own_folder(run_dir))
+            stack.enter_context(own_folder(log_dir))
+        accelerator.wait_for_everyone()
+
+        # Go on from the newest state, or begin: with the weights of another training, and a look at the expert.
+        resumed = resume(state, run_dir, contract)
+        log = RunLog(config.log_dir, preset, state.step) if accelerator.is_main_process else SilentLog()
         log.line(f"preset {preset}: {json.dumps(asdict(config), default=str)}")
+        if config.start_from and not resumed:
+            own = config.checkpoint_dir / config.start_from
+            log.line(state.begin(own if config.start_from in PRESETS else Path(config.start_from), contract))
+        if expert and not resumed:
+            found = check_expert(expert, cache, held_clips, config.seed)
+            log.line(str(found))
+            log.picture(0, found.draw(), "sync_check")
+            state.sync_offset = found.require(config.unfit_expert)
         log.line(f"{len(train_clips)} clips to train on; {note}")
         size = sum(parameter.numel() for parameter in state.unet.parameters())
-        where = f"{accelerator.device}, {accelerator.mixed_precision}"
+        where = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.mixed_precision}"
         log.line(f"UNet of {size:,} parameters on {where}; at step {state.step}")
 
-        batches = iter(loader(dataset, state.step, config.num_steps, config.batch_size, config.num_workers))
-        with tqdm(total=config.num_steps, initial=state.step, desc="train", unit="step") as bar:
+        dataset = draw(sync_offset=state.sync_offset)
+        share = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
+        steps = range(state.step, config.num_steps)
+        batches = iter(loader(dataset, steps, config.batch_size, config.num_workers, **share))
+        told = {"desc": "train", "unit": "step", "disable": not accelerator.is_main_process}
+        with tqdm(total=config.num_steps, initial=state.step, **told) as bar:
             stop = False
             while state.step < config.num_steps and not stop:
-                # Forward and backward: this step's samples and chances, the same ones whatever happened before.
+                # Forward, backward and update: this step's samples and chances, whatever happened before.
                 torch.manual_seed(config.seed + state.step)
-                terms, drawn, rate = {}, [], learning_rate(state.step, config)
-                for _ in range(config.grad_accum_steps):
-                    batch = next(batches)
-                    drawn += batch["where"]
-                    for name, value in generator_step(state, vae, batch, config, accelerator).items():
-                        terms[name] = terms.get(name, 0) + value / config.grad_accum_steps
-
-                # Update, unless a gradient is not finite.
-                norm = accelerator.clip_grad_norm_(state.unet.parameters(), config.max_grad_norm)
-                if not torch.isfinite(norm):
-                    raise not_finite(terms, drawn, state.step + 1, run_dir)
-                state.optimizer.param_groups[0]["lr"] = rate
-                state.optimizer.step()
-                state.optimizer.zero_grad(set_to_none=True)
+                made = optimizer_step(state, objective, batches, config, accelerator)
+                if not made.finite:
+                    terms, drawn = accelerator.reduce(made.terms, "mean"), gather_object(made.drawn)
+                    fault = not_finite(terms, drawn, state.step + 1, run_dir)
+                    if config.not_finite == "stop":
+                        raise fault
+                    log.line(f"skipped: {fault}")
                 state.step += 1
-                if state.step % config.ema_every == 0:
+                if accelerator.is_main_process and state.step % config.ema_every == 0:
                     state.update_ema(config.ema_decay)
                 bar.update()
 
                 # Report.
                 last = state.step == config.num_steps
                 if last or state.step % config.log_every == 0:
-                    values = {name: value.item() for name, value in terms.items()}
-                    log.record(state.step, values | {"grad_norm": norm.item(), "learning_rate": rate})
+                    values = accelerator.reduce(made.terms, "mean") | {"grad_norm": made.norm}
+                    values |= {f"pull{ending}": pull for ending, pull in state.pulls.items()}
+                    log.record(state.step, {k: v.item() for k, v in values.items()} | {"learning_rate": made.rate})
 
-                # Sample and save, also the step after which to stop.
-                if last or state.step % config.sample_every == 0:
-                    with state.averaged():
-                        log.picture(state.step, draw_grid(pipeline, shown))
+                # Sample, validate and save, also the step after which to stop.
                 due = last or state.step % config.save_every == 0
-                if due:
-                    log.line(f"saved {save_unet(run_dir, state.step, state.ema, contract)}")
-                stop = stopping()
-                if due or stop:
+                if accelerator.is_main_process:
+                    show(state, config, validator, shown, log)
+                    if due:
+                        log.line(f"saved {save_unet(run_dir, state.step, state.ema, contract)}")
+                stop = of_any_process(stopping(), accelerator)
+                if accelerator.is_main_process and (due or stop):
                     moving = state.as_dict() | {"contract": contract.as_dict(ALL_FIELDS)}
                     save_state(run_dir, state.step, moving, config.keep_states)
 
         if state.step < config.num_steps:
             raise KeyboardInterrupt(f"stopped at step {state.step}, all saved; run the same command again to go on")
-        log.line(f"done at step {state.step}: weights and states in {run_dir}, pictures in {log.folder / 'samples'}")
+        log.line(f"done at step {state.step}: weights and states in {run_dir}, pictures in {log_dir}")
+
+
+def show(state: TrainState, config: TrainConfig, validator: Validator, shown: FaceDataset, log: RunLog) -> None:
+    """Pictures and measures, those that are due after a step."""
+    if state.step == config.num_steps or state.step % config.sample_every == 0:
+        with state.averaged():
+            log.picture(state.step, draw_grid(validator.pipeline, shown))
+    if state.step % config.val_every == 0:
+        with state.averaged():
+            validator().report(state.step, log)
 
 
 def check(config: TrainConfig) -> None:
     """Raises UserError for constants that cannot work."""
     check_constants(config)
-    if not any(weight > 0 for weight in config.loss_weights.values()):
+    heard = {name for name, weight in config.loss_weights.items() if weight > 0}
+    if not heard:
         raise TrainError("loss_weights must have a term with a weight over 0")
-    if config.pixel_every > 1 and not config.loss_weights.get("latent_l1", 0) > 0:
+    if config.pixel_every > 1 and "latent_l1" not in heard:
         raise TrainError("pixel_every must be 1 where latent_l1 has no weight, or steps between would have no loss")
+    if config.adversarial_start and heard <= {f"{name}{ending}" for name in ADVERSARIAL for ending in VIEWS}:
+        raise TrainError("adversarial_start must be 0 where only discriminators have a weight")
+    if config.adaptive_every and not heard & {"pixel_l1", "lpips"}:
+        raise TrainError("adaptive_every must be 0 where neither pixel_l1 nor lpips has a weight to be as strong as")
 
 
-def check_width(unet: UNet, cache: Cache, config: TrainConfig) -> None:
-    """Raises TrainError where the audio features of the cache do not fit the UNet's attention to them."""
-    takes = unet.model.config.cross_attention_dim
-    width = next(iter(cache.clips.values())).tensor("audio_features", 0, 1).shape[-1]
-    if width != takes:
+def open_dataset(
+    config: TrainConfig, cache: Cache, clips: list[str], contract: FeatureContract, *, ranks: int, sync_offset: int
+) -> FaceDataset:
+    """The samples to train on. ranks: processes. Raises TrainError where there are fewer than a step takes."""
+    slots = config.batch_size * config.grad_accum_steps * ranks
+    dataset = FaceDataset(
+        cache,
+        clips,
+        contract,
+        seed=config.seed,
+        slots=slots,
+        frames=config.frames,
+        references=config.references,
+        min_reference_gap=config.min_reference_gap,
+        mel_frames=sync_mel_frames(config.frames) if config.loss_weights.get("sync") else 0,
+        sync_offset=sync_offset,
+    )
+    if slots > (count := int(dataset.ends[-1])):
         raise TrainError(
-            f"{config.models_dir / 'musetalk/musetalk.json'} has cross_attention_dim {takes}, but the audio features "
-            f"in {cache.folder} are {width} wide; set it to {width}, or prepare with the Whisper that belongs to it"
+            f"batch_size x grad_accum_steps x processes is {slots}, but {cache.folder} has {count} samples to train on"
         )
-
-
-def load_pixel_vae(models_dir: Path, accelerator: Accelerator) -> VAE:
-    """The frozen VAE in the precision and layout in which the losses on images are fastest."""
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    layout = torch.contiguous_format if accelerator.device.type == "cpu" else torch.channels_last
-    return load_vae(models_dir, accelerator.device, dtype, layout)
-
-
-def training_contract(config: TrainConfig, cache: Cache) -> FeatureContract:
-    """The cache's own rules with the model fields of the constants."""
-    chosen = CONTRACTS[config.contract]
-    return replace(cache.contract, **{name: getattr(chosen, name) for name in MODEL_FIELDS})
+    return dataset
 
 
 def build_state(config: TrainConfig, contract: FeatureContract, accelerator: Accelerator) -> TrainState:
-    """An untrained UNet with its optimizer and average."""
+    """An untrained UNet with its optimizer and average, and a discriminator for each view whose terms have a weight."""
     unet = build_unet(config.models_dir, config.seed, contract.positional_encoding)
     if config.gradient_checkpointing:
         unet.model.enable_gradient_checkpointing()
-    make = OPTIMIZERS[config.optimizer]
-    optimizer = make(unet.parameters(), config.learning_rate, config.betas, weight_decay=config.weight_decay)
+    make = partial(OPTIMIZERS[config.optimizer], weight_decay=config.weight_decay)
+    optimizer = make(unet.parameters(), config.learning_rate, config.betas)
     ema = {name: value.clone() for name, value in unet.model.state_dict().items()}
-    unet, optimizer = accelerator.prepare(unet, optimizer)
-    return TrainState(unet, optimizer, config.optimizer, ema)
+    # Only its precision and place: `average_gradients` is what makes one training of several processes.
+    unet = accelerator.prepare_model(unet, evaluation_mode=True)
+    adversaries = {}
+    for ending in VIEWS:
+        if any(config.loss_weights.get(f"{name}{ending}") for name in ADVERSARIAL):
+            torch.manual_seed(config.seed)
+            network = PatchDiscriminator().to(accelerator.device)
+            rate, betas = config.discriminator_learning_rate, config.discriminator_betas
+            adversaries[ending] = Adversary(network, make(network.parameters(), rate, betas))
+    told = [ending for ending in adversaries if config.loss_weights.get(f"adv_g{ending}")]
+    pulls = {ending: torch.zeros((), device=accelerator.device) for ending in told if config.adaptive_every}
+    return TrainState(unet, optimizer, config.optimizer, ema, adversaries, pulls)
 
 
-def generator_step(
-    state: TrainState, vae: VAE, batch: dict, config: TrainConfig, accelerator: Accelerator
-) -> dict[str, torch.Tensor]:
-    """Losses of one batch, their gradients added to the UNet's. Returns the terms, detached, on the device."""
-    data = {
-        name: value.flatten(0, 1).to(accelerator.device, non_blocking=True)  # (B, T, ...) -> (B T, ...)
-        for name, value in batch.items()
-        if isinstance(value, torch.Tensor)
-    }
-    weights = {name: weight for name, weight in config.loss_weights.items() if weight > 0}
-    unet_input = torch.cat([data["masked_latents"], data["reference_latents"]], dim=1).float()
-    pred_latents = state.unet(unet_input, data["audio_window"].float())
-
-    # Terms on latents.
-    terms = {"latent_l1": latent_l1(pred_latents, data["target_latents"])} if "latent_l1" in weights else {}
-    loss = weighted_sum(terms, weights)
-    terms = {name: value.detach() for name, value in terms.items()}
-
-    # Terms on images: their gradient at the latents, a few samples at a time.
-    if "pixel_l1" in weights and (state.step + 1) % config.pixel_every == 0:
-        target = data["target_image"]
-
-        def image_terms(image: torch.Tensor, chunk: slice) -> dict[str, torch.Tensor]:
-            return {"pixel_l1": pixel_l1(image, to_tensor(target[chunk]))}
-
-        image_values, gradient = pixel_branch(pred_latents, vae.decode, image_terms, weights, config.chunk_size)
-        terms |= image_values
-        loss = loss + (pred_latents * gradient).sum()
-
-    accelerator.backward(loss / config.grad_accum_steps)
-    return terms
-
-
-def not_finite(terms: dict[str, torch.Tensor], drawn: list[str], step: int, run_dir: Path) -> TrainError:
-    """The error that names what was not finite, and where."""
-    broken = [name for name, value in terms.items() if not torch.isfinite(value)] or ["none of the terms"]
-    return TrainError(
-        f"step {step}: the gradient is not finite (terms not finite: {', '.join(broken)}); no update was made. "
-        f"Samples of this step: {'; '.join(drawn)}. The last good state is in {run_dir}"
+def build_objective(
+    config: TrainConfig, state: TrainState, vae: VAE, accelerator: Accelerator
+) -> tuple[Objective, SyncNet | None]:
+    """The losses with the frozen networks that they need, and the sync expert if it is one of them."""
+    heard = {name: weight for name, weight in config.loss_weights.items() if weight > 0}
+    frozen = accelerator.device, frozen_dtype(accelerator)
+    expert = load_syncnet(config.models_dir, config.sync_expert, *frozen) if "sync" in heard else None
+    if expert and expert.frames != config.frames:
+        raise TrainError(f"frames must be {expert.frames}, as {config.sync_expert} sees them, not {config.frames}")
+    objective = Objective(
+        heard,
+        vae.decode,
+        to_tensor,
+        config.chunk_size,
+        distance=load_lpips(config.models_dir, *frozen) if "lpips" in heard else None,
+        embed=expert and expert.embed,
+        adversaries=state.adversaries,
+        views={ending: VIEWS[ending] for ending in state.adversaries},
+        pulls=state.pulls,
     )
+    return objective, expert
 
 
-def draw_grid(pipeline: LipSyncPipeline, shown: FaceDataset) -> np.ndarray:
-    """masked | reference | prediction | truth of fixed moments, BGR uint8, a row each."""
-    rows = []
-    for slot in range(GRID_ROWS):
-        sample = shown.draw(0, slot)
-        item = shown.read(sample)
-        truth = item["target_image"][0].numpy()
-        masked = truth.copy()
-        masked[MASK_TOP:] = 0
-        reference = shown.cache.clips[sample.clip].image(sample.references[0], sample.variant)
-        names = ("masked_latents", "reference_latents", "audio_window")
-        prediction = pipeline.generate(*(item[name].numpy() for name in names))[0]
-        rows.append(np.hstack([masked, reference, prediction, truth]))
-    return np.vstack(rows)
+class Made(NamedTuple):
+    """What an optimizer step came to."""
+
+    terms: Terms  # means over its samples, on the device
+    drawn: list[str]  # its samples
+    norm: torch.Tensor  # of the UNet's gradient, on the device
+    rate: float
+    finite: bool  # whether an update was made
 
 
-def parse(arguments: list[str]) -> tuple[str, TrainConfig]:
-    """Preset and constants of a command line. Raises TrainError for a preset there is none of."""
-    named = arguments and not arguments[0].startswith("-")
-    preset = arguments[0] if named else "demo"
-    if preset not in PRESETS:
-        raise TrainError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
-    rest = arguments[1:] if named else arguments
-    return preset, tyro.cli(TrainConfig, default=PRESETS[preset], args=rest, description=__doc__)
+def optimizer_step(
+    state: TrainState, objective: Objective, batches: Iterator[dict], config: TrainConfig, accelerator: Accelerator
+) -> Made:
+    """One update of all networks, unless a gradient is not finite: then of none."""
+    terms, drawn, rate = {}, [], learning_rate(state.step, config)
+    for part in range(config.grad_accum_steps):
+        batch = next(batches)
+        drawn += batch["where"]
+        values = training_step(state, objective, batch, config, accelerator, measure=part == 0)
+        for name, value in values.items():
+            terms[name] = terms.get(name, 0) + value / config.grad_accum_steps
+    playing = [one for ending, one in state.adversaries.items() if f"adv_d{ending}" in terms]
+    average_gradients(chain(state.unet.parameters(), *(one.network.parameters() for one in playing)))
+    norm = accelerator.clip_grad_norm_(state.unet.parameters(), config.max_grad_norm)
+    norms = [norm, *(one.clip(config.max_grad_norm) for one in playing)]
+    finite = bool(torch.stack(norms).isfinite().all())  # the one thing read by the host
+    if finite:
+        state.optimizer.param_groups[0]["lr"] = rate
+        state.optimizer.step()
+        for one in playing:
+            one.update()
+    state.zero_grad()
+    return Made(terms, drawn, norm, rate, finite)
 
+
+def training_step(
+    state: TrainState,
+    objective: Objective,
+    batch: dict,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    *,
+    measure: bool,
+) -> Terms:
+    """Losses of one batch, their gradients added to the networks'. Returns the terms, detached, on the device.
+
+    measure: look, where it is time to, how much adv_g must weigh.
+    """
+    data = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items() if name != "where"}
+    mel = data.pop("mel", None)
+    data = {name: value.flatten(0, 1) for name, value in data.items()}  # (B, T, ...) -> (B T, ...)
+    if mel is not None:
+        data["mel"] = mel  # (B, M, 80)
+
+    # The generator.
+    dtype = state.unet.model.dtype
+    unet_input = torch.cat([data["masked_latents"], data["reference_latents"]], dim=1).to(dtype)
+    pred_latents = state.unet(unet_input, data["audio_window"].to(dtype))
+    count, rest = divmod(state.step + 1, config.pixel_every)  # of steps with losses on images
+    adversarial = bool(state.adversaries) and state.step >= config.adversarial_start
+    pixels = rest == 0 and objective.sees_images(adversarial)
+    playing = pixels and adversarial
+    if playing and state.pulls and measure and count % config.adaptive_every == 0:
+        objective.measure_pulls(pred_latents, state.unet.model.conv_out.weight, data)
+        broadcast(state.pulls)  # those that the first process has measured
+    loss, terms, images = objective.generator(pred_latents, data, pixels=pixels, adversarial=adversarial)
+    accelerator.backward(loss / config.grad_accum_steps)
+
+    # The discriminators, against what was just made.
+    return terms | objective.discriminators(images, data, 1 / config.grad_accum_steps) if playing else terms
+
+
+parse = partial(parse_preset, presets=PRESETS, manual=__doc__)
 
 if __name__ == "__main__":
     run_script(lambda arguments: train(*parse(arguments)), sys.argv[1:])

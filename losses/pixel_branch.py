@@ -2,43 +2,67 @@
 
 The UNet's prediction is taken as a leaf; a few samples at a time are decoded, their losses taken and the gradient
 at the latents kept. One backward through the UNet with that gradient then equals the unchunked one, since no
-network in the branch mixes samples.
+network in the branch mixes samples. A loss on whole windows of frames needs all images at once: they are first decoded
+without a graph, and its gradient at the images is handed to the chunks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from losses import weighted_sum
 
-ImageTerms = Callable[[torch.Tensor, slice], dict[str, torch.Tensor]]
+Terms = dict[str, torch.Tensor]
+
+
+class PixelBranch(NamedTuple):
+    """What came of it, all detached."""
+
+    terms: Terms  # means over the N
+    gradient: torch.Tensor  # (N, 4, 32, 32), of the weighted sum of the terms, at the latents
+    images: torch.Tensor  # (N, 3, 256, 256), what was decoded
 
 
 def pixel_branch(
     pred_latents: torch.Tensor,
     decode: Callable[[torch.Tensor], torch.Tensor],
-    image_terms: ImageTerms,
+    image_terms: Callable[[torch.Tensor, slice], Terms],
     weights: dict[str, float],
     chunk_size: int,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    *,
+    window_terms: Callable[[torch.Tensor], Terms] | None = None,
+) -> PixelBranch:
     """Image losses of predicted latents, and the gradient of their weighted sum at the latents.
 
     pred_latents: (N, 4, 32, 32). decode: latents (n, 4, 32, 32) -> images (n, 3, 256, 256) in [-1, 1].
     image_terms: (images, their slice of the N) -> terms, each a mean over the images.
-    Returns the terms as means over the N, detached, and the gradient, (N, 4, 32, 32).
+    window_terms: all images (N, 3, 256, 256) -> further terms; with it everything is decoded twice.
     """
     count = len(pred_latents)
-    totals: dict[str, torch.Tensor] = {}
-    gradients = []
-    for begin in range(0, count, chunk_size):
-        chunk = slice(begin, min(begin + chunk_size, count))
+    chunks = [slice(begin, min(begin + chunk_size, count)) for begin in range(0, count, chunk_size)]
+    terms: Terms = {}
+    if window_terms is not None:
+        with torch.no_grad():
+            whole = torch.cat([decode(pred_latents[chunk]) for chunk in chunks])
+        values = window_terms(whole.requires_grad_())
+        (image_gradient,) = torch.autograd.grad(weighted_sum(values, weights), whole)
+        terms = {name: value.detach() for name, value in values.items()}
+        del whole, values
+
+    gradients, images = [], []
+    for chunk in chunks:
         leaf = pred_latents[chunk].detach().requires_grad_()
-        terms = image_terms(decode(leaf), chunk)
+        image = decode(leaf)
+        images.append(image.detach())
         share = len(leaf) / count
-        (gradient,) = torch.autograd.grad(share * weighted_sum(terms, weights), leaf)
-        gradients.append(gradient)
-        for name, value in terms.items():
-            totals[name] = totals.get(name, 0) + share * value.detach()
-    return totals, torch.cat(gradients)
+        values = image_terms(image, chunk)
+        loss = share * weighted_sum(values, weights)
+        if window_terms is not None:
+            loss = loss + (image * image_gradient[chunk]).sum()
+        gradients += torch.autograd.grad(loss, leaf)
+        for name, value in values.items():
+            terms[name] = terms.get(name, 0) + share * value.detach()
+    return PixelBranch(terms, torch.cat(gradients), torch.cat(images))

@@ -16,6 +16,7 @@ from musetalk.contract import (
     SAMPLES_PER_FEATURE,
     SYNC_MEL_BINS,
     SYNC_MEL_RATE,
+    VIDEO_FPS,
     WINDOW_STEPS,
     FeatureContract,
 )
@@ -59,9 +60,9 @@ def _log_mel(samples: torch.Tensor, mel_bins: int) -> torch.Tensor:
     return whisper.audio.log_mel_spectrogram(torch.nn.functional.pad(samples, (0, short)), mel_bins)
 
 
-def window_start(frames: int | np.ndarray, contract: FeatureContract) -> int | np.ndarray:
+def window_start(frames: int | np.ndarray) -> int | np.ndarray:
     """The first feature that the window of a frame holds, before the clip where negative."""
-    return FEATURES_PER_FRAME * (frames + contract.sync_offset - CONTEXT_FRAMES)
+    return FEATURES_PER_FRAME * (frames - CONTEXT_FRAMES)
 
 
 def audio_windows(
@@ -74,12 +75,17 @@ def audio_windows(
     feature again ("clamp").
     """
     count = len(features) if count is None else count
-    index = window_start(np.asarray(frames), contract)[:, None] + np.arange(WINDOW_STEPS)  # (T, 10)
+    index = window_start(np.asarray(frames))[:, None] + np.arange(WINDOW_STEPS)  # (T, 10)
     inside = np.clip(index, 0, count - 1)
     windows = features[inside - first]  # (T, 10, S, D)
     if contract.window_edge == "zero":
         windows = np.where((index == inside)[..., None, None], windows, np.zeros((), features.dtype))
     return windows.reshape(len(index), -1, features.shape[-1])
+
+
+def mel_start(frame: int | np.ndarray) -> int | np.ndarray:
+    """The first frame of the sync expert's mel at a video frame, 3.2 of which make one. Source: Wav2Lip."""
+    return SYNC_MEL_RATE * frame // VIDEO_FPS
 
 
 def sync_mel(audio: np.ndarray) -> np.ndarray:

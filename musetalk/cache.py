@@ -38,7 +38,7 @@ from musetalk.files import read_json, write_whole
 from musetalk.script import UserError, printable
 from musetalk.video import MediaError
 
-VERSION = 2
+VERSION = 3
 MAX_NAME = 200  # bytes; file systems take 255, endings included
 MAX_CLIP_FRAMES = 60 * VIDEO_FPS  # a longer source becomes several clips
 HDTF_NAME = re.compile(r"^((?:RD|WDA|WRA)_.+)_\d{3}$")
@@ -54,11 +54,11 @@ TENSORS = {
     "face_jpeg_offsets": (np.int64, ("T*K+1",)),  # where each begins, and the end of the last
     "latents": (np.float16, LATENTS),  # of the whole face, scaled as the UNet sees them
     "masked_latents": (np.float16, LATENTS),
-    "audio_features": (np.float16, ("F", "S", "D")),
+    "audio_features": (np.float16, ("F", "S", "D")),  # from the first frame on, to where the last one's window ends
     "mel": (np.float16, ("M", SYNC_MEL_BINS)),  # for the sync expert
     "landmarks": (np.float32, ("T", 68, 2)),  # source pixels
     "boxes": (np.int32, ("T", "K", 4)),  # source pixels, x1 y1 x2 y2
-    "usable": (np.bool_, ("T",)),  # a face was found and there is audio
+    "usable": (np.bool_, ("T",)),  # a face was found, and the clip holds what is heard at it
 }
 
 # What the records of clips and of refused sources have in common, and what only those of clips have.

@@ -1,4 +1,4 @@
-"""What training leaves behind: training-state-<step>.pt to go on, unet-<step>.safetensors to use."""
+"""What training leaves behind and begins with: training-state-<step>.pt to go on, unet-<step>.safetensors to use."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import safetensors
 import safetensors.torch
 import torch
 
-from musetalk.contract import ALL_FIELDS, FeatureContract
+from musetalk.contract import ALL_FIELDS, CONTRACTS, ContractError, FeatureContract
 from musetalk.files import whole_file
 from musetalk.models.unet import UNet, load_unet
-from musetalk.weights import BROKEN_PICKLE, WeightsError, read_tensors
+from musetalk.weights import BROKEN_PICKLE, WeightsError, read_tensors, write_tensors
 
 STATE_NAME = re.compile(r"^training-state-(\d+)\.pt$")
 GO_BACK = "delete it, and the run goes on from the state before it"
@@ -68,42 +68,66 @@ def load_latest_state(run_dir: Path) -> tuple[Path, dict] | None:
 
 
 def save_unet(run_dir: Path, step: int, tensors: dict[str, torch.Tensor], contract: FeatureContract) -> Path:
-    """Write weights to use: plain diffusers names, the feature contract in the one metadata key.
-
-    Raises WeightsError where it cannot be written.
-    """
+    """Write weights to use; returns where. Raises WeightsError where it cannot be written."""
     path = run_dir / f"unet-{step:07d}.safetensors"
-    metadata = {"contract": json.dumps(contract.as_dict(ALL_FIELDS))}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with whole_file(path) as partial:
-        try:
-            safetensors.torch.save_file(tensors, partial, metadata)
-        except safetensors.SafetensorError as error:
-            raise WeightsError(f"{path} cannot be written: {error}") from error
+    write_unet(path, tensors, contract)
     return path
 
 
-def latest_unet(run_dir: Path) -> Path:
-    """The newest weights of a run. Raises WeightsError where there are none."""
-    paths = _newest(run_dir, UNET_NAME)
+def write_unet(path: Path, tensors: dict[str, torch.Tensor], contract: FeatureContract) -> None:
+    """Write plain diffusers names, the feature contract in the one metadata key.
+
+    Raises WeightsError where it cannot be written.
+    """
+    write_tensors(path, tensors, {"contract": json.dumps(contract.as_dict(ALL_FIELDS))})
+
+
+def find_unet(place: Path) -> Path:
+    """The weights at a place: a file itself, or the newest of a run's folder. Raises WeightsError where none are."""
+    if place.is_file():
+        return place
+    paths = _newest(place, UNET_NAME)
     if not paths:
-        raise WeightsError(f"{run_dir} has no unet-<step>.safetensors in it; train one with musetalk_trainer.py")
+        raise WeightsError(
+            f"{place} is no file and has no unet-<step>.safetensors in it; train one with musetalk_trainer.py"
+        )
     return paths[0]
 
 
-def read_unet_contract(path: Path) -> FeatureContract:
-    """The contract inside weights of `save_unet`. Raises WeightsError where there is none."""
+def read_unet_contract(path: Path) -> FeatureContract | None:
+    """The contract inside weights of `save_unet`, None where they are of others, who put none in.
+
+    Raises WeightsError, ContractError where it cannot be read.
+    """
+    if path.suffix != ".safetensors":
+        return None
     try:
         if not path.is_file():  # a pipe would be waited for
             raise FileNotFoundError("there is no such file")
         with safetensors.safe_open(path, framework="pt") as file:
-            values = json.loads((file.metadata() or {})["contract"])
-    except (OSError, KeyError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+            metadata = file.metadata() or {}
+        if "contract" not in metadata:
+            return None
+        values = json.loads(metadata["contract"])
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise WeightsError(f"{path} cannot be read as weights with a feature contract in them: {error}") from error
     return FeatureContract.from_dict(values, ALL_FIELDS, str(path))
 
 
-def load_trained_unet(path: Path, models_dir: Path) -> tuple[UNet, FeatureContract]:
-    """A trained UNet and the contract it was trained under. Raises WeightsError, ContractError."""
-    contract = read_unet_contract(path)
+def load_trained_unet(
+    path: Path, models_dir: Path, contract: FeatureContract | None = None
+) -> tuple[UNet, FeatureContract]:
+    """A trained UNet and the contract it was trained under: its own, or for weights without one the one given.
+
+    Raises WeightsError; ContractError where there is none, or where its own is not the one given.
+    """
+    own = read_unet_contract(path)
+    if own is None and contract is None:
+        raise ContractError(
+            f"{path} carries no feature contract, since this project did not make it; say which one it was trained "
+            f"under ({', '.join(CONTRACTS)})"
+        )
+    if own and contract:
+        own.require(contract, ALL_FIELDS, str(path))
+    contract = own or contract
     return load_unet(models_dir, path, contract.positional_encoding), contract

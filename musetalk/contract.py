@@ -31,7 +31,12 @@ LATENT_SIZE = IMAGE_SIZE // VAE_FACTOR  # 32
 LATENT_CHANNELS = 4
 
 
-LARGEST = 1000  # number of pixels or frames in a feature contract
+def sync_mel_frames(frames: int) -> int:
+    """Mel frames in the time of some video frames, rounded up."""
+    return -(-frames * SYNC_MEL_RATE // VIDEO_FPS)
+
+
+LARGEST = 1000  # number of pixels in a feature contract
 
 
 class ContractError(UserError):
@@ -42,7 +47,7 @@ class ContractError(UserError):
 class FeatureContract:
     """All that must be equal where features are made, learnt from and used.
 
-    The fields down to `audio_encoder` are fixed when a cache is made, the rest when training starts.
+    The fields down to `face_backend` are fixed when a cache is made, the rest when training starts.
     """
 
     crop: str = "nose_centred"  # MuseTalk's box, or "rigid": see crop.face_box
@@ -56,9 +61,9 @@ class FeatureContract:
     encode_dtype: str = "float32"  # of the VAE while a cache is made
     vae: str = ""  # fingerprint of the loaded tensors
     audio_encoder: str = ""  # fingerprint of the loaded tensors
+    face_backend: str = ""  # whose landmarks the box is made of: "mediapipe" or "dwpose"; "" is not known
     window_edge: str = "zero"  # what an audio window sees beyond the clip: "zero" or "clamp"
     positional_encoding: bool = True  # is a sinusoid added to the window's tokens?
-    sync_offset: int = 0  # video frames that the audio is moved by, measured by a sync expert
 
     def __post_init__(self) -> None:
         choices = {
@@ -68,11 +73,12 @@ class FeatureContract:
             "mel_scope": ("file", "segment"),
             "tail": ("mel_zero", "silence"),
             "encode_dtype": ("float32", "bfloat16"),
+            "face_backend": ("", "mediapipe", "dwpose"),
             "window_edge": ("zero", "clamp"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ContractError(f"{name} must be one of {', '.join(allowed)}, not {short(getattr(self, name))}")
+                raise ContractError(f"{name} must be one of {str(allowed)[1:-1]}, not {short(getattr(self, name))}")
         if isinstance(self.margins, list):
             object.__setattr__(self, "margins", tuple(self.margins))  # as JSON gives it
         for field in fields(self):
@@ -81,8 +87,8 @@ class FeatureContract:
                 raise ContractError(f"{field.name} must be of type {kind}, not {short(getattr(self, field.name))}")
         if not self.margins or any(type(margin) is not int or margin < 0 for margin in self.margins):
             raise ContractError(f"margins must be one or more whole pixels, 0 or more, not {short(self.margins)}")
-        if max(*self.margins, abs(self.bbox_shift), abs(self.sync_offset)) > LARGEST:
-            raise ContractError(f"margins, bbox_shift and sync_offset must be at most {LARGEST}")
+        if max(*self.margins, abs(self.bbox_shift)) > LARGEST:
+            raise ContractError(f"margins and bbox_shift must be at most {LARGEST}")
 
     @classmethod
     def from_dict(cls, values: object, names: tuple[str, ...], source: str) -> FeatureContract:
@@ -104,20 +110,27 @@ class FeatureContract:
     def require(self, wanted: FeatureContract, names: tuple[str, ...], source: str) -> None:
         """Refuse `source`, made under this contract, where a reader that wants `wanted` would misread it.
 
-        A margin asked for must be among those this contract has. Raises ContractError with both values.
+        A margin asked for must be among those this contract has; what one of the two does not know, as the rules of
+        published weights know no fingerprints and no face_backend, fits any. Raises ContractError with both values.
         """
         for name in names:
             have, want = getattr(self, name), getattr(wanted, name)
+            if "" in (have, want):
+                continue
             if (not set(want) <= set(have)) if name == "margins" else (have != want):
+                own = name in OWN_CONSTANTS
+                mend = f"set {name} to {short(have)}" if own else "use the contract and the models it was made with"
                 raise ContractError(
                     f"{source} was made with {name} = {short(have)}, but {short(want)} is asked for; "
-                    f"set {name} to {short(have)}, or make it again"
+                    f"{mend}, or make it again"
                 )
 
 
 ALL_FIELDS = tuple(field.name for field in fields(FeatureContract))
-MODEL_FIELDS = ("window_edge", "positional_encoding", "sync_offset")
+MODEL_FIELDS = ("window_edge", "positional_encoding")
 CACHE_FIELDS = tuple(name for name in ALL_FIELDS if name not in MODEL_FIELDS)
+# Of these, what a user sets when preparing; the rest comes with the contract's name and with the models.
+OWN_CONSTANTS = ("bbox_shift", "margins", "encode_dtype", "face_backend")
 
 # The official inference of each version (https://github.com/TMElyralab/MuseTalk).
 MUSETALK_V1 = FeatureContract(posterior="sample", window_edge="clamp")

@@ -14,6 +14,7 @@ from pathlib import PurePath
 import cv2
 import numpy as np
 import torch
+from torch.nn import functional
 
 from musetalk.cache import MAX_CLIP_FRAMES, clip_name
 from musetalk.contract import IMAGE_SIZE, MASK_TOP, FeatureContract
@@ -26,7 +27,10 @@ MIN_FACE = 32  # source pixels, both sides of a crop; a smaller one shows no mou
 NOSE_POINT = 29  # low on the bridge of the nose, of the 68 landmarks
 NOSE_TIP = 30
 EYE_CORNERS = (36, 45)  # the outer ones
+JAW, LIPS, INNER_LIPS = slice(0, 17), slice(48, 68), slice(60, 68)
 RIGID_HALF_WIDTH, RIGID_HALF_HEIGHT = 0.82, 1.25  # of the "rigid" box, in skull sizes: a wide open mouth fits in
+MOUTH_PADDING = 0.15  # of its width, on either side of a mouth in its box
+MOUTH_SIZE = (64, 128)  # pixels, height and width of a mouth crop
 
 
 @dataclass(frozen=True)
@@ -99,9 +103,10 @@ def face_box(
     landmarks: (68, 2) in source pixels. frame_shape: (H, W, ...).
     bbox_shift: source pixels that the border of the mask moves down. margin: source pixels added below.
     Returns int32 (4,) x1, y1, x2, y2, half-open and inside the frame, or None where it is smaller than `MIN_FACE`.
-    Source of the first: MuseTalk, get_landmark_and_bbox (v1.0) and its extra_margin (v1.5).
+    Source of the first: MuseTalk, get_landmark_and_bbox (v1.0) and its extra_margin (v1.5). Where its box is empty or
+    begins left of the frame MuseTalk takes that of another detector, S3FD; here the one is no face, the other is cut.
     """
-    points = landmarks.astype(np.int32)  # rounded down as MuseTalk does
+    points = landmarks.astype(np.int32)  # without their fractions, as MuseTalk does
     centre = points[NOSE_POINT, 1] + bbox_shift
     if crop == "rigid":
         size = skull_size(landmarks)
@@ -127,6 +132,40 @@ def skull_size(landmarks: np.ndarray) -> float:
     seen = max(float(np.linalg.norm(right - left)), 1e-6)
     aside = float((landmarks[NOSE_TIP] - (left + right) / 2) @ (right - left)) / seen
     return float(np.hypot(seen, 2 * aside))
+
+
+def in_crop(landmarks: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Points (N, 2) of a frame in pixels of the 256 x 256 crop of a box, float32."""
+    return ((landmarks - box[:2]) * IMAGE_SIZE / (box[2:] - box[:2])).astype(np.float32)
+
+
+def mouth_box(landmarks: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """The box of a mouth in the 256 x 256 crop of a face: float32 (4,) x1, y1, x2, y2 in pixels of the crop.
+
+    About the middle of the lips, `MOUTH_PADDING` wider on either side and half as high as wide; the height of a mouth
+    that is open wider counts for half its width, so that all of it is inside. Moved into the crop where it would leave
+    it. landmarks: (68, 2) and box: (4,) in source pixels.
+    """
+    lips = in_crop(landmarks[LIPS], box)
+    low, high = lips.min(axis=0), lips.max(axis=0)
+    width, height = high - low
+    width = min(max(width, 2 * height) * (1 + 2 * MOUTH_PADDING), IMAGE_SIZE)
+    size = np.array([width, width / 2])
+    corner = np.clip((low + high - size) / 2, 0, IMAGE_SIZE - size)
+    return np.concatenate([corner, corner + size]).astype(np.float32)
+
+
+def crop_mouth(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Boxes (N, 4) of `mouth_box` stretched to (N, 3, 64, 128), from images (N, 3, 256, 256), float32 or float64.
+
+    Bilinear; gradients flow to the pixels of the boxes alone.
+    """
+    height, width = MOUTH_SIZE
+    x1, y1, x2, y2 = boxes.to(images).T[..., None]  # (N, 1) each
+    x = torch.lerp(x1, x2, (torch.arange(width).to(images) + 0.5) / width)[:, None, :]  # of the middles of the pixels
+    y = torch.lerp(y1, y2, (torch.arange(height).to(images) + 0.5) / height)[:, :, None]
+    grid = torch.stack(torch.broadcast_tensors(x, y), dim=-1)  # (N, 64, 128, 2)
+    return functional.grid_sample(images, 2 * grid / IMAGE_SIZE - 1, "bilinear", "border", align_corners=False)
 
 
 def crop_face(frame: np.ndarray, box: np.ndarray) -> np.ndarray:

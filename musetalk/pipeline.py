@@ -11,20 +11,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePath
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from musetalk.audio import audio_features, audio_windows
-from musetalk.blend import face_alpha
-from musetalk.checkpoint import latest_unet, load_trained_unet
-from musetalk.contract import SAMPLES_PER_FRAME, VIDEO_FPS, FeatureContract
-from musetalk.crop import crop_clips, paste_back, to_uint8
-from musetalk.face import Face, FaceBackend, load_face_backend
+from musetalk.blend import Blend, crop_square, face_alpha, parsed_alpha
+from musetalk.checkpoint import find_unet, load_trained_unet
+from musetalk.contract import CONTRACTS, SAMPLES_PER_FRAME, VIDEO_FPS, ContractError, FeatureContract
+from musetalk.crop import crop_clips, paste_back, to_tensor, to_uint8
+from musetalk.face import FACE_BACKENDS, Face, FaceBackend, check_face_backend, load_face_backend
 from musetalk.models.audio_encoder import AudioEncoder, load_audio_encoder
+from musetalk.models.face_parser import WEIGHTS as FACE_PARSER
+from musetalk.models.face_parser import FaceParser, load_face_parser
 from musetalk.models.unet import UNet
 from musetalk.models.vae import VAE, load_vae
+from musetalk.script import UserError
 from musetalk.video import (
     MediaError,
     batched,
@@ -35,6 +39,7 @@ from musetalk.video import (
     read_frames,
     write_video,
 )
+from musetalk.weights import find
 
 OUTPUT_SAMPLE_RATE = 48_000  # of the sound in the result
 BATCH = {"cpu": 2, "cuda": 16}  # frames generated at once; more is slower on a CPU
@@ -64,28 +69,51 @@ class LipSyncPipeline:
         vae: VAE,
         contract: FeatureContract,
         models_dir: Path,
-        face_backend: str = "mediapipe",
+        face_backend: str | None = None,
+        *,
+        blend: Blend = "landmarks",
     ) -> None:
-        """The audio encoder of models_dir and the face backend are loaded when first needed."""
+        """The audio encoder and face parser of models_dir and the face backend are loaded when first needed.
+
+        face_backend: of FACE_BACKENDS; None is the one of the contract, or mediapipe where that knows none.
+        blend: see `alpha`. Raises UserError and WeightsError as `check_choices` does, ContractError where the
+        landmarks are not those of training.
+        """
+        check_choices(models_dir, face_backend, blend)
+        if face_backend is None:
+            face_backend = contract.face_backend or "mediapipe"
+        given = replace(contract, face_backend=FACE_BACKENDS[face_backend])
+        contract.require(given, ("face_backend",), "the UNet")
         self.unet, self.vae, self.contract = unet, vae, contract
-        self.models_dir, self.face_backend = models_dir, face_backend
+        self.models_dir, self.face_backend, self.blend = models_dir, face_backend, blend
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: str | Path, models_dir: str | Path, face_backend: str = "mediapipe"
+        cls,
+        checkpoint: str | Path,
+        models_dir: str | Path,
+        face_backend: str | None = None,
+        contract: Literal["rigid", "musetalk_v15", "musetalk_v1"] | None = None,
+        blend: Blend = "landmarks",
     ) -> LipSyncPipeline:
-        """checkpoint: a unet-<step>.safetensors, or a folder whose newest is taken.
+        """checkpoint: a unet-<step>.safetensors, a folder whose newest is taken, or MuseTalk's own weights.
+        contract: the rules of weights that carry none, such as "musetalk_v15" for musetalkV15/unet.pth.
+        face_backend: "mediapipe", "dwpose" or "mmpose"; None is the one of training, or mediapipe where that is not
+        known. blend: where the generated face shows, by "landmarks" or, as MuseTalk v1.0 and v1.5, by "raw" and "jaw".
 
-        Raises WeightsError for missing or unfit files, ContractError where the VAE is not the one of training.
+        Raises UserError for a name there is none of, WeightsError for missing or unfit files, ContractError where the
+        VAE or the landmarks are not those of training.
         """
-        path, models_dir = Path(checkpoint), Path(models_dir)
-        if path.is_dir() or path.suffix != ".safetensors":
-            path = latest_unet(path)
+        # Look at the names first, before anything is loaded.
+        if contract not in (None, *CONTRACTS):
+            raise ContractError(f"contract must be one of {', '.join(CONTRACTS)}, not {contract!r}")
+        path, models_dir = find_unet(Path(checkpoint)), Path(models_dir)
+        check_choices(models_dir, face_backend, blend)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        unet, contract = load_trained_unet(path, models_dir)
+        unet, contract = load_trained_unet(path, models_dir, contract and CONTRACTS[contract])
         vae = load_vae(models_dir, device, getattr(torch, contract.encode_dtype))
         contract.require(replace(contract, vae=vae.fingerprint), ("vae",), str(path))
-        return cls(unet.to(device).eval(), vae, contract, models_dir, face_backend)
+        return cls(unet.to(device).eval(), vae, contract, models_dir, face_backend, blend=blend)
 
     @cached_property
     def audio_encoder(self) -> AudioEncoder:
@@ -97,6 +125,10 @@ class LipSyncPipeline:
     @cached_property
     def backend(self) -> FaceBackend:
         return load_face_backend(self.face_backend, self.models_dir, next(self.unet.parameters()).device)
+
+    @cached_property
+    def face_parser(self) -> FaceParser:
+        return load_face_parser(self.models_dir, next(self.unet.parameters()).device)
 
     def __call__(self, video: str | Path, audio: str | Path, output: str | Path, margin: int | None = None) -> int:
         """Make the face of a video speak an audio; returns the number of frames of the mp4 at `output`.
@@ -152,8 +184,18 @@ class LipSyncPipeline:
                 if prepared.faces[i] is None:
                     yield frame
                 else:
-                    alpha = face_alpha(prepared.faces[i].landmarks, prepared.boxes[i])
+                    alpha = self.alpha(frame, prepared.faces[i], prepared.boxes[i])
                     yield paste_back(frame, generated, prepared.boxes[i], alpha)
+
+    def alpha(self, frame: np.ndarray, face: Face, box: np.ndarray) -> np.ndarray:
+        """How much of a generated crop shows in the box of a frame, float32 (y2 - y1, x2 - x1).
+
+        By the landmarks of the face, or by what the face parser sees in the frame.
+        """
+        if self.blend == "landmarks":
+            return face_alpha(face.landmarks, box)
+        classes = self.face_parser(to_tensor(crop_square(frame, box)[None]))[0].cpu().numpy()
+        return parsed_alpha(classes, box, self.blend)
 
     @torch.no_grad()
     def generate(
@@ -164,3 +206,13 @@ class LipSyncPipeline:
         unet_input = torch.from_numpy(np.concatenate([masked_latents, reference_latents], axis=1)).to(parameter)
         windows = torch.from_numpy(audio_windows).to(parameter)
         return to_uint8(self.vae.decode(self.unet(unet_input, windows)))
+
+
+def check_choices(models_dir: Path, face_backend: str | None, blend: str) -> None:
+    """Raises UserError for a name there is none of, WeightsError where the face parser of a blend is missing."""
+    if face_backend is not None:
+        check_face_backend(face_backend)
+    if blend not in get_args(Blend):
+        raise UserError(f"blend must be one of {', '.join(map(repr, get_args(Blend)))}, not {blend!r}")
+    if blend != "landmarks":
+        find(models_dir, FACE_PARSER)

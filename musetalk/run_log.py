@@ -9,10 +9,15 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from musetalk.files import append_line, write_whole
+
+CURVES_ACROSS = 4  # in the picture of all figures
+MARKED = 30  # points, fewer of which are marked
 
 
 class RunLog:
@@ -21,7 +26,8 @@ class RunLog:
     <log_dir>/trainer.log                   lines of all runs, with the time
     <log_dir>/<run>/stats.jsonl             one record a report: {"step": ..., name: value, ...}
     <log_dir>/<run>/events.out.tfevents.*   the same for TensorBoard
-    <log_dir>/<run>/samples/<step>.png      pictures
+    <log_dir>/<run>/curves.png              all figures over the steps
+    <log_dir>/<run>/<kind>/<step>.png       pictures, of the kind samples among others
     """
 
     def __init__(self, log_dir: Path, run: str, step: int) -> None:
@@ -43,16 +49,53 @@ class RunLog:
     def record(self, step: int, values: dict[str, float]) -> None:
         """Figures of a step, for people and for programs."""
         self.line(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self.store(step, values)
+
+    def store(self, step: int, values: dict[str, float]) -> None:
+        """Figures of a step, for programs alone."""
         append_line(self.stats, json.dumps({"step": step} | values))
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         self.board.flush()
 
-    def picture(self, step: int, image: np.ndarray) -> Path:
+    def picture(self, step: int, image: np.ndarray, kind: str = "samples") -> Path:
         """A picture of a step, BGR uint8 (H, W, 3). Returns where it is."""
-        path = self.folder / "samples" / f"{step:07d}.png"
+        path = self.folder / kind / f"{step:07d}.png"
         write_whole(path, cv2.imencode(".png", image)[1].tobytes())
         return path
+
+    def curves(self) -> Path:
+        """A picture of all figures over the steps. Returns where it is."""
+        series: dict[str, list[tuple[float, float]]] = {}
+        for line in self.stats.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            for name, value in record.items():
+                series.setdefault(name, []).append((record["step"], value))
+        del series["step"]
+        rows = -(-len(series) // CURVES_ACROSS)
+        figure = Figure(figsize=(4 * CURVES_ACROSS, 2 * rows), layout="constrained")
+        for axis, (name, points) in zip(figure.subplots(rows, CURVES_ACROSS).flat, series.items(), strict=False):
+            axis.plot(*zip(*points, strict=True), marker="." if len(points) < MARKED else "")
+            axis.set_title(name, fontsize=9)
+        path = self.folder / "curves.png"
+        write_whole(path, cv2.imencode(".png", rendered(figure))[1].tobytes())
+        return path
+
+
+class SilentLog:
+    """The log of a process that is not the first of several: nobody is told anything twice."""
+
+    def _nothing(self, *_: object, **__: object) -> None:
+        pass
+
+    line = record = store = picture = curves = _nothing
+
+
+def rendered(figure: Figure) -> np.ndarray:
+    """A figure as a picture, BGR uint8 (H, W, 3)."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., 2::-1].copy()
 
 
 def _step(line: str) -> float:

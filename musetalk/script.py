@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Annotated, TypeVar, get_type_hints
 
 import torch
+import tyro
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, AllowInfNan, TypeAdapter, ValidationError
 
@@ -91,6 +92,16 @@ def check_constants(config: object) -> None:
                 .replace("Value error, ", "")
             )
             raise UserError(f"{where} {must}, not {fault['input']!r}") from None
+
+
+def parse_preset(arguments: list[str], presets: dict[str, Config], manual: str) -> tuple[str, Config]:
+    """Preset ("demo" where none is named) and constants of a command line. Raises UserError for an unknown preset."""
+    named = arguments and not arguments[0].startswith("-")
+    preset = arguments[0] if named else "demo"
+    if preset not in presets:
+        raise UserError(f"there is no preset {preset!r}; there are {', '.join(presets)}")
+    default = presets[preset]
+    return preset, tyro.cli(type(default), default=default, args=arguments[bool(named) :], description=manual)
 
 
 def run_script(main: Callable[[Config], None], config: Config) -> None:

@@ -19,7 +19,7 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError
 from torch import nn
 
-from musetalk.files import read_json
+from musetalk.files import read_json, whole_file
 from musetalk.script import UserError
 
 HUGGING_FACE = "https://huggingface.co/{}/resolve/main/{}"
@@ -38,7 +38,7 @@ class Source:
         return f"{self.url} ({self.look_for})" if self.look_for else self.url
 
 
-# Each file of a models folder -> where people get it. The first that is there is taken.
+# Each file of a models folder -> where people get it.
 SOURCES = {
     "musetalk/musetalk.json": Source(HUGGING_FACE.format("TMElyralab/MuseTalk", "musetalk/musetalk.json")),
     "musetalk/pytorch_model.bin": Source(
@@ -63,6 +63,11 @@ SOURCES = {
         HUGGING_FACE.format("stabilityai/sd-vae-ft-mse", "diffusion_pytorch_model.safetensors"),
         "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
         334_643_276,
+    ),
+    "sd-vae-ft-mse/diffusion_pytorch_model.bin": Source(
+        HUGGING_FACE.format("stabilityai/sd-vae-ft-mse", "diffusion_pytorch_model.bin"),
+        "1b4889b6b1d4ce7ae320a02dedaeff1780ad77d415ea0d744b476155c6377ddc",
+        334_707_217,
     ),
     "whisper/tiny.pt": Source(
         "https://openaipublic.azureedge.net/main/whisper/models/"
@@ -114,6 +119,7 @@ SIGNS = {
     "features.0.weight": "VGG",
     "lin0.model.1.weight": "the heads of LPIPS",
     "encoder.conv_in.weight": "a VAE",
+    "backbone.stem.0.conv.weight": "DWPose's network",
     "time_embedding.linear_1.weight": "a UNet",
 }
 
@@ -154,14 +160,18 @@ class WeightsError(UserError):
     """A weight file is missing or is not what it should be. The message names it and what to do."""
 
 
-def find(models_dir: Path, name: str) -> Path:
-    """The path of a file of `SOURCES` in a models folder. Raises WeightsError naming its place and source."""
-    path, source = Path(models_dir) / name, SOURCES[name]
-    if not path.is_file():
-        folder = "" if Path(models_dir) == Path("models") else f" --models-dir {shlex.quote(str(models_dir))}"
-        command = "" if source.look_for else f", which python -m musetalk.download {name}{folder} does"
-        raise WeightsError(f"{path} is missing; get it from {source} and put it there{command}")
-    return path
+def find(models_dir: Path, *names: str) -> Path:
+    """The path in a models folder of the first of some files of `SOURCES` that is there.
+
+    Raises WeightsError naming place and source of the first where none is.
+    """
+    for path in (Path(models_dir) / name for name in names):
+        if path.is_file():
+            return path
+    name, path, source = names[0], Path(models_dir) / names[0], SOURCES[names[0]]
+    folder = "" if Path(models_dir) == Path("models") else f" --models-dir {shlex.quote(str(models_dir))}"
+    command = "" if source.look_for else f", which python -m musetalk.download {name}{folder} does"
+    raise WeightsError(f"{path} is missing; get it from {source} and put it there{command}")
 
 
 def read_tensors(path: Path, left_out: Collection[str] = ()) -> dict:
@@ -189,6 +199,19 @@ def read_tensors(path: Path, left_out: Collection[str] = ()) -> dict:
     if sum(tensor.nbytes for tensor in _tensors(values)) > path.stat().st_size:
         raise WeightsError(f"{path} is smaller than the tensors that it says it holds")
     return values
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a .safetensors, whole or not at all. Raises WeightsError where it cannot be written.
+
+    metadata: one key at most, for several are written in any order.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with whole_file(path) as partial:
+        try:
+            safetensors.torch.save_file(tensors, partial, metadata)
+        except SafetensorError as error:
+            raise WeightsError(f"{path} cannot be written: {error}") from error
 
 
 def reason(error: Exception) -> str:

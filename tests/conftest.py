@@ -186,7 +186,7 @@ def random_tensors() -> Callable[..., dict[str, np.ndarray]]:
             "audio_features": rng.standard_normal((features, states, width)).astype(np.float16),
             "mel": rng.uniform(-4, 4, (mels, SYNC_MEL_BINS)).astype(np.float16),
             "landmarks": rng.uniform(0, 500, (frames, 68, 2)).astype(np.float32),
-            "boxes": rng.integers(0, 500, (frames, variants, 4)).astype(np.int32),
+            "boxes": rng.integers([0, 0, 250, 250], [250, 250, 500, 500], (frames, variants, 4)).astype(np.int32),
             "usable": usable,
         }
 

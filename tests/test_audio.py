@@ -72,6 +72,45 @@ def cut_mel(audio: np.ndarray) -> torch.Tensor:
     return F.pad(mel, (0, 3000 - mel.shape[1]))
 
 
+def magnitudes_by_hand(audio: np.ndarray, fft: int, hop: int) -> np.ndarray:
+    """Of the short-time spectrum, one frame at every hop from 0 on: float64 (M, fft / 2 + 1)."""
+    around = np.pad(audio.astype(np.float64), fft // 2, mode="reflect")
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(fft) / fft)
+    frames = np.lib.stride_tricks.sliding_window_view(around, fft)[::hop]
+    return np.abs(np.fft.rfft(frames * hann, axis=1))
+
+
+def slaney_bank(fft: int, low: float, high: float) -> np.ndarray:
+    """The 80 triangles between two frequencies, at 16 kHz: (80, fft / 2 + 1)."""
+
+    def mel(hertz):
+        return np.where(hertz < 1000, hertz * 3 / 200, 15 + np.log(np.maximum(hertz, 1e-9) / 1000) * 27 / np.log(6.4))
+
+    edges = np.linspace(mel(low), mel(high), 82)
+    edges = np.where(edges < 15, edges * 200 / 3, 1000 * np.exp((edges - 15) * np.log(6.4) / 27))
+    bins = np.arange(fft // 2 + 1) * 16_000 / fft
+    left, middle, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    bank = np.clip(np.minimum((bins - left) / (middle - left), (right - bins) / (right - middle)), 0, None)
+    return bank * 2 / (right - left)  # Slaney's norm
+
+
+def whisper_mel_by_hand(audio: np.ndarray) -> np.ndarray:
+    """Whisper's formulas alone, in float64: (80, M), M = N / 160, the floor 8 below the loudest bin of all."""
+    power = magnitudes_by_hand(audio, 400, 160)[:-1] ** 2
+    mel = np.log10(np.maximum(power @ slaney_bank(400, 0.0, 8000.0).T, 1e-10)).T
+    return (np.maximum(mel, mel.max() - 8) + 4) / 4
+
+
+def mels_by_hand(audio: np.ndarray, contract: FeatureContract) -> list[np.ndarray]:
+    """What the official inference of a version gives its encoder: (80, 3000) for each 30 s."""
+    count = -(-len(audio) // SEGMENT_SAMPLES)
+    if contract is MUSETALK_V15:
+        audio = np.pad(audio, (0, count * SEGMENT_SAMPLES - len(audio)))
+        return [whisper_mel_by_hand(part) for part in np.split(audio, count)]
+    mel = whisper_mel_by_hand(audio)
+    return np.split(np.pad(mel, ((0, 0), (0, 3000 * count - mel.shape[1]))), count, axis=1)
+
+
 def difference(one: np.ndarray, other: np.ndarray) -> float:
     """Mean absolute difference, relative to the mean size of the first."""
     one, other = one.astype(np.float64), other.astype(np.float64)
@@ -182,6 +221,47 @@ def test_the_mel_of_a_file_is_cut_into_segments_after_it_is_made(voice):
     assert (counting.mels[1][:, 100:] == 0).all()
 
 
+def test_the_mels_of_each_version_are_those_of_the_formulas(voice):
+    """A soft half minute and two loud seconds: v1.0 floors both by the loudest bin of all, v1.5 each by its own."""
+    audio, heard = loud_and_soft(voice)[1], {}
+    for contract in (MUSETALK_V1, MUSETALK_V15):
+        audio_features(audio, counting := Counting(), contract)
+        heard[contract] = counting.mels
+        for found, wanted in zip(counting.mels, mels_by_hand(audio, contract), strict=True):
+            np.testing.assert_allclose(found, wanted, atol=2e-3)
+    soft, loud = ([mels[segment] for mels in heard.values()] for segment in (0, 1))
+    assert soft[0].min() > soft[1].min() + 0.1 and soft[0].max() == soft[1].max()
+    assert (loud[0][:, 200:] == 0).all() and (loud[1][:, 202:] == loud[1].min()).all()
+
+
+@pytest.mark.parametrize(("which", "seconds"), [("encoder", 65), ("real_encoder", 31)])
+def test_long_audio_is_the_official_inference_of_each_version(request, voice, which, seconds):
+    """From samples to windows: mels by the formulas, openai-whisper's layers on each 30 s, windows across the seams."""
+    encoder = request.getfixturevalue(which)
+    audio = voice(seconds)
+    audio[: 15 * AUDIO_SAMPLE_RATE] *= 0.003  # so that floors of the file and of segments differ
+    audio[SEGMENT_SAMPLES:] *= 3
+    found, wanted = {}, {}
+    for contract in (MUSETALK_V1, MUSETALK_V15):
+        found[contract] = audio_features(audio, encoder, contract)
+        parts = [
+            states_by_hand(encoder, torch.from_numpy(mel).float(), contract.final_layer_norm).numpy()
+            for mel in mels_by_hand(audio, contract)
+        ]
+        wanted[contract] = np.concatenate(parts)[: 50 * seconds]
+        assert found[contract].shape == wanted[contract].shape
+        np.testing.assert_allclose(found[contract], wanted[contract], rtol=2e-3, atol=1e-2)
+
+        frames = [747, 748, 749, 750, 751, 752]
+        windows = audio_windows(found[contract], frames, contract).reshape(len(frames), 10, *encoder.shape)
+        for window, old in zip(windows, [10, 8, 6, 4, 2, 0], strict=True):  # features of the first segment
+            across = np.concatenate([parts[0][1500 - old :], parts[1][: 10 - old]])
+            np.testing.assert_allclose(window, across, rtol=2e-3, atol=1e-2)
+    near = [difference(wanted[contract], found[contract]) for contract in found]
+    apart = difference(wanted[MUSETALK_V15], found[MUSETALK_V1])
+    assert max(near) < 1e-3 and apart > 0.05
+
+
 # The encoder's file.
 
 
@@ -253,17 +333,16 @@ def test_windows_by_hand(frame, edge, wanted):
 @given(
     count=st.integers(1, 60),
     frames=st.lists(st.integers(0, 40), min_size=1, max_size=8),
-    offset=st.integers(-15, 15),
     edge=st.sampled_from(["zero", "clamp"]),
 )
-def test_a_window_is_what_its_indices_say(count, frames, offset, edge):
+def test_a_window_is_what_its_indices_say(count, frames, edge):
     features = numbered(count)
-    contract = FeatureContract(window_edge=edge, sync_offset=offset)
+    contract = FeatureContract(window_edge=edge)
     found = audio_windows(features, frames, contract)
     assert found.shape == (len(frames), 20, 3)
     for frame, window in zip(frames, found.reshape(len(frames), 10, 2, 3), strict=True):
         for step, heard in enumerate(window):
-            index = 2 * (frame + offset) - 4 + step
+            index = 2 * frame - 4 + step
             if 0 <= index < count:
                 np.testing.assert_array_equal(heard, features[index])
             elif edge == "zero":
@@ -272,34 +351,14 @@ def test_a_window_is_what_its_indices_say(count, frames, offset, edge):
                 np.testing.assert_array_equal(heard, features[0 if index < 0 else -1])
 
 
-def test_an_offset_moves_the_window_by_whole_frames():
-    moved, still = FeatureContract(sync_offset=3), FeatureContract()
-    found = audio_windows(numbered(50), range(5, 9), moved)
-    np.testing.assert_array_equal(found, audio_windows(numbered(50), range(8, 12), still))
-
-
 # The sync expert's mel.
 
 
 def mel_by_hand(audio: np.ndarray) -> np.ndarray:
     """The formulas alone, in float64: (M, 80)."""
-    fft, hop = 800, 200
-    emphasised = np.append(audio[:1], audio[1:] - 0.97 * audio[:-1]).astype(np.float64)
-    around = np.pad(emphasised, fft // 2, mode="reflect")
-    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(fft) / fft)
-    frames = np.stack([around[k * hop : k * hop + fft] * hann for k in range(1 + len(audio) // hop)])
-    magnitude = np.abs(np.fft.rfft(frames, axis=1))  # (M, 401)
-
-    def mel(hertz):
-        return np.where(hertz < 1000, hertz * 3 / 200, 15 + np.log(np.maximum(hertz, 1e-9) / 1000) * 27 / np.log(6.4))
-
-    edges = np.linspace(mel(55.0), mel(7600.0), 82)
-    edges = np.where(edges < 15, edges * 200 / 3, 1000 * np.exp((edges - 15) * np.log(6.4) / 27))
-    bins = np.arange(401) * 16_000 / fft
-    low, middle, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
-    bank = np.clip(np.minimum((bins - low) / (middle - low), (high - bins) / (high - middle)), 0, None)
-    bank *= 2 / (high - low)  # Slaney's norm
-    decibels = 20 * np.log10(np.maximum(1e-5, magnitude @ bank.T)) - 20
+    emphasised = np.append(audio[:1], audio[1:] - 0.97 * audio[:-1])
+    magnitude = magnitudes_by_hand(emphasised, 800, 200)  # (M, 401)
+    decibels = 20 * np.log10(np.maximum(1e-5, magnitude @ slaney_bank(800, 55.0, 7600.0).T)) - 20
     return np.clip(8 * (decibels + 100) / 100 - 4, -4, 4)
 
 

@@ -382,11 +382,11 @@ def test_another_version_is_named(folder, version):
 
 
 def test_a_cache_keeps_the_cache_fields_of_its_contract(tmp_path):
-    contract = replace(CONTRACT, crop="rigid", posterior="sample", window_edge="clamp", sync_offset=2)
+    contract = replace(CONTRACT, crop="rigid", posterior="sample", window_edge="clamp", positional_encoding=False)
     CacheWriter(tmp_path, contract)
     found = read_contract(tmp_path)
     assert found.as_dict(CACHE_FIELDS) == contract.as_dict(CACHE_FIELDS)
-    assert (found.window_edge, found.sync_offset) == ("zero", 0)
+    assert (found.window_edge, found.positional_encoding) == ("zero", True)
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from musetalk.checkpoint import (
-    latest_unet,
+    find_unet,
     load_latest_state,
     load_trained_unet,
     read_unet_contract,
     save_state,
     save_unet,
 )
-from musetalk.contract import MUSETALK_V15, RIGID, ContractError, FeatureContract
+from musetalk.contract import MUSETALK_V1, MUSETALK_V15, RIGID, ContractError, FeatureContract
 from musetalk.models.unet import build_unet
 from musetalk.weights import WeightsError
 
@@ -66,7 +66,7 @@ def test_the_newest_is_the_highest_step_not_the_last_in_the_alphabet(tmp_path):
         save_unet(tmp_path, step, {"a": torch.ones(1)}, RIGID)
     assert sorted(names(tmp_path))[-1] == "unet-9999999.safetensors"
     assert load_latest_state(tmp_path)[1]["step"] == 10_000_000
-    assert latest_unet(tmp_path).name == "unet-10000000.safetensors"
+    assert find_unet(tmp_path).name == "unet-10000000.safetensors"
 
 
 def test_other_files_are_neither_taken_nor_deleted(tmp_path):
@@ -84,7 +84,7 @@ def test_other_files_are_neither_taken_nor_deleted(tmp_path):
         (tmp_path / name).write_bytes(b"half")
     assert load_latest_state(tmp_path) is None
     with pytest.raises(WeightsError, match="unet-<step>.safetensors"):
-        latest_unet(tmp_path)
+        find_unet(tmp_path)
     for step in (1, 2):
         save_state(tmp_path, step, {}, keep=1)
     assert load_latest_state(tmp_path)[1]["step"] == 2
@@ -94,7 +94,7 @@ def test_other_files_are_neither_taken_nor_deleted(tmp_path):
 def test_no_folder_is_no_state_and_no_weights(tmp_path):
     assert load_latest_state(tmp_path / "none") is None
     with pytest.raises(WeightsError, match="none"):
-        latest_unet(tmp_path / "none")
+        find_unet(tmp_path / "none")
 
 
 @pytest.mark.parametrize("save", [save_state, save_unet])
@@ -111,7 +111,7 @@ def test_a_save_cut_off_leaves_what_was_there(monkeypatch, tmp_path, save):
         with pytest.raises(OSError, match="No space"):
             save(tmp_path, step, *rest)
     assert first.read_bytes() == content
-    assert load_latest_state(tmp_path)[1]["step"] == 1 if save is save_state else latest_unet(tmp_path) == first
+    assert load_latest_state(tmp_path)[1]["step"] == 1 if save is save_state else find_unet(tmp_path) == first
 
 
 def test_a_state_that_cannot_be_read_is_named(tmp_path):
@@ -201,7 +201,7 @@ def unet(mini):
     return build_unet(mini, 5, positional_encoding=False)
 
 
-CONTRACT = replace(MUSETALK_V15, vae="abc", audio_encoder="def", positional_encoding=False, sync_offset=-2)
+CONTRACT = replace(MUSETALK_V15, vae="abc", audio_encoder="def", positional_encoding=False)
 
 
 def test_weights_carry_plain_names_and_the_contract_in_one_metadata_key(tmp_path, unet):
@@ -245,14 +245,13 @@ def test_transposed_tensors_are_stored_by_their_values(tmp_path):
     assert torch.equal(safetensors.torch.load_file(path)["a"], tensor.T)
 
 
-@pytest.mark.parametrize("fault", ["missing", "text", "no metadata", "other metadata", "no json"])
-def test_weights_without_a_contract_are_refused_by_name(tmp_path, fault):
+@pytest.mark.parametrize("fault", ["missing", "text", "no json"])
+def test_a_contract_that_cannot_be_read_is_refused_by_name(tmp_path, fault):
     path = tmp_path / "unet-0000001.safetensors"
-    metadata = {"other metadata": {"format": "pt"}, "no json": {"contract": "{"}}.get(fault)
     if fault == "text":
         path.write_bytes(b"what? " * 99)
     elif fault != "missing":
-        safetensors.torch.save_file({"a": torch.ones(1)}, path, metadata)
+        safetensors.torch.save_file({"a": torch.ones(1)}, path, {"contract": "{"})
     with pytest.raises(WeightsError) as caught:
         read_unet_contract(path)
     assert str(path) in str(caught.value)
@@ -272,3 +271,59 @@ def test_weights_of_another_network_are_refused_by_name(tmp_path, mini):
     with pytest.raises(WeightsError, match="missing") as caught:
         load_trained_unet(path, mini)
     assert str(path) in str(caught.value) and "wrongly shaped: conv_in.weight" in str(caught.value)
+
+
+# Weights of others, which carry no contract.
+
+
+def wrapped(tensors: dict[str, torch.Tensor]) -> dict:
+    """As MuseTalkTrainer saves them, from several devices."""
+    return {
+        "state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()},
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]},
+        "global_step": 3,
+        "global_epoch": 1,
+    }
+
+
+PUBLISHED = {
+    "musetalk/pytorch_model.bin": torch.save,
+    "musetalk/cunet.bin": torch.save,
+    "musetalkV15/unet.pth": torch.save,
+    "before zip.bin": lambda tensors, path: torch.save(tensors, path, _use_new_zipfile_serialization=False),
+    "half.pth": lambda tensors, path: torch.save({name: x.half() for name, x in tensors.items()}, path),
+    "unet_checkpoint_step000000003.pth": lambda tensors, path: torch.save(wrapped(tensors), path),
+    "diffusion_pytorch_model.safetensors": safetensors.torch.save_file,
+    "from hub.safetensors": lambda tensors, path: safetensors.torch.save_file(tensors, path, {"format": "pt"}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_weights_are_read_bit_by_bit_under_the_contract_that_is_named(tmp_path, mini, unet, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    PUBLISHED[name](unet.model.state_dict(), path)
+    assert find_unet(path) == path and read_unet_contract(path) is None
+    found, contract = load_trained_unet(path, mini, MUSETALK_V1)
+    assert contract == MUSETALK_V1 and found.positions.any()
+    for key, tensor in unet.model.state_dict().items():
+        assert torch.equal(found.model.state_dict()[key], tensor.half().float() if "half" in name else tensor), key
+    with pytest.raises(ContractError, match="carries no feature contract.*musetalk_v15") as caught:
+        load_trained_unet(path, mini)
+    assert str(path) in str(caught.value)
+
+
+def test_weights_with_a_contract_are_not_taken_for_those_of_another(tmp_path, mini, unet):
+    path = save_unet(tmp_path, 7, unet.model.state_dict(), replace(MUSETALK_V15, vae="abc", audio_encoder="def"))
+    _, contract = load_trained_unet(path, mini, MUSETALK_V15)  # whose networks are not known
+    assert contract.vae == "abc"
+    with pytest.raises(ContractError, match="crop = 'nose_centred', but 'rigid'"):
+        load_trained_unet(path, mini, RIGID)
+    with pytest.raises(ContractError, match="vae = 'abc', but 'xyz'"):
+        load_trained_unet(path, mini, replace(MUSETALK_V15, vae="xyz"))
+
+
+def test_a_training_state_is_not_taken_for_weights(tmp_path, mini, unet):
+    path = save_state(tmp_path, 1, {"unet": unet.model.state_dict(), "contract": {}}, keep=1)
+    with pytest.raises(WeightsError, match="training-state-0000001.pt holds more than plain tensors by name: unet"):
+        load_trained_unet(path, mini, RIGID)

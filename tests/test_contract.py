@@ -34,9 +34,9 @@ OTHER = {
     "encode_dtype": "bfloat16",
     "vae": "abc",
     "audio_encoder": "def",
+    "face_backend": "dwpose",
     "window_edge": "clamp",
     "positional_encoding": False,
-    "sync_offset": 1,
 }
 
 contracts = st.builds(
@@ -51,9 +51,9 @@ contracts = st.builds(
     encode_dtype=st.sampled_from(["float32", "bfloat16"]),
     vae=st.text(max_size=8),
     audio_encoder=st.text(max_size=8),
+    face_backend=st.sampled_from(["", "mediapipe", "dwpose"]),
     window_edge=st.sampled_from(["zero", "clamp"]),
     positional_encoding=st.booleans(),
-    sync_offset=st.integers(-15, 15),
 )
 
 
@@ -86,9 +86,9 @@ def test_version_1_is_its_official_inference():
         "encode_dtype": "float32",
         "vae": "",
         "audio_encoder": "",
+        "face_backend": "",
         "window_edge": "clamp",
         "positional_encoding": True,
-        "sync_offset": 0,
     }
 
 
@@ -111,7 +111,7 @@ def test_the_rigid_preset_differs_from_version_15_in_box_margin_noise_and_precis
 def test_every_field_is_a_cache_field_or_a_model_field():
     assert set(CACHE_FIELDS) | set(MODEL_FIELDS) == set(ALL_FIELDS) == {field.name for field in fields(FeatureContract)}
     assert not set(CACHE_FIELDS) & set(MODEL_FIELDS)
-    assert set(MODEL_FIELDS) == {"window_edge", "positional_encoding", "sync_offset"}
+    assert set(MODEL_FIELDS) == {"window_edge", "positional_encoding"}
 
 
 @given(value=contracts, names=st.sampled_from([ALL_FIELDS, CACHE_FIELDS, MODEL_FIELDS]))
@@ -135,12 +135,22 @@ def test_a_dict_of_other_fields_is_refused_by_their_names(names):
 
 @pytest.mark.parametrize("name", [name for name, other in OTHER.items() if other is not None])
 def test_a_mismatch_names_the_source_the_field_and_both_values(name):
-    have, want = FeatureContract(), replace(FeatureContract(), **{name: OTHER[name]})
+    have = replace(FeatureContract(), vae="123", audio_encoder="456", face_backend="mediapipe")
+    want = replace(have, **{name: OTHER[name]})
     with pytest.raises(ContractError) as caught:
         have.require(want, (name,), "data/cache")
     message = str(caught.value)
     assert message.startswith("data/cache ") and f"{name} = {getattr(have, name)!r}" in message
     assert repr(OTHER[name]) in message and issubclass(ContractError, UserError)
+    alone = f"; set {name} to {getattr(have, name)!r}, or make it again"
+    assert message.endswith(alone) == (name in ("bbox_shift", "encode_dtype", "face_backend"))
+
+
+@pytest.mark.parametrize("name", ["vae", "audio_encoder", "face_backend"])
+def test_what_one_side_does_not_know_fits_any(name):
+    known = replace(FeatureContract(), **{name: OTHER[name]})
+    known.require(FeatureContract(), ALL_FIELDS, "data/cache")
+    FeatureContract().require(known, ALL_FIELDS, "data/cache")
 
 
 def test_every_field_can_be_a_mismatch():
@@ -148,7 +158,7 @@ def test_every_field_can_be_a_mismatch():
 
 
 def test_fields_that_a_reader_does_not_use_may_differ():
-    have, want = FeatureContract(), replace(FeatureContract(), window_edge="clamp", sync_offset=2)
+    have, want = FeatureContract(), replace(FeatureContract(), window_edge="clamp", positional_encoding=False)
     have.require(want, CACHE_FIELDS, "data/cache")
     with pytest.raises(ContractError, match="window_edge"):
         have.require(want, MODEL_FIELDS, "a checkpoint")
@@ -176,6 +186,7 @@ def test_margins_asked_for_must_be_among_those_there_are(have, want):
         ("mel_scope", "global"),
         ("tail", ""),
         ("encode_dtype", "float16"),
+        ("face_backend", "mmpose"),  # whose landmarks are dwpose's
         ("window_edge", "repeat"),
         ("margins", ()),
         ("margins", (-1,)),

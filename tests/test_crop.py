@@ -13,14 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from musetalk import crop
-from musetalk.blend import FEATHER, face_alpha
 from musetalk.contract import IMAGE_SIZE, MASK_TOP, RIGID, FeatureContract
 from musetalk.crop import (
+    MOUTH_PADDING,
     crop_clips,
     crop_face,
+    crop_mouth,
     crop_person,
     face_box,
+    in_crop,
     mask_lower_half,
+    mouth_box,
     paste_back,
     skull_size,
     to_tensor,
@@ -172,6 +175,120 @@ def test_a_box_is_never_empty_nor_outside_the_frame(x, y, eyes, margin):
             assert crop_face(frame_of(0), box).shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
 
 
+# The mouth in the crop.
+
+
+def lips(left: float, top: float, right: float, bottom: float) -> np.ndarray:
+    """Landmarks (68, 2) of which the lips fill a box, and the others are elsewhere."""
+    points = np.full((68, 2), -999, np.float32)
+    points[48:68] = ((left + right) / 2, (top + bottom) / 2)
+    points[[48, 50, 54, 67]] = (left, top), (left, top), (right, top), (right, bottom)
+    return points
+
+
+def test_landmarks_in_a_crop_by_hand():
+    points, box = np.array([[10, 20], [60, 120], [110, 220], [35, 45]], np.float32), np.array([10, 20, 110, 220])
+    found = in_crop(points, box)
+    assert found.dtype == np.float32
+    assert found.tolist() == [[0, 0], [128, 128], [256, 256], [64, 32]]
+
+
+@pytest.mark.parametrize(
+    ("mouth", "box"),
+    [
+        ((100, 150, 180, 170), (88, 134, 192, 186)),  # 80 wide: 104 x 52 about (140, 160)
+        ((100, 150, 180, 190), (88, 144, 192, 196)),  # as high as half its width
+        ((100, 130, 180, 190), (62, 121, 218, 199)),  # open: 60 high counts for 120 wide
+        ((0, 150, 80, 170), (0, 134, 104, 186)),  # at the left edge
+        ((200, 150, 280, 170), (152, 134, 256, 186)),  # leaves the crop at the right
+        ((100, 240, 180, 260), (88, 204, 192, 256)),  # and below
+        ((0, 0, 256, 100), (0, 0, 256, 128)),  # wider than the crop
+    ],
+)
+def test_the_box_of_a_mouth_by_hand(mouth, box):
+    whole = np.array([0, 0, IMAGE_SIZE, IMAGE_SIZE])
+    found = mouth_box(lips(*mouth), whole)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, box, atol=1e-4)
+    moved = mouth_box(lips(*mouth) / 2 + np.float32(50), np.array([50, 50, 178, 178]))  # a face of half the size
+    np.testing.assert_allclose(moved, box, atol=1e-4)
+
+
+@given(x=st.floats(-50, 300), y=st.floats(-50, 300), width=st.floats(10, 180), height=st.floats(1, 90))
+def test_the_box_of_a_mouth_holds_the_lips_and_is_inside_the_crop(x, y, width, height):
+    x1, y1, x2, y2 = mouth_box(lips(x, y, x + width, y + height), np.array([0, 0, IMAGE_SIZE, IMAGE_SIZE]))
+    assert 0 <= x1 < x2 <= IMAGE_SIZE and 0 <= y1 < y2 <= IMAGE_SIZE
+    assert x2 - x1 == pytest.approx(2 * (y2 - y1), rel=1e-4)
+    if 0 <= x and x + width <= IMAGE_SIZE and 0 <= y and y + height <= IMAGE_SIZE:
+        assert x1 <= x + 1e-4 and y1 <= y + 1e-4 and x + width <= x2 + 1e-4 and y + height <= y2 + 1e-4
+    wide = max(width, 2 * height) * (1 + 2 * MOUTH_PADDING)
+    assert x2 - x1 == pytest.approx(min(wide, IMAGE_SIZE), rel=1e-3)
+
+
+@pytest.mark.parametrize("recipe", ["nose_centred", "rigid"])
+@pytest.mark.parametrize("jaw", [0, 0.1, 0.3])
+def test_the_mouth_of_a_head_is_in_its_box(recipe, jaw):
+    points = head(jaw=jaw)
+    face = face_box(points, FRAME, crop=recipe)
+    x1, y1, x2, y2 = mouth_box(points, face)
+    seen = in_crop(points[48:68], face)
+    assert ((x1, y1) < seen).all() and (seen < (x2, y2)).all()
+    assert y1 > MASK_TOP
+
+
+@pytest.mark.parametrize("box", [(0, 0, 128, 64), (100, 150, 228, 214), (128, 192, 256, 256)])
+def test_a_mouth_of_the_size_of_its_crop_is_cut_out_as_it_is(box):
+    images = torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    x1, y1, x2, y2 = box
+    found = crop_mouth(images, torch.tensor([box, box], dtype=torch.float32))
+    assert found.shape == (2, 3, 64, 128)
+    torch.testing.assert_close(found, images[:, :, y1:y2, x1:x2], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("box", [(60, 140, 220, 220), (90, 150, 154, 182), (0, 128, 256, 256), (31, 77, 117, 120)])
+def test_a_mouth_is_stretched_as_opencv_does(box):
+    image = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    x1, y1, x2, y2 = box
+    cut = image[0, :, y1:y2, x1:x2].permute(1, 2, 0).numpy()
+    wanted = cv2.resize(cut, (128, 64), interpolation=cv2.INTER_LINEAR)
+    found = crop_mouth(image, torch.tensor([box]))[0].permute(1, 2, 0).numpy()
+    inner = slice(2, -2)  # at its edges a box sees the pixels beside it, a cut-out does not
+    np.testing.assert_allclose(found[inner, inner], wanted[inner, inner], atol=1e-4)
+
+
+def test_every_image_has_a_box_of_its_own_that_need_not_be_of_whole_pixels():
+    """On a ramp the value at x is x - 0.5, the middle of pixel 0 being at 0.5."""
+    x = torch.arange(256.0).expand(256, 256)
+    ramps = torch.stack([x, x.T, x + 1000]).repeat(2, 1, 1, 1)
+    first, second = crop_mouth(ramps, torch.tensor([[10.25, 100, 74.25, 132], [50, 60.5, 178, 124.5]]))
+    np.testing.assert_allclose(first[0, 5], 10.25 + (np.arange(128) + 0.5) / 2 - 0.5, atol=1e-3)
+    np.testing.assert_allclose(first[1, :, 5], 100 + (np.arange(64) + 0.5) / 2 - 0.5, atol=1e-3)
+    np.testing.assert_allclose(second[0, 5], 50 + np.arange(128), atol=1e-3)
+    np.testing.assert_allclose(second[1, :, 5], 60.5 + np.arange(64), atol=1e-3)
+    np.testing.assert_allclose(second[2] - second[0], 1000, atol=1e-2)
+
+
+def test_gradients_of_a_mouth_are_exact_and_stay_in_its_box():
+    torch.manual_seed(0)
+    boxes = torch.tensor([[10.3, 20.2, 40.9, 35.5]], dtype=torch.float64)
+    patch = torch.rand(1, 1, 4, 4, dtype=torch.float64, requires_grad=True)
+
+    def mouths(patch):
+        return crop_mouth(torch.nn.functional.pad(patch, (20, 232, 25, 227)), boxes)[:, :, ::8, ::8]
+
+    assert torch.autograd.gradcheck(mouths, patch)
+
+    images = torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE, requires_grad=True)
+    crop_mouth(images, torch.tensor([[60.0, 140, 188, 204], [100, 150, 150, 175]])).sum().backward()
+    inside = torch.zeros(2, 1, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.bool)
+    inside[0, :, 140:204, 60:188] = True
+    inside[1, :, 149:176, 99:151] = True  # bilinear: half a pixel further
+    gradient = images.grad
+    assert (gradient.masked_select(~inside) == 0).all()
+    assert (gradient.masked_select(inside) > 0).all()
+    assert gradient.sum(dim=(1, 2, 3)).tolist() == pytest.approx([3 * 64 * 128] * 2, rel=1e-4)
+
+
 # Images.
 
 
@@ -203,6 +320,28 @@ def test_masking_blackens_the_lower_half_of_a_copy():
     masked = mask_lower_half(images)
     assert torch.equal(images, before)
     assert torch.equal(masked[:, :, :MASK_TOP], images[:, :, :MASK_TOP]) and (masked[:, :, MASK_TOP:] == -1).all()
+
+
+def lanczos_by_hand(image: np.ndarray) -> np.ndarray:
+    """Rows of an image (H, W, 3) stretched to 256: eight neighbours of each place, windowed sines, no smoothing."""
+    place = (np.arange(IMAGE_SIZE) + 0.5) * len(image) / IMAGE_SIZE - 0.5
+    taps = np.floor(place).astype(int)[:, None] + np.arange(-3, 5)  # (256, 8)
+    away = place[:, None] - taps
+    weight = np.sinc(away) * np.sinc(away / 4)
+    weight /= weight.sum(axis=1, keepdims=True)
+    return np.einsum("rt,rtwc->rwc", weight, image[np.clip(taps, 0, len(image) - 1)])
+
+
+@pytest.mark.parametrize("box", [(200, 100, 301, 220), (0, 0, 640, 480), (384, 224, 640, 480), (1, 2, 600, 60)])
+def test_a_crop_is_stretched_as_musetalk_does(box):
+    """By Lanczos' kernel of eight pixels of the source, also where that is larger: fine detail is not smoothed away."""
+    frame, (x1, y1, x2, y2) = frame_of(3), box
+    wanted = lanczos_by_hand(frame[y1:y2, x1:x2].astype(np.float64))
+    wanted = lanczos_by_hand(wanted.swapaxes(0, 1)).swapaxes(0, 1)
+    found = crop_face(frame, np.array(box))
+    assert np.abs(found - np.clip(wanted, 0, 255)).max() <= 2  # OpenCV's weights have 11 bits
+    if (x2 - x1, y2 - y1) == (IMAGE_SIZE, IMAGE_SIZE):
+        np.testing.assert_array_equal(found, frame[y1:y2, x1:x2])
 
 
 # Back into the frame.
@@ -240,40 +379,6 @@ def test_where_alpha_is_zero_the_bytes_of_the_frame_stay(picture):
     assert (inside[alpha == 1] == 200).all()
     quarter = picture[100:380, 200:400][alpha == 0.25] * 0.75 + 50
     np.testing.assert_allclose(inside[alpha == 0.25], quarter, atol=0.51)
-
-
-@pytest.mark.parametrize("recipe", ["nose_centred", "rigid"])
-@pytest.mark.parametrize("eyes", [24, 30, 61, 90])
-@pytest.mark.parametrize("margin", [0, 10])
-@pytest.mark.parametrize("jaw", [0, 0.2])
-def test_alpha_is_nothing_at_the_edges_of_its_box_and_all_at_the_mouth(recipe, eyes, margin, jaw):
-    points = head(eyes=eyes, jaw=jaw)
-    box = face_box(points, FRAME, 0, margin, recipe)
-    alpha = face_alpha(points, box)
-    assert alpha.dtype == np.float32 and alpha.shape == (box[3] - box[1], box[2] - box[0])
-    assert alpha.min() >= 0 and alpha.max() <= 1 + 1e-6
-    edges = np.concatenate([alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]])
-    assert (edges == 0).all()
-    for x, y in np.round(points[48:68] - box[:2]).astype(int):
-        assert alpha[y, x] == pytest.approx(1, abs=1e-5)
-
-
-def test_alpha_leaves_the_upper_face_alone_but_for_its_feather():
-    points = head()
-    box = face_box(points, FRAME)
-    alpha = face_alpha(points, box)
-    height, width = alpha.shape
-    radius = round(FEATHER * width)
-    assert (alpha[: height // 2 - radius] == 0).all()
-    assert alpha[height // 2 + radius :].max() == pytest.approx(1)
-
-
-def test_alpha_of_a_face_at_the_edge_of_the_frame_is_nothing_there():
-    points = head(x=20, y=400)
-    box = face_box(points, FRAME)
-    assert box[0] == 0 and box[3] == FRAME[0]
-    alpha = face_alpha(points, box)
-    assert (alpha[:, 0] == 0).all() and (alpha[-1] == 0).all()
 
 
 # A person through a clip.

@@ -18,9 +18,12 @@ import datasets_process
 import musetalk.crop
 from datasets_process import PrepareConfig, read_identities
 from datasets_process import main as prepare
-from musetalk.cache import Cache, CacheError
+from musetalk.audio import audio_features, audio_windows
+from musetalk.cache import Cache, CacheError, Clip
 from musetalk.contract import CONTRACTS, RIGID, ContractError
+from musetalk.dataset import read_windows
 from musetalk.face import FACE_BACKENDS
+from musetalk.models.audio_encoder import load_audio_encoder
 from musetalk.script import UserError, run_script
 from musetalk.video import MediaError, read_audio, read_frames, write_video
 from musetalk.weights import WeightsError
@@ -41,11 +44,13 @@ def test_the_cache_of_the_sample(sample_cache):
     assert list(sample_cache.clips) == ["sample_00", "sample_01", "sample_02"]
     for clip in sample_cache.clips.values():
         assert len(clip) == 30 and clip.usable.all() and clip.identity == "astronaut"
+        assert clip.tensor("landmarks").dtype == np.float32
         assert clip.tensor("audio_features").shape == (60, 5, 64)
         assert clip.tensor("mel").shape == (30 * 80 // 25 + 1, 80)
         assert 0.9 < clip.tensor("latents").astype(np.float32).std() * 1 < 1.6
         size = (sample_cache.folder / "clips" / f"{clip.name}.safetensors").stat().st_size
         assert size / len(clip) < 45_000
+    assert sample_cache.contract.face_backend == "mediapipe"
     sheet = cv2.imread(str(sample_cache.folder / "contact_sheet.png"))
     assert sheet.shape == (3 * 128, 8 * 128, 3)
 
@@ -122,7 +127,40 @@ def test_frames_without_face_or_audio_are_unusable(small_clips, tmp_path):
         clip.image(5)
 
 
-def test_a_long_video_becomes_several_clips(small_clips, tmp_path, monkeypatch):
+def check_windows(clip: Clip, source: Path, models_dir: Path) -> None:
+    """At each usable frame the cache holds what inference hears of the source, whatever stands beyond its ends."""
+    features = audio_features(read_audio(source), load_audio_encoder(models_dir, "cpu"), RIGID)
+    for edge in ("zero", "clamp"):
+        contract = replace(RIGID, window_edge=edge)
+        for frame in np.flatnonzero(clip.usable):
+            heard = audio_windows(features, [clip.about["start"] + frame], contract)
+            np.testing.assert_array_equal(read_windows(clip, frame, frame + 1, contract), heard)
+
+
+def test_sound_that_outlasts_the_picture_is_heard_at_its_end(small_clips, write_source, voice, mini, tmp_path):
+    (tmp_path / "videos").mkdir()
+    pictures = list(read_frames(small_clips / "sample_00.mp4"))[:10]
+    source = write_source(tmp_path / "videos" / "a.mp4", pictures, audio=voice(0.8))
+    prepare(PrepareConfig(hdtf_dir=tmp_path / "videos", hdtf_samples_dir=tmp_path / "cache"))
+    clip = Cache(tmp_path / "cache").clips["a"]
+    assert len(clip) == 10 and clip.usable.all() and clip.rows("audio_features") == 24
+    check_windows(clip, source, mini)
+
+
+def test_a_last_part_that_is_all_edge_is_refused(small_clips, tmp_path, monkeypatch):
+    for module in (datasets_process, musetalk.crop):
+        monkeypatch.setattr(module, "MAX_CLIP_FRAMES", 28)
+    (tmp_path / "videos").mkdir()
+    shutil.copy(small_clips / "sample_00.mp4", tmp_path / "videos")
+    config = PrepareConfig(hdtf_dir=tmp_path / "videos", hdtf_samples_dir=tmp_path / "cache")
+    prepare(config)
+    assert [len(clip) for clip in Cache(tmp_path / "cache").clips.values()] == [28]
+    record = json.loads((tmp_path / "cache" / "rejected" / "sample_00-0001.json").read_text())
+    assert record["kind"] == "too short" and record["last"]
+    assert "sample_00.mp4: no face with sound was found more than 2 frames after second 1" in record["reason"]
+
+
+def test_a_long_video_becomes_several_clips(small_clips, mini, tmp_path, monkeypatch):
     for module in (datasets_process, musetalk.crop):
         monkeypatch.setattr(module, "MAX_CLIP_FRAMES", 12)
     videos = tmp_path / "videos"
@@ -139,7 +177,12 @@ def test_a_long_video_becomes_several_clips(small_clips, tmp_path, monkeypatch):
     }
     assert [clip.about["start"] for clip in clips.values()] == [0, 12, 24]
     assert {clip.identity for clip in clips.values()} == {"sample_00"}
-    assert clips["sample_00-0001"].tensor("audio_features").shape[0] == 24
+
+    # A window reaches two frames back, which are in the clip before, and two ahead, whose features are kept.
+    assert [clip.rows("audio_features") for clip in clips.values()] == [28, 28, 12]
+    assert [np.flatnonzero(~clip.usable).tolist() for clip in clips.values()] == [[], [0, 1], [0, 1]]
+    for clip in clips.values():
+        check_windows(clip, videos / "sample_00.mp4", mini)
 
     # A part that is lost is made again, to the same bytes.
     for path in (tmp_path / "cache" / "clips").glob("sample_00-0002.*"):
@@ -206,7 +249,7 @@ def test_an_unfit_constant_is_refused_by_name_before_anything_is_done(name, tmp_
 def test_the_choices_of_constants_are_those_there_are():
     kinds = get_type_hints(PrepareConfig)
     assert get_args(kinds["contract"]) == tuple(CONTRACTS)
-    assert get_args(kinds["face_backend"]) == FACE_BACKENDS
+    assert get_args(kinds["face_backend"]) == tuple(FACE_BACKENDS)
     for name in get_args(kinds["encode_dtype"]):
         assert not name or replace(RIGID, encode_dtype=name).encode_dtype == name
 
@@ -237,6 +280,13 @@ def test_identities_must_be_names(tmp_path):
     (tmp_path / "identities.json").write_text('{"a": 1}')
     with pytest.raises(UserError, match='identities.json: must be one object of "path without ending"'):
         read_identities(tmp_path)
+
+
+@pytest.mark.parametrize("name", FACE_BACKENDS)
+def test_the_contract_says_whose_landmarks_made_the_boxes(name, mini, monkeypatch):
+    monkeypatch.setattr(datasets_process, "load_face_backend", lambda *given: given[0])
+    tools = datasets_process.load_tools(PrepareConfig(models_dir=mini, face_backend=name))
+    assert tools.backend == name and tools.contract.face_backend == {"mmpose": "dwpose"}.get(name, name)
 
 
 # Verifying, and mending what it finds.

@@ -280,9 +280,17 @@ def black(width: int, height: int) -> np.ndarray:
 )
 def test_a_planted_place_comes_back_where_it_is_in_the_frame(size, planted, source):
     points, scores = DWPose(Planted(*planted, np.full(133, 0.8))).points([black(*size)] * 2)
-    assert points.shape == (2, 133, 2) and points.dtype == scores.dtype == np.float32
+    assert points.shape == (2, 133, 2) and points.dtype == np.float64 and scores.dtype == np.float32
     np.testing.assert_allclose(points, np.broadcast_to(source, (2, 133, 2)), atol=1e-3)
     np.testing.assert_allclose(scores, 0.8, atol=1e-6)
+
+
+def test_a_point_just_before_a_pixel_is_not_rounded_into_it():
+    """What the network sees of 1280 x 720 is 6400 / 3 pixels high, as float32 8e-5 less: bin 402 of 768 is there at
+    360 + (402 / 768 - 1 / 2) * 6400 / 3 = 410, less 2e-6. MuseTalk cuts its fraction off."""
+    points, _ = DWPose(Planted(144, 201, np.ones(133))).points([black(1280, 720)])
+    np.testing.assert_allclose(points[..., 1], 410, atol=1e-5)
+    assert (points[..., 1].astype(np.int32) == 409).all() and (points[..., 1].astype(np.float32) == 410).all()
 
 
 @pytest.mark.parametrize(("width", "height"), [(576, 768), (1000, 400), (300, 900), (101, 77)])
@@ -321,7 +329,7 @@ def test_the_box_is_around_the_68_landmarks_of_the_face():
     for point in range(133):
         network.columns[point, 2 * point] = network.rows[point, 4 * point] = 1
     ((face,),) = DWPose(network).detect([black(288 * 4 // 5, 384 * 4 // 5)])  # of which a pixel is one of the input
-    assert face.landmarks.shape == (68, 2) and face.landmarks.dtype == face.box.dtype == np.float32
+    assert face.landmarks.shape == (68, 2) and face.landmarks.dtype == face.box.dtype == np.float64
     np.testing.assert_allclose(face.landmarks[0], (23 - 28.8, 46 - 38.4), atol=1)
     np.testing.assert_allclose(face.landmarks[67] - face.landmarks[0], (67, 134), atol=1)
     assert np.array_equal(face.box, np.concatenate([face.landmarks[0], face.landmarks[67]]))

@@ -208,7 +208,7 @@ def test_any_value_of_any_field_of_a_contract_is_taken_or_refused(name, value):
     survive(lambda: FeatureContract.from_dict(json.loads(json.dumps(values)), ALL_FIELDS, "here"), "here: ")
 
 
-@pytest.mark.parametrize("name", ["margins", "bbox_shift", "sync_offset"])
+@pytest.mark.parametrize("name", ["margins", "bbox_shift"])
 @pytest.mark.parametrize("number", [1001, *HUGE])
 def test_numbers_of_a_contract_that_no_picture_has_are_refused(name, number):
     values = CONTRACT.as_dict(ALL_FIELDS) | {name: [0, number] if name == "margins" else -number}

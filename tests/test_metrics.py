@@ -1,12 +1,28 @@
-"""Figures about a generated video, by hand."""
+"""Figures about generated faces, by hand."""
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from musetalk.contract import CONTRACTS
+from musetalk.crop import crop_person, in_crop
 from musetalk.face import Face
-from musetalk.metrics import correlation, mouth_opening, mouth_openings
+from musetalk.metrics import (
+    CROP_BORDER,
+    correlation,
+    detect_in_crops,
+    mouth_landmark_distance,
+    mouth_opening,
+    mouth_openings,
+    psnr,
+    ssim,
+)
+from musetalk.video import read_frames
 
 
 def face(gaps: tuple[float, float, float], eyes: float, shift: float = 0, box: tuple = (0, 0, 100, 100)) -> Face:
@@ -71,3 +87,125 @@ def test_correlation_is_over_the_common_length():
 @pytest.mark.parametrize("a", [[], [1.0], [np.nan, np.nan, np.nan], [2.0, 2.0, 2.0]])
 def test_correlation_of_what_tells_nothing_is_nan(a):
     assert np.isnan(correlation(np.array(a), np.array([1.0, 2.0, 3.0])))
+
+
+# Faces in crops.
+
+
+def test_the_largest_face_of_a_crop_is_in_pixels_of_the_crop():
+    seen = []
+
+    class Planted:
+        def detect(self, frames):
+            seen.extend(frames)
+            large = face((1, 1, 1), eyes=50, shift=CROP_BORDER, box=(70, 80, 300, 310))
+            return [[face((9, 9, 9), eyes=9), large] if frame.any() else [] for frame in frames]
+
+    crops = np.zeros((60, 256, 256, 3), np.uint8)
+    crops[:57] = 7
+    found = detect_in_crops(crops, Planted())
+    assert [one is None for one in found] == 57 * [False] + 3 * [True]
+    np.testing.assert_array_equal(found[5].box, (6, 16, 236, 246))
+    np.testing.assert_array_equal(found[5].landmarks, face((1, 1, 1), eyes=50).landmarks)
+    side = 256 + 2 * CROP_BORDER
+    assert seen[0].shape == (side, side, 3) and seen[0].sum() == 7 * crops[0].size
+    assert (seen[0][CROP_BORDER:-CROP_BORDER, CROP_BORDER:-CROP_BORDER] == 7).all()
+
+
+@pytest.mark.parametrize("contract", ["rigid", "musetalk_v15"])
+def test_the_detector_finds_the_faces_of_real_crops_where_it_found_them_in_the_frame(clips, face_backend, contract):
+    names = ("talking_a", "talking_b", "talking_c", "people/person_3", "people/person_7", "people/person_l4")
+    missed, away = [], []
+    for name in names:
+        frames = islice(read_frames(clips / f"{name}.mp4"), 0, 100, 10)
+        clip = crop_person(frames, face_backend, CONTRACTS[contract])
+        seen = [k for k, one in enumerate(clip.faces) if one is not None]
+        truth = [
+            Face(clip.boxes[k, 0], in_crop(clip.faces[k].landmarks, clip.boxes[k, 0]), clip.faces[k].score)
+            for k in seen
+        ]
+        found = detect_in_crops([clip.crops[k][0] for k in seen], face_backend)
+        missed += [one is None for one in found]
+        away.append(mouth_landmark_distance(found, truth))
+    assert len(missed) >= 55 and np.mean(missed) < 0.03
+    assert np.median(away) < 0.012 and max(away) < 0.025
+
+
+# The distance of mouths.
+
+
+def test_the_distance_of_mouths_by_hand():
+    true, moved, one_lip, elsewhere = (face((6, 9, 3), eyes=50) for _ in range(4))
+    moved.landmarks[48:68] += (3, 4)
+    one_lip.landmarks[67] += (0, 10)
+    elsewhere.landmarks[:48] += 30
+    for one, distance in ((true, 0), (moved, 5 / 50), (one_lip, 10 / 20 / 50), (elsewhere, 0)):
+        assert mouth_landmark_distance([one], [true]) == pytest.approx(distance)
+    assert mouth_landmark_distance([true, moved, one_lip], [true] * 3) == pytest.approx((0.1 + 0.01) / 3)
+
+
+def test_mouths_that_nobody_saw_count_for_nothing():
+    true, moved = face((6, 9, 3), eyes=50), face((6, 9, 3), eyes=50)
+    moved.landmarks[48:68] += (3, 4)
+    assert mouth_landmark_distance([None, true, None, moved], [true, None, None, true]) == pytest.approx(0.1)
+    assert np.isnan(mouth_landmark_distance([None, true], [true, None]))
+    with pytest.raises(ValueError):
+        mouth_landmark_distance([true], [true, true])
+
+
+# Pictures against the truth.
+
+
+@pytest.fixture(scope="module")
+def picture() -> np.ndarray:
+    return np.random.default_rng(0).integers(40, 200, size=(64, 96, 3), dtype=np.uint8)
+
+
+def test_psnr_by_hand(picture):
+    half = picture.copy()
+    half[:32] += 20
+    assert psnr(picture + np.uint8(10), picture) == pytest.approx(28.1308, abs=1e-3)  # 20 log10(25.5)
+    assert psnr(half, picture) == pytest.approx(25.1205, abs=1e-3)  # 10 log10(255^2 / 200)
+    assert psnr(picture, picture) == np.inf
+
+
+def test_ssim_of_flat_pictures_by_hand():
+    """Without contrast it is (2 a b + C) / (a^2 + b^2 + C) with C = (0.01 x 255)^2; each channel counts a third."""
+    truth = np.full((32, 32, 3), 100, np.uint8)
+    image = truth.copy()
+    image[..., 2] = 150
+    red = (2 * 100 * 150 + 2.55**2) / (100**2 + 150**2 + 2.55**2)
+    assert ssim(image, truth) == pytest.approx((2 + red) / 3, abs=1e-6)
+
+
+def test_ssim_by_its_formula_at_one_pixel():
+    """In a picture of the size of its window, 11 pixels, only the middle counts."""
+    rng = np.random.default_rng(0)
+    truth, image = rng.integers(256, size=(2, 11, 11, 3), dtype=np.uint8)
+    weights = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    weights = np.outer(weights, weights)[..., None] / np.outer(weights, weights).sum()
+    x, y = truth.astype(float), image.astype(float)
+    mean_x, mean_y = (weights * x).sum(axis=(0, 1)), (weights * y).sum(axis=(0, 1))
+    var_x, var_y = (weights * (x - mean_x) ** 2).sum(axis=(0, 1)), (weights * (y - mean_y) ** 2).sum(axis=(0, 1))
+    both = (weights * (x - mean_x) * (y - mean_y)).sum(axis=(0, 1))
+    c1, c2 = 2.55**2, 7.65**2
+    wanted = (2 * mean_x * mean_y + c1) * (2 * both + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    assert ssim(image, truth) == pytest.approx(wanted.mean(), abs=1e-6)
+
+
+@given(seed=st.integers(0, 999), noise=st.integers(1, 40))
+def test_more_noise_is_less_alike_and_the_order_makes_no_difference(seed, noise):
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(50, 200, size=(32, 32, 3), dtype=np.uint8)
+    change = rng.choice([-1, 1], truth.shape)
+    little, much = ((truth + change * size).astype(np.uint8) for size in (noise, noise + 10))
+    for measure in (psnr, ssim):
+        assert measure(little, truth) > measure(much, truth)
+        assert measure(truth, much) == pytest.approx(measure(much, truth))
+    assert ssim(truth, truth) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("measure", [psnr, ssim])
+def test_pictures_of_another_size_are_an_error(picture, measure):
+    with pytest.raises(ValueError):
+        measure(picture, picture[:32])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -16,17 +18,33 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import musetalk_trainer
+from losses.discriminator import PatchDiscriminator
+from musetalk import training
 from musetalk.cache import Cache, CacheError
+from musetalk.checkpoint import save_unet
 from musetalk.contract import CONTRACTS, ContractError
+from musetalk.models.syncnet import build_syncnet, save_syncnet
+from musetalk.models.unet import build_unet
+from musetalk.models.vgg import VGG16, Heads
 from musetalk.script import UserError
 from musetalk.training import OPTIMIZERS
 from musetalk.weights import WeightsError
-from musetalk_trainer import PRESETS, TrainConfig, TrainError, generator_step, learning_rate, parse, train
+from musetalk_trainer import (
+    LOSSES,
+    PRESETS,
+    TrainConfig,
+    TrainError,
+    learning_rate,
+    parse,
+    train,
+    training_step,
+    weights,
+)
 
 
 @pytest.fixture
 def config(sample_cache, tmp_path) -> TrainConfig:
-    """Four steps of the demo, small."""
+    """Four steps of the demo, small, not validated."""
     AcceleratorState._reset_state(reset_partial_state=True)  # one process, several runs
     return replace(
         PRESETS["demo"],
@@ -39,8 +57,36 @@ def config(sample_cache, tmp_path) -> TrainConfig:
         warmup_steps=2,
         log_every=1,
         sample_every=4,
+        val_every=10**6,
         save_every=2,
     )
+
+
+@pytest.fixture
+def expert(tmp_path) -> str:
+    """An untrained sync expert that sees five frames."""
+    return str(save_syncnet(tmp_path / "expert", 1, build_syncnet("wav2lip_narrow", 0), "wav2lip_narrow").parent)
+
+
+@pytest.fixture
+def every_loss(config, expert, monkeypatch) -> TrainConfig:
+    """Windows of five frames, with narrow discriminators and all losses but LPIPS, whose network is slow."""
+    monkeypatch.setattr(musetalk_trainer, "PatchDiscriminator", partial(PatchDiscriminator, width=4))
+    return replace(
+        config,
+        loss_weights={name: 0.5 for name in LOSSES} | {"lpips": 0.0},
+        frames=5,
+        batch_size=1,
+        grad_accum_steps=2,
+        adversarial_start=1,
+        adaptive_every=2,
+        sync_expert=expert,
+        unfit_expert=True,
+    )
+
+
+def records_of(config: TrainConfig, preset: str = "demo") -> list[dict]:
+    return [json.loads(line) for line in (config.log_dir / preset / "stats.jsonl").read_text().splitlines()]
 
 
 def flat(values: object, prefix: str = "") -> dict[str, object]:
@@ -121,6 +167,128 @@ def test_two_steps_and_a_resume_equal_four_steps(config, tmp_path, optimizer):
         assert (config.log_dir / name).read_bytes() == (parted.log_dir / name).read_bytes()
 
 
+def test_two_steps_and_a_resume_equal_four_steps_with_every_loss(every_loss, tmp_path):
+    train("demo", every_loss)
+    parted = replace(every_loss, checkpoint_dir=tmp_path / "parted", log_dir=tmp_path / "parted_log")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(musetalk_trainer, "save_state", interrupt_after(musetalk_trainer.save_state))
+        with pytest.raises(KeyboardInterrupt):
+            train("demo", parted)
+    train("demo", parted)
+    whole = state_of(every_loss, 4)
+    assert_equal(whole, state_of(parted, 4))
+    assert {name.split("/")[1] for name in whole} == {
+        *("unet", "optimizer", "optimizer_name", "ema", "adversaries", "pulls", "sync_offset", "step", "contract")
+    }
+    assert (every_loss.log_dir / "demo/stats.jsonl").read_bytes() == (parted.log_dir / "demo/stats.jsonl").read_bytes()
+    assert (every_loss.log_dir / "demo/sync_check/0000000.png").is_file()
+
+    # Discriminators are heard from the second step on, and learn; the check came before.
+    own, told = {"adv_d", "adv_d_mouth"}, {"adv_g", "adv_g_mouth", "feat_match", "feat_match_mouth"}
+    for record in records_of(every_loss):
+        assert record.keys() >= {"latent_l1", "pixel_l1", "sync"}
+        assert bool(record.keys() & (own | told)) == (record["step"] > 1)
+        assert record["step"] == 1 or record.keys() >= own | told | {"pull", "pull_mouth"}
+    assert whole["/pulls/"] > 0 and whole["/pulls/_mouth"] > 0
+    before = state_of(every_loss, 2)
+    for ending in ("", "_mouth"):
+        names = [name for name in whole if name.startswith(f"/adversaries/{ending}/network") and "original" in name]
+        assert names and all(not torch.equal(before[name], whole[name]) for name in names)
+    assert "accuracy" in (every_loss.log_dir / "trainer.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"loss_weights": weights(latent_l1=1.0, pixel_l1=1.0)}, "other discriminators; set loss_weights as they were"),
+        ({"adaptive_every": 0}, "another adaptive_every"),
+        ({"optimizer": "adamax"}, "optimizer 'adamw', not 'adamax'"),
+    ],
+)
+def test_a_state_of_other_losses_is_refused(every_loss, change, said):
+    train("demo", replace(every_loss, num_steps=2, sample_every=3))
+    with pytest.raises(WeightsError, match=said):
+        train("demo", replace(every_loss, **change))
+
+
+def test_an_expert_that_cannot_tell_is_refused_before_a_step_is_made(every_loss):
+    with pytest.raises(UserError, match="the sync expert cannot be trusted on these faces.*unfit_expert"):
+        train("demo", replace(every_loss, unfit_expert=False))
+    assert not list((every_loss.checkpoint_dir / "demo").glob("*.*t*"))
+
+
+def test_an_expert_of_another_window_is_refused(every_loss):
+    with pytest.raises(TrainError, match=r"^frames must be 5, as .*expert sees them, not 6"):
+        train("demo", replace(every_loss, frames=6))
+
+
+def test_lpips_without_its_weights_is_refused_with_their_place_and_source(config):
+    with pytest.raises(WeightsError, match=r"models/mini/vgg/vgg16-397923af.pth is missing; get it from https://"):
+        train("demo", replace(config, loss_weights=weights(latent_l1=1.0, lpips=0.1)))
+
+
+def test_lpips_trains_where_its_weights_are(config, mini, tmp_path):
+    models = tmp_path / "models"
+    (models / "vgg").mkdir(parents=True)
+    for folder in mini.iterdir():
+        (models / folder.name).symlink_to(folder.resolve())
+    torch.manual_seed(0)
+    torch.save(VGG16().state_dict(), models / "vgg/vgg16-397923af.pth")
+    torch.save({name: tensor.abs() for name, tensor in Heads().state_dict().items()}, models / "vgg/lpips.pth")
+    run = replace(config, models_dir=models, num_steps=1, batch_size=1, sample_every=2, loss_weights=weights(lpips=1.0))
+    train("demo", run)
+    (record,) = records_of(run)
+    assert record["lpips"] > 0 and record["grad_norm"] > 0
+
+
+def test_stage_2_goes_on_from_what_stage_1_left_without_moving_files(config, sample_cache):
+    run = replace(config, num_steps=2, sample_every=3, loss_weights=weights(latent_l1=1.0))
+    train("stage1", run)
+    train("stage2", replace(run, start_from="stage1", num_steps=1, save_every=1, learning_rate=1e-12, warmup_steps=0))
+    left = load_file(run.checkpoint_dir / "stage1/unet-0000002.safetensors")
+    state = torch.load(run.checkpoint_dir / "stage2/training-state-0000001.pt", weights_only=True)
+    for name, tensor in left.items():
+        torch.testing.assert_close(state["unet"][name], tensor, atol=1e-6, rtol=1e-4)
+    assert (
+        f"starts from {run.checkpoint_dir}/stage1/unet-0000002.safetensors" in (run.log_dir / "trainer.log").read_text()
+    )
+    other = replace(sample_cache.contract, window_edge="clamp")
+    save_unet(run.checkpoint_dir / "stage1", 3, left, other)
+    with pytest.raises(ContractError, match="stage1/unet-0000003.safetensors was made with window_edge = 'clamp'"):
+        train("stage3", replace(run, start_from="stage1"))
+
+
+def test_published_weights_are_begun_with_under_the_contract_named(config, mini, tmp_path):
+    unet = build_unet(mini, 3, positional_encoding=True)
+    torch.save(unet.model.state_dict(), tmp_path / "unet.pth")
+    run = replace(config, start_from=str(tmp_path / "unet.pth"), num_steps=1, sample_every=2, learning_rate=1e-12)
+    train("demo", run)
+    saved = state_of(run, 1)
+    for name, tensor in unet.model.state_dict().items():
+        torch.testing.assert_close(saved[f"/unet/{name}"], tensor, atol=1e-6, rtol=1e-4)
+    assert "unet.pth, which carries no contract" in (run.log_dir / "trainer.log").read_text()
+    with pytest.raises(WeightsError, match="nothing is no file and has no unet-<step>.safetensors"):
+        train("other", replace(run, start_from="nothing"))
+
+
+def test_validation_tells_what_the_mouth_follows(config):
+    run = replace(config, num_steps=1, sample_every=2, val_every=1, loss_weights=weights(latent_l1=1.0))
+    train("demo", run)
+    _, record = records_of(run)
+    for name in ("psnr", "ssim", "psnr_mouth", "ssim_mouth"):
+        assert all(f"val_{name}{column}" in record for column in ("", "_truth", "_reference"))
+    assert record["val_lmd_truth"] < record["val_lmd_reference"]
+    assert record["val_psnr_truth"] > record["val_psnr_reference"] > record["val_psnr"]
+    for kind in ("validation", "mouths"):
+        assert cv2.imread(str(run.log_dir / "demo" / kind / "0000001.png")) is not None
+    assert (run.log_dir / "demo/curves.png").is_file()
+    told = (run.log_dir / "trainer.log").read_text()
+    assert re.search("prediction +truth +reference\npsnr ", told)
+    assert re.search(
+        r"\nr_other_audio +\S+\nr_audio_not_heard +\S+\nshare_of_reference +\S+\nopening_in_silence ", told
+    )
+
+
 def interrupt_after(function):
     """The function, interrupting the run when it is done."""
 
@@ -150,7 +318,7 @@ def test_accumulation_equals_one_large_batch(config, monkeypatch):
             num_steps=1,
         )
         AcceleratorState._reset_state(reset_partial_state=True)
-        monkeypatch.setattr(musetalk_trainer, "precision", lambda: "no")
+        monkeypatch.setattr(training, "precision", lambda: "no")
         train("demo", run)
         states.append(torch.load(run.checkpoint_dir / "demo" / "training-state-0000001.pt", weights_only=True))
     moments = [flat(state["optimizer"]["state"]) for state in states]
@@ -162,20 +330,27 @@ def test_accumulation_equals_one_large_batch(config, monkeypatch):
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(config, monkeypatch):
     calls = []
 
-    def poisoned(*args):
-        terms = generator_step(*args)
+    def poisoned(*args, **options):
+        terms = training_step(*args, **options)
         calls.append(1)
         if len(calls) == 3:
             next(args[0].unet.parameters()).grad[...] = float("nan")
             terms["pixel_l1"] = terms["pixel_l1"] * float("nan")
         return terms
 
-    monkeypatch.setattr(musetalk_trainer, "generator_step", poisoned)
+    monkeypatch.setattr(musetalk_trainer, "training_step", poisoned)
     with pytest.raises(TrainError, match=r"step 3: .*not finite: pixel_l1\).*sample_0\d, frame \d+") as error:
         train("demo", config)
     assert str(config.checkpoint_dir) in str(error.value)
     good = state_of(config, 2)
     assert all(value.isfinite().all() for value in good.values() if isinstance(value, torch.Tensor))
+    with pytest.MonkeyPatch.context() as patch:  # or the step is passed over
+        patch.setattr(musetalk_trainer, "training_step", poisoned)
+        calls.clear()
+        other = config.checkpoint_dir.parent / "skipping"
+        train("demo", replace(config, not_finite="skip", checkpoint_dir=other))
+        assert (other / "demo/training-state-0000004.pt").exists()
+        assert re.search(r"skipped: step 3: .*not finite: pixel_l1\)", (config.log_dir / "trainer.log").read_text())
     monkeypatch.undo()
     train("demo", config)  # and it goes on from there
     assert (config.checkpoint_dir / "demo" / "training-state-0000004.pt").exists()
@@ -184,11 +359,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(config, m
 def test_frozen_networks_stay_frozen(config, monkeypatch):
     seen = []
 
-    def watched(state, vae, *rest):
-        seen.append(vae.autoencoder)
-        return generator_step(state, vae, *rest)
+    def watched(state, objective, *rest, **options):
+        seen.append(objective.decode.__self__.autoencoder)
+        return training_step(state, objective, *rest, **options)
 
-    monkeypatch.setattr(musetalk_trainer, "generator_step", watched)
+    monkeypatch.setattr(musetalk_trainer, "training_step", watched)
     train("demo", replace(config, num_steps=1))
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in seen[0].parameters())
 
@@ -219,8 +394,12 @@ def test_learning_rate_rises_then_falls():
 def test_command_line():
     assert parse([]) == ("demo", PRESETS["demo"])
     preset, config = parse(["stage1", "--batch-size", "3", "--loss-weights.latent-l1", "2"])
-    assert preset == "stage1" and config.batch_size == 3 and config.loss_weights == {"latent_l1": 2.0, "pixel_l1": 1.0}
-    with pytest.raises(TrainError, match="no preset 'stage9'"):
+    assert (
+        preset == "stage1"
+        and config.batch_size == 3
+        and config.loss_weights == weights(latent_l1=2.0, pixel_l1=1.0, lpips=0.1)
+    )
+    with pytest.raises(UserError, match="no preset 'stage9'"):
         parse(["stage9"])
 
 
@@ -242,19 +421,24 @@ def test_what_cannot_work_is_refused_in_a_sentence(config, change, error, messag
 NO_PATH = ["data", "", None, 3, b"data"]
 NO_COUNT = [0, -1, 1.0, True, "1", None, float("nan"), 10**13]
 NO_NUMBER = [True, "1", None, (1.0,), float("nan"), float("inf"), -1e-9]
+NO_COUNT_OR_ZERO = [-1, 1.0, True, "1", None, 10**13]
+NO_BETAS = [(0.9,), (0.9, 0.99, 0.999), (), [0.9, 0.99], 0.9, None, (1.0, 0.9), (0.9, float("nan")), (-0.1, 0.9)]
 UNFIT = {
     "hdtf_samples_dir": NO_PATH,
     "checkpoint_dir": NO_PATH,
     "log_dir": NO_PATH,
     "models_dir": NO_PATH,
+    "start_from": [None, 1, Path("checkpoints")],
     "contract": ["v2", "", None, 1],
     "held_out": [*NO_NUMBER, 0.0, 0, 1.0, 1, 1.5],
+    "references": ["near", "", None, 1],
+    "min_reference_gap": NO_COUNT,
+    "frames": NO_COUNT,
     "num_workers": [-1, 513, 1.0, True, "4", None],
     "batch_size": NO_COUNT,
     "grad_accum_steps": NO_COUNT,
     "loss_weights": [
         {"pixel": 1.0},
-        {"latent_l1": 1.0, "lpips": 1.0},
         *({"latent_l1": 1.0, "pixel_l1": weight} for weight in NO_NUMBER),
         {1: 1.0},
         ["latent_l1"],
@@ -263,19 +447,28 @@ UNFIT = {
     ],
     "pixel_every": NO_COUNT,
     "chunk_size": NO_COUNT,
+    "adversarial_start": NO_COUNT_OR_ZERO,
+    "adaptive_every": NO_COUNT_OR_ZERO,
+    "discriminator_learning_rate": [*NO_NUMBER, 0.0, 0],
+    "discriminator_betas": NO_BETAS,
+    "sync_expert": [None, 1, Path("syncnet")],
+    "unfit_expert": [0, 1, "yes", None],
     "optimizer": ["sgd", "AdamW", "", None, 1],
     "learning_rate": [*NO_NUMBER, 0.0, 0],
-    "warmup_steps": [-1, 1.0, True, "1", None, 10**13],
+    "warmup_steps": NO_COUNT_OR_ZERO,
     "final_learning_rate": NO_NUMBER,
     "weight_decay": NO_NUMBER,
-    "betas": [(0.9,), (0.9, 0.99, 0.999), (), [0.9, 0.99], 0.9, None, (1.0, 0.9), (0.9, float("nan")), (-0.1, 0.9)],
+    "betas": NO_BETAS,
     "max_grad_norm": [*NO_NUMBER, 0.0, 0],
+    "not_finite": ["go on", "", None, True],
     "ema_decay": [*NO_NUMBER, 1.0, 1, 1.5],
     "ema_every": NO_COUNT,
     "gradient_checkpointing": [0, 1, "yes", None],
     "num_steps": NO_COUNT,
     "log_every": NO_COUNT,
     "sample_every": NO_COUNT,
+    "val_every": NO_COUNT,
+    "val_frames": NO_COUNT,
     "save_every": NO_COUNT,
     "keep_states": NO_COUNT,
     "seed": [-1, 2**32, 1.0, True, "1", None],
@@ -286,7 +479,7 @@ UNFIT = {
 def test_an_unfit_constant_is_refused_by_name_before_anything_is_done(name, tmp_path, monkeypatch):
     """A constant without an entry in UNFIT fails."""
     monkeypatch.chdir(tmp_path)
-    for stage in ("Accelerator", "Cache", "load_vae", "build_unet", "own_folder", "RunLog"):
+    for stage in ("start_processes", "Cache", "load_pixel_vae", "build_unet", "own_folder", "RunLog"):
         monkeypatch.setattr(musetalk_trainer, stage, lambda *_, **__: pytest.fail("it went on"))
     for preset, config in PRESETS.items():
         for value in UNFIT[name]:
@@ -311,19 +504,28 @@ def test_a_batch_larger_than_the_data_is_refused_before_a_network_is_loaded(conf
     def reached(*_):
         raise InterruptedError
 
-    monkeypatch.setattr(musetalk_trainer, "load_vae", reached)
+    monkeypatch.setattr(musetalk_trainer, "load_pixel_vae", reached)
     config = replace(config, grad_accum_steps=accumulate)
-    with pytest.raises(TrainError, match=r"^batch_size x grad_accum_steps is 62, but .* has 60 samples to train on"):
+    said = r"^batch_size x grad_accum_steps x processes is 62, but .* has 60 samples to train on"
+    with pytest.raises(TrainError, match=said):
         train("demo", replace(config, batch_size=62 // accumulate))
     with pytest.raises(InterruptedError):
         train("demo", replace(config, batch_size=60 // accumulate))
     assert not config.checkpoint_dir.exists() and not config.log_dir.exists()
 
 
-def test_another_contract_than_that_of_the_state_is_refused(config):
-    train("demo", replace(config, num_steps=2, sample_every=2))
-    with pytest.raises(ContractError, match="window_edge = 'zero', but 'clamp' is asked for"):
+def test_another_contract_than_that_of_the_cache_is_refused(config):
+    with pytest.raises(ContractError, match="crop = 'rigid', but 'nose_centred' is asked for"):
         train("demo", replace(config, contract="musetalk_v1"))
+
+
+def test_another_contract_than_that_of_the_state_is_refused(config, monkeypatch):
+    train("demo", replace(config, num_steps=2, sample_every=2))
+    monkeypatch.setattr(
+        musetalk_trainer, "training_contract", lambda _, cache: replace(cache.contract, window_edge="clamp")
+    )
+    with pytest.raises(ContractError, match="window_edge = 'zero', but 'clamp' is asked for"):
+        train("demo", config)
 
 
 def test_audio_features_of_another_width_are_refused(config, mini, tmp_path):

@@ -8,14 +8,24 @@ import pytest
 import torch
 from scipy.io import wavfile
 
+import musetalk.pipeline as pipeline_module
 from musetalk.audio import audio_features, audio_windows
 from musetalk.cache import Cache
 from musetalk.checkpoint import save_unet
-from musetalk.contract import AUDIO_SAMPLE_RATE, CONTRACTS, SAMPLES_PER_FRAME, VIDEO_FPS, ContractError
+from musetalk.contract import (
+    AUDIO_SAMPLE_RATE,
+    CONTRACTS,
+    MUSETALK_V15,
+    RIGID,
+    SAMPLES_PER_FRAME,
+    VIDEO_FPS,
+    ContractError,
+)
 from musetalk.dataset import FaceDataset
 from musetalk.models.unet import build_unet
 from musetalk.models.vae import load_vae
 from musetalk.pipeline import LipSyncPipeline
+from musetalk.script import UserError
 from musetalk.video import MediaError, forth_and_back_index, read_audio, read_frames, write_video
 
 MINI = Path("models/mini")
@@ -132,6 +142,52 @@ def test_what_cannot_work_is_refused_in_a_sentence(small_clips, sample_cache, tm
     pipeline = LipSyncPipeline.from_checkpoint(save_unet(tmp_path, 3, unet.model.state_dict(), contract), MINI)
     with pytest.raises(ContractError, match="audio_encoder = '0123456789abcdef'"):
         _ = pipeline.audio_encoder
+
+
+@pytest.mark.parametrize(
+    ("known", "given", "taken"),
+    [
+        ("", None, "mediapipe"),
+        ("", "dwpose", "dwpose"),
+        ("mediapipe", None, "mediapipe"),
+        ("dwpose", None, "dwpose"),
+        ("dwpose", "dwpose", "dwpose"),
+        ("dwpose", "mmpose", "mmpose"),  # the same landmarks by another engine
+        ("dwpose", "mediapipe", None),
+        ("mediapipe", "dwpose", None),
+        ("mediapipe", "mmpose", None),
+    ],
+)
+def test_the_landmarks_are_those_of_training(known, given, taken):
+    """The box comes from them."""
+    unet, contract = build_unet(MINI, 0, True), replace(RIGID, face_backend=known)
+    if taken:
+        assert LipSyncPipeline(unet, None, contract, MINI, given).face_backend == taken
+    else:
+        with pytest.raises(ContractError, match=f"the UNet was made with face_backend = '{known}', but "):
+            LipSyncPipeline(unet, None, contract, MINI, given)
+
+
+@pytest.mark.parametrize(
+    ("unfit", "said"),
+    [
+        ({"blend": "neck"}, "^blend must be one of 'landmarks', 'raw', 'jaw', not 'neck'"),
+        ({"blend": "raw"}, "face-parse-bisent/79999_iter.pth is missing; get it from"),
+        ({"blend": "jaw"}, "face-parse-bisent/79999_iter.pth is missing; get it from"),
+        ({"contract": "v2"}, "^contract must be one of rigid, musetalk_v15, musetalk_v1, not 'v2'"),
+        ({"face_backend": "eyes"}, "^face_backend must be one of 'mediapipe', 'dwpose', 'mmpose', not 'eyes'"),
+        ({"face_backend": ""}, "^face_backend must be one of 'mediapipe', 'dwpose', 'mmpose', not ''"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_loaded(unfit, said, tmp_path, monkeypatch):
+    for stage in ("load_trained_unet", "load_vae"):
+        monkeypatch.setattr(pipeline_module, stage, lambda *_: pytest.fail("it went on"))
+    (tmp_path / "unet.pth").touch()
+    with pytest.raises(UserError, match=said):
+        LipSyncPipeline.from_checkpoint(tmp_path / "unet.pth", MINI, **unfit)
+    if "contract" not in unfit:
+        with pytest.raises(UserError, match=said):
+            LipSyncPipeline(None, None, MUSETALK_V15, MINI, **unfit)
 
 
 def test_loading_takes_the_newest_weights_of_a_folder(sample_cache, tmp_path):

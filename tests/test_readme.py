@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import nbformat
+import tyro
 from nbclient import NotebookClient
 
 from datasets_process import PrepareConfig
@@ -14,12 +15,16 @@ from musetalk.cache import Cache
 from musetalk.checkpoint import save_unet
 from musetalk.contract import CONTRACTS
 from musetalk.dataset import split_clips
+from musetalk.download import DownloadConfig
+from musetalk.export import ExportConfig
 from musetalk.models.unet import build_unet
 from musetalk.sample import SEEDS
 from musetalk.weights import SOURCES
 from musetalk_trainer import PRESETS, TrainConfig, parse
+from syncnet_trainer import SyncConfig
 
 ROOT = Path(__file__).parents[1]
+MODULES = {"musetalk.export": ExportConfig, "musetalk.download": DownloadConfig}
 README = (ROOT / "README.md").read_text()
 NOTEBOOK = nbformat.read(ROOT / "demo.ipynb", as_version=4)
 
@@ -57,6 +62,8 @@ def test_commands_are_understood():
         script, *arguments = command.split()[1:]
         if script == "musetalk_trainer.py":
             parse(arguments)
+        elif script == "-m":
+            tyro.cli(MODULES[arguments[0]], args=arguments[1:])
         else:
             assert {word[2:] for word in arguments if word.startswith("--")} <= options
 
@@ -68,7 +75,11 @@ def test_presets_contracts_and_weights_are_described():
 
 
 def test_constants_have_a_unit_or_a_reason_beside_them():
-    for script, config in (("datasets_process.py", PrepareConfig), ("musetalk_trainer.py", TrainConfig)):
+    for script, config in (
+        ("datasets_process.py", PrepareConfig),
+        ("musetalk_trainer.py", TrainConfig),
+        ("syncnet_trainer.py", SyncConfig),
+    ):
         text = (ROOT / script).read_text()
         assert all(re.search(rf"^    {field.name}: ", text, re.MULTILINE) for field in fields(config))
 

@@ -97,7 +97,7 @@ def cut(small_clips, tmp_path, monkeypatch) -> Callable[[str, int], None]:
     """A function that writes a video of so many frames; of more than 4, several clips are made."""
     for module in (datasets_process, musetalk.crop):
         monkeypatch.setattr(module, "MAX_CLIP_FRAMES", 4)
-    frames = list(read_frames(small_clips / "sample_00.mp4", 0, 6))
+    frames = list(read_frames(small_clips / "sample_00.mp4", 0, 7))
     audio = read_audio(small_clips / "sample_00.mp4")
     return lambda name, count: write_video(tmp_path / "videos" / name, frames[:count], audio, 16_000)
 
@@ -126,7 +126,7 @@ def test_odd_things_among_videos_are_refused_and_the_rest_is_cached(cut, prepare
 
 
 def test_of_sources_of_one_name_the_first_keeps_it(cut, prepared):
-    for name, count in {"a/b.mp4": 2, "a__b.mp4": 2, "x.mp4": 6, "x-0000.mp4": 2}.items():
+    for name, count in {"a/b.mp4": 2, "a__b.mp4": 2, "x.mp4": 7, "x-0000.mp4": 2}.items():
         cut(name, count)
     expected = {
         "clips/a__b": "a/b.mp4",
@@ -139,7 +139,7 @@ def test_of_sources_of_one_name_the_first_keeps_it(cut, prepared):
 
 def test_a_source_that_comes_later_takes_no_name_that_is_there(cut, prepared, tmp_path):
     cut("a__b.mp4", 2)
-    cut("x.mp4", 6)
+    cut("x.mp4", 7)
     before = {"clips/a__b": "a__b.mp4", "clips/x-0000": "x.mp4", "clips/x-0001": "x.mp4"}
     assert prepared() == before
     made = contents(tmp_path / "cache")
@@ -152,7 +152,7 @@ def test_a_source_that_comes_later_takes_no_name_that_is_there(cut, prepared, tm
 
 def test_a_source_of_another_size_is_made_again_and_its_old_parts_are_gone(cut, prepared, tmp_path):
     cut("other.mp4", 2)
-    cut("x.mp4", 6)
+    cut("x.mp4", 7)
     assert prepared() == {"clips/other": "other.mp4", "clips/x-0000": "x.mp4", "clips/x-0001": "x.mp4"}
     cut("x.mp4", 3)
     assert prepared() == {"clips/other": "other.mp4", "clips/x": "x.mp4"} == prepared("fresh")
@@ -162,7 +162,7 @@ def test_a_source_of_another_size_is_made_again_and_its_old_parts_are_gone(cut, 
 
 
 def test_an_identity_given_later_is_taken_up_without_encoding_again(cut, prepared, tmp_path, monkeypatch):
-    cut("x.mp4", 6)
+    cut("x.mp4", 7)
     (tmp_path / "videos" / "no.mp4").write_text("no video")
     prepared()
     (tmp_path / "videos" / "identities.json").write_text('{"x": "Anna", "no": "Jo"}')

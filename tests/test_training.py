@@ -99,16 +99,16 @@ def dataset(tmp_path_factory, random_tensors) -> FaceDataset:
 
 
 def test_batches_come_in_the_order_of_their_slots_from_any_step_on(dataset):
-    whole = [batch["where"] for batch in loader(dataset, 0, 3, 2, 0)]
+    whole = [batch["where"] for batch in loader(dataset, range(3), 2, 0)]
     assert len(whole) == 6 and sum(whole[4:], []) == [dataset[index]["where"] for index in range(8, 12)]
-    assert [batch["where"] for batch in loader(dataset, 2, 3, 2, 0)] == whole[4:]
-    assert list(loader(dataset, 3, 3, 2, 0)) == []
+    assert [batch["where"] for batch in loader(dataset, range(2, 3), 2, 0)] == whole[4:]
+    assert list(loader(dataset, range(3, 3), 2, 0)) == []
 
 
 def test_workers_go_on_through_signals_that_are_meant_for_the_trainer(dataset):
-    alone = [batch["where"] for batch in loader(dataset, 0, 20, 4, 0)]
-    batches = iter(loader(dataset, 0, 20, 4, 2))
-    found = [next(batches)["where"]]
+    alone = [batch["where"] for batch in loader(dataset, range(20), 4, 0)]
+    batches = iter(loader(dataset, range(20), 4, 2))
+    found = [next(batches)["where"] for _ in batches._workers]  # each of them has begun
     for worker in batches._workers:
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(worker.pid, number)
@@ -235,15 +235,15 @@ def trained(make_cache, tmp_path_factory) -> tuple[TrainConfig, subprocess.Compl
     _, config = parse(command)
     second = []
 
-    def step(*args):
+    def step(*args, **options):
         if args[0].step == 2:
             script = [sys.executable, ROOT / "musetalk_trainer.py", *command]
             second.append(subprocess.run(script, cwd=ROOT, capture_output=True, text=True))
-        return musetalk_trainer.generator_step.__wrapped__(*args)
+        return musetalk_trainer.training_step.__wrapped__(*args, **options)
 
-    step.__wrapped__ = musetalk_trainer.generator_step
+    step.__wrapped__ = musetalk_trainer.training_step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(musetalk_trainer, "generator_step", step)
+        patch.setattr(musetalk_trainer, "training_step", step)
         train("demo", config)
     return config, *second
 
@@ -344,16 +344,16 @@ def test_after_ctrl_c_the_same_command_ends_as_if_there_had_been_none(trained, t
     assert_same_run(again, config)
 
 
-@pytest.mark.parametrize("moment", ["loader", "generator_step", "save_unet"])
+@pytest.mark.parametrize("moment", ["loader", "training_step", "save_unet"])
 def test_whenever_it_is_asked_to_stop_the_step_it_names_is_saved(trained, tmp_path, monkeypatch, moment):
     """Before the first step, in one, and while it saves."""
     _, config = parse([*arguments(trained[0].hdtf_samples_dir, tmp_path), "--save-every", "2"])
     AcceleratorState._reset_state(reset_partial_state=True)
     function = getattr(musetalk_trainer, moment)
 
-    def asked(*args):
+    def asked(*args, **options):
         os.kill(os.getpid(), signal.SIGINT)
-        return function(*args)
+        return function(*args, **options)
 
     monkeypatch.setattr(musetalk_trainer, moment, asked)
     with pytest.raises(KeyboardInterrupt, match=f"^stopped at step {2 if moment == 'save_unet' else 1}, "):

@@ -76,7 +76,7 @@ STAGES = {
         "load_pixel_vae": "load",
         "build_state": "load",
         "resume": "resume",
-        "generator_step": "forward and backward",
+        "training_step": "forward and backward",
         "update_ema": "update",
         "clip_grad_norm_": "update",
         "draw_grid": "sample",

@@ -17,7 +17,8 @@ import torch
 from musetalk.contract import VIDEO_FPS
 from musetalk.script import UserError
 
-FACE_BACKENDS = ("mediapipe", "dwpose", "mmpose")
+# Backends, and whose landmarks each gives, by the name that a feature contract has for them.
+FACE_BACKENDS = {"mediapipe": "mediapipe", "dwpose": "dwpose", "mmpose": "dwpose"}
 SAME_PERSON_IOU = 0.3  # overlap of a person's boxes from one frame to the next
 MAX_GAP = 2 * VIDEO_FPS  # frames that a person may be unseen before a face there counts as somebody else
 
@@ -26,9 +27,11 @@ MAX_GAP = 2 * VIDEO_FPS  # frames that a person may be unseen before a face ther
 class Face:
     """One face in one frame.
 
-    box: float32 (4,) x1, y1, x2, y2 in source pixels. score: in [0, 1].
-    landmarks: float32 (68, 2) x, y in source pixels, in the order of dlib and of MuseTalk: jaw 0-16, brows 17-26,
-    nose 27-35 (29 low on the bridge), eyes 36-47, outer lips 48-59, inner lips 60-67.
+    box: (4,) x1, y1, x2, y2 in source pixels. score: in [0, 1].
+    landmarks: (68, 2) x, y in source pixels, in the order of dlib and of MuseTalk: jaw 0-16, brows 17-26, nose 27-35
+    (29 low on the bridge), eyes 36-47, outer lips 48-59, inner lips 60-67.
+    Both are float32 from mediapipe and float64 from DWPose, whose fractions MuseTalk cuts off: rounded to float32 one
+    may be a whole pixel more.
     """
 
     box: np.ndarray
@@ -43,11 +46,18 @@ class FaceBackend(Protocol):
         """Faces of each frame, in any order. frames: BGR uint8 (H, W, 3), of any size."""
 
 
+def check_face_backend(name: str) -> None:
+    """Raises UserError for a name that is not in FACE_BACKENDS."""
+    if name not in FACE_BACKENDS:
+        raise UserError(f"face_backend must be one of {', '.join(map(repr, FACE_BACKENDS))}, not {name!r}")
+
+
 def load_face_backend(name: str, models_dir: Path, device: torch.device | str) -> FaceBackend:
     """The backend of a name in FACE_BACKENDS; mediapipe has its weights in itself and runs on the CPU.
 
     Raises UserError for a name there is none of, WeightsError where a file of models_dir is missing or unfit.
     """
+    check_face_backend(name)
     if name == "mediapipe":
         from musetalk.face.mediapipe import MediapipeFaceMesh  # heavy: imported by those who use it
 
@@ -56,11 +66,9 @@ def load_face_backend(name: str, models_dir: Path, device: torch.device | str) -
         from musetalk.face.dwpose import load_dwpose  # weights.py imports diffusers
 
         return load_dwpose(models_dir, torch.device(device))
-    if name == "mmpose":
-        from musetalk.face.mmpose import load_mmpose  # not among the requirements
+    from musetalk.face.mmpose import load_mmpose  # not among the requirements
 
-        return load_mmpose(models_dir, torch.device(device))
-    raise UserError(f"face_backend must be one of {', '.join(map(repr, FACE_BACKENDS))}, not {name!r}")
+    return load_mmpose(models_dir, torch.device(device))
 
 
 def follow_person(faces: Sequence[Sequence[Face]]) -> list[Face | None]:

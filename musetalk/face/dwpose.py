@@ -231,17 +231,18 @@ class DWPose:
         return faces_of_points(*self.points(frames))
 
     def points(self, frames: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """All points of the person in each frame: float32 (T, 133, 2) x, y in source pixels and their scores (T, 133).
+        """All points of the person in each frame: float64 (T, 133, 2) x, y in source pixels, and their scores, float32
+        (T, 133).
 
         frames: BGR uint8 (H, W, 3), of any size. A score is about 1 for a point in sight; it may be above, or below 0.
         """
-        points, scores = np.zeros((len(frames), POINTS, 2), np.float32), np.zeros((len(frames), POINTS), np.float32)
+        points, scores = np.zeros((len(frames), POINTS, 2)), np.zeros((len(frames), POINTS), np.float32)
         for batch in batched(range(len(frames)), BATCH):
             columns, rows = self._simcc([warp(frames[index]) for index in batch])
             points[batch], scores[batch] = decode(columns, rows)
         for index, frame in enumerate(frames):
             centre, size = box_of_frame(frame)
-            points[index] = points[index] / (INPUT_WIDTH, INPUT_HEIGHT) * size + centre - 0.5 * size
+            points[index] = points[index] / (INPUT_WIDTH, INPUT_HEIGHT) * size + centre - 0.5 * size  # float64
         return points, scores
 
     @torch.inference_mode()

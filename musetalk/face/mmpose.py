@@ -115,13 +115,14 @@ class MMPose:
         return faces_of_points(*self.points(frames))
 
     def points(self, frames: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """All points of the person in each frame: float32 (T, 133, 2) x, y in source pixels and their scores (T, 133).
+        """All points of the person in each frame: float64 (T, 133, 2) x, y in source pixels, and their scores, float32
+        (T, 133).
 
         frames: BGR uint8 (H, W, 3), of any size.
         """
         from mmengine.dataset import pseudo_collate
 
-        points, scores = np.zeros((len(frames), POINTS, 2), np.float32), np.zeros((len(frames), POINTS), np.float32)
+        points, scores = np.zeros((len(frames), POINTS, 2)), np.zeros((len(frames), POINTS), np.float32)
         for batch in batched(range(len(frames)), BATCH):
             samples = pseudo_collate([self.prepare(whole(frames[index])) for index in batch])
             with torch.no_grad():
@@ -130,6 +131,20 @@ class MMPose:
                 points[index] = sample.pred_instances.keypoints[0]
                 scores[index] = sample.pred_instances.keypoint_scores[0]
         return points, scores
+
+
+def in_float64(decode: Callable) -> Callable:
+    """A decoder of mmpose, with its points as float64.
+
+    mmpose moves them into the frame in the type that it is given here, rounding to float32 what it computes in
+    float64. 1.1, which MuseTalk names, does not round, and MuseTalk then cuts the fractions off.
+    """
+
+    def decode_in_float64(*simcc: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        points, scores = decode(*simcc)
+        return points.astype(np.float64), scores
+
+    return decode_in_float64
 
 
 def whole(frame: np.ndarray) -> dict:
@@ -160,4 +175,5 @@ def load_mmpose(models_dir: Path, device: torch.device) -> MMPose:
     init_default_scope("mmpose")
     network = build_pose_estimator(MODEL)
     load_published(network, models_dir)
+    network.head.decoder.decode = in_float64(network.head.decoder.decode)
     return MMPose(network.to(device, torch.float32), Compose(PIPELINE))

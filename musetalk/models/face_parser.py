@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from musetalk.weights import find, freeze, load_strictly, read_tensors, unwrap
 
+WEIGHTS = "face-parse-bisent/79999_iter.pth"
 INPUT_SIZE = 512  # pixels, width and height
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
 # Left and right as the person has them.
@@ -183,7 +184,7 @@ def load_face_parser(models_dir: Path, device: torch.device, dtype: torch.dtype 
 
     The resnet18-5c106cde.pth that MuseTalk's users have beside it is only where its training began.
     """
-    path = find(models_dir, "face-parse-bisent/79999_iter.pth")
+    path = find(models_dir, WEIGHTS)
     with torch.device("meta"):
         network = BiSeNet()
     load_strictly(network, unwrap(read_tensors(path), path), path)

@@ -7,21 +7,24 @@ https://github.com/bytedance/LatentSync (stable_syncnet.py, configs/syncnet).
 
 from __future__ import annotations
 
-import math
+import re
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from reprlib import repr as short
 from typing import Annotated
 
+import safetensors.torch
 import torch
 from annotated_types import Ge, Le, Len, MultipleOf
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from torch.nn import functional
 
-from musetalk.contract import SYNC_MEL_BINS, SYNC_MEL_RATE, VIDEO_FPS
+from musetalk.contract import SYNC_MEL_BINS, sync_mel_frames
 from musetalk.files import read_json
-from musetalk.weights import NONSENSE, WeightsError, find, freeze, load_strictly, read_tensors, unwrap
+from musetalk.weights import NONSENSE, WeightsError, find, freeze, load_strictly, read_tensors, unwrap, write_tensors
 
 GROUPS = 32  # of a group norm
 HEADS = 8  # of an attention
@@ -62,7 +65,7 @@ class SyncNet(nn.Module):
     def __init__(self, frames: int, image_size: int) -> None:
         super().__init__()
         self.frames, self.image_size = frames, image_size
-        self.mel_frames = math.ceil(frames * SYNC_MEL_RATE / VIDEO_FPS)
+        self.mel_frames = sync_mel_frames(frames)
 
     def forward(self, images: torch.Tensor, mel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """images: (B, frames, 3, H, W), mel: (B, mel_frames, 80). Returns their embeddings, each (B, D)."""
@@ -301,27 +304,91 @@ class StableSyncNet(SyncNet):
         return self.visual_encoder
 
 
-# Loading.
+PIXEL_NARROW = StableConfig(  # ours, to try things with: 16.3 million parameters instead of 371.8
+    resolution=128,
+    visual_encoder=EncoderConfig(48, (32, 32, 64, 64, 128, 256, 512), ((1, 2), 2, 2, 2, 2, 2, 2), (0,) * 7),
+    audio_encoder=replace(PIXEL.audio_encoder, block_out_channels=(32, 32, 64, 64, 128, 256, 512)),
+)
 
-PUBLISHED = {  # file in a models folder -> what it holds where no configuration beside it says otherwise
-    "syncnet/lipsync_expert.pth": ColourSyncNet,
-    "syncnet/latentsync_syncnet.pt": lambda: StableSyncNet(PIXEL),  # what MuseTalk v1.5 trains against
-    "syncnet/stable_syncnet.pt": lambda: StableSyncNet(PIXEL_ATTENTION),
+# Building, saving and loading.
+
+ARCHITECTURES: dict[str, Callable[[], SyncNet]] = {
+    "wav2lip": ColourSyncNet,
+    "wav2lip_narrow": lambda: ColourSyncNet(width=8),
+    "latentsync": lambda: StableSyncNet(PIXEL),
+    "latentsync_attention": lambda: StableSyncNet(PIXEL_ATTENTION),
+    "latentsync_narrow": lambda: StableSyncNet(PIXEL_NARROW),
 }
+PUBLISHED = {  # file in a models folder -> its architecture where no configuration beside it says otherwise
+    "syncnet/lipsync_expert.pth": "wav2lip",
+    "syncnet/latentsync_syncnet.pt": "latentsync",  # what MuseTalk v1.5 trains against
+    "syncnet/stable_syncnet.pt": "latentsync_attention",
+}
+TRAINED_NAME = re.compile(r"^syncnet-(\d+)\.safetensors$")
+
+
+def build_syncnet(architecture: str, seed: int) -> SyncNet:
+    """An untrained expert of a name of `ARCHITECTURES`, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ARCHITECTURES[architecture]()
+
+
+def save_syncnet(run_dir: Path, step: int, network: SyncNet, architecture: str) -> Path:
+    """Write an expert to use, all that it holds and its architecture in the one metadata key.
+
+    Raises WeightsError where it cannot be written.
+    """
+    path = run_dir / f"syncnet-{step:07d}.safetensors"
+    write_tensors(path, network.state_dict(), {"architecture": architecture})
+    return path
 
 
 def load_syncnet(models_dir: Path, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> SyncNet:
-    """The frozen expert of a file of `PUBLISHED` in a models folder.
+    """A frozen expert.
 
-    A StableSyncNet of other widths has its configuration beside it, of the same name but .json: `StableConfig` by the
-    names of its fields. Raises WeightsError where a file is missing or is something else.
+    name: a file of `PUBLISHED` in a models folder, or a syncnet-<step>.safetensors that syncnet_trainer.py made
+    anywhere, or a folder whose newest is taken. A published StableSyncNet of other widths has its configuration beside
+    it, of the same name but .json: `StableConfig` by the names of its fields.
+    Raises WeightsError where a file is missing or is something else.
     """
-    path = find(models_dir, name)
-    config = path.with_suffix(".json")
+    if name in PUBLISHED:
+        path = find(models_dir, name)
+        config = path.with_suffix(".json")
+        build = (lambda: _plan(config)) if config.is_file() else ARCHITECTURES[PUBLISHED[name]]
+    else:
+        path = find_trained(Path(name))
+        build = ARCHITECTURES[_architecture(path)]
     with torch.device("meta"):
-        network = _plan(config) if config.is_file() else PUBLISHED[name]()
+        network = build()
     load_strictly(network, unwrap(read_tensors(path), path), path)
     return freeze(network).to(device, dtype)
+
+
+def find_trained(place: Path) -> Path:
+    """A trained expert: a file itself, the newest of a run's folder. Raises WeightsError where there is none."""
+    if place.is_file():
+        return place
+    found = {int(match[1]): path for path in place.glob("*") if (match := TRAINED_NAME.match(path.name))}
+    if not found:
+        raise WeightsError(
+            f"{place} is no sync expert: name a file of the models folder ({', '.join(PUBLISHED)}), a "
+            "syncnet-<step>.safetensors that syncnet_trainer.py made, or the folder of one"
+        )
+    return found[max(found)]
+
+
+def _architecture(path: Path) -> str:
+    """The architecture that `save_syncnet` put into a file. Raises WeightsError where there is none."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            name = (file.metadata() or {}).get("architecture")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WeightsError(f"{path} cannot be read as a sync expert that syncnet_trainer.py made: {error}") from error
+    if name not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise WeightsError(f"{path} is no sync expert: its architecture is {short(name)}, not one of {known}")
+    return name
 
 
 def _plan(path: Path) -> StableSyncNet:

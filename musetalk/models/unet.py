@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from musetalk.contract import LATENT_CHANNELS, LATENT_SIZE, WINDOW_STEPS
-from musetalk.weights import build_network, find, load_strictly, read_tensors
+from musetalk.weights import build_network, find, load_strictly, read_tensors, unwrap
 
 SINGLE_STEP_TIMESTEP = 0  # the network was made for diffusion and asks for one
 MAX_TOKENS = 5000
@@ -76,7 +76,8 @@ def build_unet(models_dir: Path, seed: int, positional_encoding: bool) -> UNet:
 
 
 def load_unet(models_dir: Path, path: Path, positional_encoding: bool) -> UNet:
-    """A UNet of musetalk/musetalk.json with the weights of a file. Raises WeightsError."""
+    """A UNet of musetalk/musetalk.json with the weights of a file: .safetensors, or a torch file as MuseTalk publishes
+    it (.bin, .pth) or a trainer wraps it. Raises WeightsError."""
     model = _plan(models_dir)
-    load_strictly(model, read_tensors(path), path)
+    load_strictly(model, unwrap(read_tensors(path), path), path)
     return UNet(model.float(), positional_encoding)

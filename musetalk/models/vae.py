@@ -17,7 +17,7 @@ from torch import nn
 from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, LATENT_SIZE, FeatureContract
 from musetalk.crop import mask_lower_half, to_tensor
 from musetalk.video import batched
-from musetalk.weights import build_network, find, fingerprint, freeze, load_strictly, read_tensors
+from musetalk.weights import build_network, find, fingerprint, freeze, load_strictly, read_tensors, unwrap
 
 # What the published file calls the layers of the middle attention -> what diffusers does today.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -91,8 +91,9 @@ def load_vae(
         autoencoder.decode(autoencoder.encode(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE)).latent_dist.mode())
 
     autoencoder = build_network(AutoencoderKL, find(models_dir, "sd-vae-ft-mse/config.json"), use)
-    path = find(models_dir, "sd-vae-ft-mse/diffusion_pytorch_model.safetensors")
-    load_strictly(autoencoder, {_today(name): tensor for name, tensor in read_tensors(path).items()}, path)
+    path = find(models_dir, *(f"sd-vae-ft-mse/diffusion_pytorch_model.{ending}" for ending in ("safetensors", "bin")))
+    tensors = unwrap(read_tensors(path), path)
+    load_strictly(autoencoder, {_today(str(name)): tensor for name, tensor in tensors.items()}, path)
     vae = VAE(autoencoder)  # its fingerprint is of the float32 tensors
     # nn.Module's own `to`: diffusers' warns of layers to keep in float32 even where there are none.
     nn.Module.to(autoencoder, device, dtype, memory_format=memory_format)

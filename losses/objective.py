@@ -1,0 +1,123 @@
+"""All terms of a training step: what the generator is told, and what the discriminators learn from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from losses import weighted_sum
+from losses.adversarial import Adversary, adaptive_weight
+from losses.perceptual import Distance, lpips
+from losses.pixel_branch import Terms, pixel_branch
+from losses.reconstruction import latent_l1, pixel_l1
+from losses.sync import sync_loss
+
+Batch = dict[str, torch.Tensor]
+View = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+ADVERSARIAL = ("adv_g", "feat_match")  # a discriminator's terms for the generator; its own is adv_d
+
+
+@dataclass
+class Objective:
+    """The terms that have a weight, and the networks that they need, all of them handed in.
+
+    A batch has N = B T samples: target_latents (N, 4, 32, 32), target_image as `to_tensor` takes it, mouth_box (N, 4)
+    and, for sync, mel (B, M, 80). Images are RGB (N, 3, 256, 256) in [-1, 1].
+    """
+
+    weights: dict[str, float]  # over 0
+    decode: Callable[[torch.Tensor], torch.Tensor]  # latents -> images
+    to_tensor: Callable[[torch.Tensor], torch.Tensor]  # stored images -> images
+    chunk_size: int  # samples decoded at once
+    distance: Distance | None = None  # LPIPS
+    embed: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None  # the sync expert
+    adversaries: dict[str, Adversary] = field(default_factory=dict)  # by the ending of their terms
+    views: dict[str, View] = field(default_factory=dict)  # what each of them sees of images with mouth boxes
+    pulls: dict[str, torch.Tensor] = field(default_factory=dict)  # how much the adv_g of each counts
+
+    def sees_images(self, adversarial: bool) -> bool:
+        """Whether any term is on images, with those of the discriminators or without."""
+        told = {f"{name}{ending}" for name in ADVERSARIAL for ending in self.adversaries}
+        return bool(self.weights.keys() - {"latent_l1"} - (set() if adversarial else told))
+
+    def generator(
+        self, pred_latents: torch.Tensor, batch: Batch, *, pixels: bool, adversarial: bool
+    ) -> tuple[torch.Tensor, Terms, torch.Tensor | None]:
+        """Loss to call backward on, terms detached, and the images decoded for `discriminators`, None without pixels.
+
+        pred_latents: (N, 4, 32, 32). pixels: take the terms on images. adversarial: with those of the discriminators.
+        """
+        terms = {"latent_l1": latent_l1(pred_latents, batch["target_latents"])} if "latent_l1" in self.weights else {}
+        loss = weighted_sum(terms, self.weights)
+        terms = {name: value.detach() for name, value in terms.items()}
+        if not pixels:
+            return loss, terms, None
+        branch = pixel_branch(
+            pred_latents,
+            self.decode,
+            partial(self._image_terms, batch, adversarial),
+            self._weights(),
+            self.chunk_size,
+            window_terms=partial(self._window_terms, batch) if "sync" in self.weights else None,
+        )
+        return loss + (pred_latents * branch.gradient).sum(), terms | branch.terms, branch.images
+
+    def discriminators(self, images: torch.Tensor, batch: Batch, share: float) -> Terms:
+        """Add `share` of the gradients of the discriminators' own losses to theirs. images: as decoded."""
+        real = self.to_tensor(batch["target_image"])
+        return {
+            f"adv_d{ending}": adversary.backward(
+                self._view(ending, real, batch), self._view(ending, images, batch), self.chunk_size, share
+            )
+            for ending, adversary in self.adversaries.items()
+        }
+
+    def measure_pulls(self, pred_latents: torch.Tensor, last_weight: torch.Tensor, batch: Batch) -> None:
+        """Let each adv_g pull at the generator's last layer as hard as the reconstruction, judged by one chunk.
+
+        pred_latents: with their graph, which is kept. last_weight: of the layer that they come from.
+        """
+        chunk = slice(0, self.chunk_size)
+        leaf = pred_latents[chunk].detach().requires_grad_()
+        terms = self._image_terms(batch, True, self.decode(leaf), chunk)
+        fidelity = {name: value for name, value in terms.items() if name in ("pixel_l1", "lpips")}
+
+        def at_last_layer(loss: torch.Tensor) -> torch.Tensor:
+            (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+            return torch.autograd.grad(pred_latents[chunk], last_weight, gradient, retain_graph=True)[0]
+
+        wanted = at_last_layer(weighted_sum(fidelity, self.weights))
+        for ending in self.pulls:
+            self.pulls[ending] = adaptive_weight(wanted, at_last_layer(terms[f"adv_g{ending}"]))
+
+    def _weights(self) -> dict[str, float | torch.Tensor]:
+        """The weights of today."""
+        pulled = {f"adv_g{ending}": self.weights[f"adv_g{ending}"] * pull for ending, pull in self.pulls.items()}
+        return self.weights | pulled
+
+    def _view(self, ending: str, images: torch.Tensor, batch: Batch, chunk: slice = slice(None)) -> torch.Tensor:
+        return self.views[ending](images, batch["mouth_box"][chunk])
+
+    def _image_terms(self, batch: Batch, adversarial: bool, images: torch.Tensor, chunk: slice) -> Terms:
+        """Terms of some of the images, each a mean over them."""
+        target = self.to_tensor(batch["target_image"][chunk])
+        terms = {}
+        if "pixel_l1" in self.weights:
+            terms["pixel_l1"] = pixel_l1(images, target)
+        if "lpips" in self.weights:
+            terms["lpips"] = lpips(self.distance, images, target)
+        for ending, adversary in self.adversaries.items() if adversarial else ():
+            real, fake = (self._view(ending, pictures, batch, chunk) for pictures in (target, images))
+            for name, value in zip(ADVERSARIAL, adversary.generator_loss(real, fake), strict=True):
+                if f"{name}{ending}" in self.weights:
+                    terms[f"{name}{ending}"] = value
+        return terms
+
+    def _window_terms(self, batch: Batch, images: torch.Tensor) -> Terms:
+        """Terms of all images, T after T."""
+        mel = batch["mel"]
+        return {"sync": sync_loss(*self.embed(images.unflatten(0, (len(mel), -1)), mel))}

@@ -1,0 +1,325 @@
+"""A cache of clips -> a sync expert, which tells whether a mouth speaks the audio.
+
+    python syncnet_trainer.py                           preset demo: a narrow expert, the cache of the built-in sample
+    python syncnet_trainer.py wav2lip --hdtf-samples-dir data/mine
+    python syncnet_trainer.py wav2lip --start-from syncnet/lipsync_expert.pth    goes on from Wav2Lip's own
+    python syncnet_trainer.py latentsync --help         all constants
+    python syncnet_trainer.py --check-only --start-from syncnet/latentsync_syncnet.pt --models-dir models
+                                                        trains nothing: how well does this one know your faces?
+
+Writes `<checkpoint_dir>/syncnet_<preset>/training-state-<step>.pt` to go on and `syncnet-<step>.safetensors` to use,
+and in `log_dir` trainer.log, `syncnet_<preset>/stats.jsonl`, `syncnet_<preset>/sync_check/<step>.png` (how well it
+hears faces of clips held out with audio that is moved) and TensorBoard files. Run the same command again to go on from
+the newest state, exactly as if there had been no interruption. Ctrl-C, or a cluster's SIGTERM, ends it after the step
+with its state saved. musetalk_trainer.py takes the folder as its `sync_expert`.
+
+A loss (sync_bce) that stays at 0.69 is that of a coin. To leave it, an expert of full size needs videos that are in
+sync, hours of them, of many people, and large batches.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from reprlib import repr as short
+from typing import Literal
+
+import cv2
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from losses.sync import sync_bce
+from musetalk.cache import Cache
+from musetalk.checkpoint import GO_BACK, load_latest_state, save_state
+from musetalk.crop import to_tensor
+from musetalk.dataset import split_clips
+from musetalk.files import own_folder, write_whole
+from musetalk.models.syncnet import SyncNet, build_syncnet, load_syncnet, save_syncnet
+from musetalk.run_log import RunLog
+from musetalk.script import (
+    Count,
+    CountOrZero,
+    Decay,
+    Positive,
+    PositiveOrZero,
+    Seed,
+    Share,
+    Workers,
+    check_constants,
+    parse_preset,
+    run_script,
+    stop_requests,
+)
+from musetalk.sync_check import check_expert
+from musetalk.sync_dataset import SyncDataset
+from musetalk.training import (
+    MAX_STEPS,
+    OPTIMIZERS,
+    TrainError,
+    check_moments,
+    learning_rate,
+    loader,
+    moments,
+    not_finite,
+    restore_moments,
+    start_processes,
+)
+from musetalk.weights import WeightsError, load_strictly
+
+
+@dataclass
+class SyncConfig:
+    """The constants of a training; edit a preset below or override them on the command line."""
+
+    # Paths
+    hdtf_samples_dir: Path = Path("data/cache")  # what datasets_process.py made
+    checkpoint_dir: Path = Path("checkpoints")  # each preset has a folder in it
+    log_dir: Path = Path("log")
+    models_dir: Path = Path("models")  # where published experts are
+
+    # Expert
+    architecture: Literal["wav2lip", "wav2lip_narrow", "latentsync", "latentsync_attention", "latentsync_narrow"] = (
+        "wav2lip"
+    )
+    start_from: str = ""  # a published file in models_dir or what this script made, a file or a folder; "" is a new one
+
+    # Data
+    held_out: Share = 0.1  # share of identities (or clips, of a single one) kept for the check
+    num_workers: Workers = 4  # processes that read the cache
+    batch_size: Count = 32  # windows of faces in one forward, each with its own mel and with mel that is not its own
+    grad_accum_steps: Count = 1  # forwards in one optimizer step
+    gaps: tuple[Count, Count] = (15, 3)  # frames that mel of the same clip is off at least: at first, and at the end
+    other_clips: Share = 0.25  # share of windows whose other mel is of another clip
+
+    # Optimizer
+    optimizer: Literal["adamw", "adamax", "adam"] = "adam"
+    learning_rate: Positive = 1e-4
+    warmup_steps: CountOrZero = 1000  # the rate rises from 0, then falls along a cosine ...
+    final_learning_rate: PositiveOrZero = 1e-4  # ... to this
+    weight_decay: PositiveOrZero = 0.0
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    max_grad_norm: Positive = 1.0
+
+    # Run
+    check_only: bool = False  # train nothing, but check the expert of start_from, or the newest one of the preset
+    num_steps: Count = 200_000  # optimizer updates
+    log_every: Count = 100
+    val_every: Count = 2500
+    save_every: Count = 2500
+    keep_states: Count = 2  # training states of the newest steps; experts to use are all kept
+    seed: Seed = 1234
+
+
+PRESETS = {
+    "demo": SyncConfig(
+        models_dir=Path("models/mini"),
+        architecture="wav2lip_narrow",
+        held_out=0.25,
+        num_workers=0,
+        batch_size=16,
+        learning_rate=2e-3,
+        final_learning_rate=1e-4,
+        warmup_steps=20,
+        num_steps=400,
+        log_every=20,
+        val_every=200,
+        save_every=200,
+    ),
+    "wav2lip": SyncConfig(),
+    "latentsync": SyncConfig(
+        architecture="latentsync",
+        batch_size=8,
+        grad_accum_steps=16,  # 256 pairs in a step; with half of them LatentSync's authors saw it stay at 0.69
+        optimizer="adamw",
+        learning_rate=1e-5,
+        final_learning_rate=1e-5,
+        weight_decay=1e-2,
+    ),
+}
+
+
+@dataclass
+class SyncState:
+    """All that moves in training."""
+
+    expert: SyncNet
+    architecture: str  # of syncnet.ARCHITECTURES
+    optimizer: torch.optim.Optimizer
+    optimizer_name: str  # of `OPTIMIZERS`
+    step: int = 0  # optimizer updates made
+
+    def as_dict(self) -> dict:
+        """For the training state file."""
+        return {
+            "expert": self.expert.state_dict(),
+            "architecture": self.architecture,
+            "optimizer": moments(self.optimizer),
+            "optimizer_name": self.optimizer_name,
+        }
+
+    def restore(self, saved: dict, path: Path) -> None:
+        """Go on from what `as_dict` gave, read from a file. Raises WeightsError where it is of something else."""
+        if missing := (self.as_dict().keys() | {"step"}) - saved.keys():
+            raise WeightsError(f"{path} is no state of a sync expert, it lacks {', '.join(sorted(missing))}; {GO_BACK}")
+        for name in ("architecture", "optimizer_name"):
+            if saved[name] != getattr(self, name):
+                what = f"{name} {short(saved[name])}, not {getattr(self, name)!r}"
+                raise WeightsError(f"{path} is of a training with the {what}; set it so, or another checkpoint_dir")
+        if type(saved["step"]) is not int or not 0 <= saved["step"] < MAX_STEPS:
+            raise WeightsError(f"{path} holds no step of a training; {GO_BACK}")
+        check_moments(self.optimizer, saved["optimizer"], path)
+        load_strictly(self.expert, saved["expert"], path)
+        restore_moments(self.optimizer, saved["optimizer"])
+        self.step = saved["step"]
+
+
+def train(preset: str, config: SyncConfig) -> None:
+    """Train until `num_steps`, going on from the newest state in the preset's folder."""
+    # Check what costs nothing first: constants, then data, then the network.
+    check_constants(config)
+    if config.batch_size == 1 and config.architecture.startswith("wav2lip"):
+        raise TrainError(f"batch_size must be 2 or more for {config.architecture}, whose batch norms compare windows")
+    accelerator = start_processes()
+    if accelerator.num_processes > 1:
+        raise TrainError("training on several processes is not supported yet; start it with plain python")
+    cache = Cache(config.hdtf_samples_dir)
+    train_clips, held_clips, note = split_clips(cache, config.held_out, config.seed)
+    shown = held_clips or train_clips
+    run = f"syncnet_{preset}"
+    run_dir, log_dir = config.checkpoint_dir / run, config.log_dir / run
+    if config.check_only:
+        check_only(config, cache, shown, run_dir, log_dir)
+        return
+    state = build_state(config, accelerator)
+    dataset = open_dataset(config, cache, train_clips, state.expert.frames)
+
+    with own_folder(run_dir), own_folder(log_dir), stop_requests() as stopping:
+        # Go on from the newest state, if there is one.
+        if found := load_latest_state(run_dir):
+            state.restore(found[1], found[0])
+        log = RunLog(config.log_dir, run, state.step)
+        log.line(f"preset {preset}: {json.dumps(asdict(config), default=str)}")
+        log.line(f"{len(train_clips)} clips to train on; {note}")
+        size = sum(parameter.numel() for parameter in state.expert.parameters())
+        where = f"{accelerator.device}, {accelerator.mixed_precision}"
+        log.line(f"{config.architecture} of {size:,} parameters on {where}; at step {state.step}")
+        if not state.step:
+            log.line(f"before: {check_expert(state.expert, cache, shown, config.seed).summary()}")
+
+        steps = range(state.step, config.num_steps)
+        batches = iter(loader(dataset, steps, config.batch_size, config.num_workers))
+        with tqdm(total=config.num_steps, initial=state.step, desc="train", unit="step") as bar:
+            stop = False
+            while state.step < config.num_steps and not stop:
+                # Forward, backward and update: this step's samples, the same ones whatever happened before.
+                values = optimizer_step(state, batches, config, accelerator, run_dir)
+                state.step += 1
+                bar.update()
+
+                # Report, on clips held out too.
+                last, record = state.step == config.num_steps, {}
+                if last or state.step % config.log_every == 0:
+                    record = {name: value.item() for name, value in values.items()}
+                if last or state.step % config.val_every == 0:
+                    check = check_expert(state.expert, cache, shown, config.seed)
+                    record |= {"accuracy": check.accuracy, "offset": check.offset, "confidence": check.confidence}
+                    log.picture(state.step, check.draw(), "sync_check")
+                if record:
+                    log.record(state.step, record)
+
+                # Save, also the step after which to stop.
+                due = last or state.step % config.save_every == 0
+                if due:
+                    log.line(f"saved {save_syncnet(run_dir, state.step, state.expert, state.architecture)}")
+                stop = stopping()
+                if due or stop:
+                    save_state(run_dir, state.step, state.as_dict(), config.keep_states)
+                if last:
+                    log.line(f"{check}\n{check.fault() or f'can be used: set sync_expert to {run_dir}'}")
+
+        if state.step < config.num_steps:
+            raise KeyboardInterrupt(f"stopped at step {state.step}, all saved; run the same command again to go on")
+        log.line(f"done at step {state.step}: experts and states in {run_dir}, pictures in {log_dir / 'sync_check'}")
+
+
+def check_only(config: SyncConfig, cache: Cache, clips: list[str], run_dir: Path, log_dir: Path) -> None:
+    """Check an expert that there is. Raises SyncError where it cannot be trusted."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = config.start_from or str(run_dir)
+    check = check_expert(load_syncnet(config.models_dir, name, device), cache, clips, config.seed)
+    path = log_dir / "sync_check.png"
+    write_whole(path, cv2.imencode(".png", check.draw())[1].tobytes())
+    print(f"{check}\n{name}, on {len(clips)} clips of {cache.folder}; drawn in {path}")
+    check.require(allow=False)
+
+
+def build_state(config: SyncConfig, accelerator: Accelerator) -> SyncState:
+    """An expert, untrained or as it was trained before, with its optimizer. Raises WeightsError."""
+    expert = build_syncnet(config.architecture, config.seed)
+    if config.start_from:
+        trained = load_syncnet(config.models_dir, config.start_from, torch.device("cpu"))
+        load_strictly(expert, trained.state_dict(), Path(config.start_from))
+    make = OPTIMIZERS[config.optimizer]
+    optimizer = make(expert.parameters(), config.learning_rate, config.betas, weight_decay=config.weight_decay)
+    return SyncState(accelerator.prepare(expert), config.architecture, optimizer, config.optimizer)
+
+
+def open_dataset(config: SyncConfig, cache: Cache, clips: list[str], frames: int) -> SyncDataset:
+    """The samples to train on. Raises TrainError where they are fewer than those of a step, CacheError for none."""
+    slots = config.batch_size * config.grad_accum_steps
+    dataset = SyncDataset(
+        cache,
+        clips,
+        seed=config.seed,
+        slots=slots,
+        frames=frames,
+        num_steps=config.num_steps,
+        gaps=config.gaps,
+        other_clips=config.other_clips,
+    )
+    if slots > (count := int(dataset.ends[-1])):
+        raise TrainError(
+            f"batch_size x grad_accum_steps is {slots}, but {cache.folder} has {count} windows to train on"
+        )
+    return dataset
+
+
+def optimizer_step(
+    state: SyncState, batches: Iterator[dict], config: SyncConfig, accelerator: Accelerator, run_dir: Path
+) -> dict[str, torch.Tensor]:
+    """One update, and what there is to tell of it. Raises TrainError, without it, where a gradient is not finite."""
+    loss, drawn, rate = 0, [], learning_rate(state.step, config)
+    for _ in range(config.grad_accum_steps):
+        batch = next(batches)
+        drawn += batch["where"]
+        loss = loss + sync_step(state.expert, batch, accelerator, config.grad_accum_steps)
+    norm = accelerator.clip_grad_norm_(state.expert.parameters(), config.max_grad_norm)
+    if not torch.isfinite(norm):
+        raise not_finite({"sync_bce": loss}, drawn, state.step + 1, run_dir)
+    state.optimizer.param_groups[0]["lr"] = rate
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return {"sync_bce": loss, "grad_norm": norm, "learning_rate": torch.tensor(rate)}
+
+
+def sync_step(expert: SyncNet, batch: dict, accelerator: Accelerator, parts: int) -> torch.Tensor:
+    """The loss of one batch of a step's `parts`, its gradient added to the expert's. Returns its share, detached."""
+    data = {name: batch[name].to(accelerator.device, non_blocking=True) for name in ("images", "mel", "other_mel")}
+    images = to_tensor(data["images"].flatten(0, 1)).unflatten(0, (-1, expert.frames))  # (B, frames, 3, 256, 256)
+    mel = torch.cat([data["mel"], data["other_mel"]]).float()  # (2 B, mel_frames, 80)
+    faces, heard = expert(images, mel)  # (B, D), (2 B, D)
+    in_sync = torch.arange(len(mel), device=mel.device) < len(images)
+    loss = sync_bce(faces.repeat(2, 1), heard, in_sync) / parts
+    accelerator.backward(loss)
+    return loss.detach()
+
+
+parse = partial(parse_preset, presets=PRESETS, manual=__doc__)
+
+if __name__ == "__main__":
+    run_script(lambda arguments: train(*parse(arguments)), sys.argv[1:])

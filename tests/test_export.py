@@ -1,0 +1,90 @@
+"""What other programs load is what was trained, and only where they use it under the same rules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from diffusers import UNet2DConditionModel
+
+from musetalk.checkpoint import load_trained_unet, read_unet_contract, save_unet
+from musetalk.contract import CONTRACTS, ContractError
+from musetalk.export import LAYOUTS, ExportConfig, main
+from musetalk.models.unet import build_unet
+
+CONTRACT = replace(CONTRACTS["musetalk_v15"], vae="abc", audio_encoder="def")
+
+
+@pytest.fixture(scope="module")
+def unet(mini):
+    return build_unet(mini, 5, positional_encoding=True)
+
+
+def export(tmp_path: Path, mini: Path, unet, layout: str, contract=CONTRACT) -> tuple[Path, Path]:
+    """The folder of a training, and the weights exported."""
+    run = save_unet(tmp_path / "run", 7, unet.model.state_dict(), contract).parent
+    main(ExportConfig(run, layout, tmp_path / "out", mini))
+    return run, tmp_path / "out" / LAYOUTS[layout][0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_export_is_bit_by_bit_what_was_trained_with_its_configuration_beside_it(tmp_path, mini, unet, layout):
+    rules = LAYOUTS[layout][2]
+    contract = replace(CONTRACTS[rules or "rigid"], vae="abc", posterior="mode", encode_dtype="bfloat16")
+    _, path = export(tmp_path, mini, unet, layout, contract)
+    written = {
+        file.relative_to(tmp_path / "out").as_posix() for file in (tmp_path / "out").rglob("*") if file.is_file()
+    }
+    assert written == set(LAYOUTS[layout][:2])
+    description = (tmp_path / "out" / LAYOUTS[layout][1]).read_bytes()
+    assert description == (mini / "musetalk/musetalk.json").read_bytes()
+
+    own = unet.model.state_dict()
+    if rules:  # as MuseTalk loads it
+        tensors = torch.load(path, weights_only=True)
+    else:
+        tensors = safetensors.torch.load_file(path)
+        assert read_unet_contract(path) == contract
+    assert list(tensors) == list(own) if rules else tensors.keys() == own.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in own.items())
+    again, _ = load_trained_unet(path, mini, contract)
+    assert all(torch.equal(again.model.state_dict()[name], tensor) for name, tensor in own.items())
+
+
+def test_diffusers_loads_a_folder_with_no_code_of_ours(tmp_path, mini, unet):
+    _, path = export(tmp_path, mini, unet, "diffusers")
+    model = UNet2DConditionModel.from_pretrained(path.parent).eval()
+    x, tokens = torch.randn(1, 8, 32, 32), torch.randn(1, 50, 64)
+    with torch.no_grad():
+        one, other = (net(x, 0, encoder_hidden_states=tokens).sample for net in (model, unet.model.eval()))
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)  # their memory is laid out otherwise
+    own = unet.model.state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("layout", "trained", "field"),
+    [
+        ("musetalk_v15", "rigid", "crop"),
+        ("musetalk_v15", "musetalk_v1", "margins"),
+        ("musetalk_v1", "musetalk_v15", "margins"),
+        ("original", "rigid", "crop"),
+    ],
+)
+def test_a_program_with_other_rules_gets_no_weights(tmp_path, mini, unet, layout, trained, field):
+    with pytest.raises(ContractError, match=f"was made with {field} = .*{layout} has the rules"):
+        export(tmp_path, mini, unet, layout, CONTRACTS[trained])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_training_begun_on_published_weights_ends_in_them(tmp_path, mini, unet):
+    """In and out again: unet.pth -> a training's weights -> unet.pth, no bit changed on the way."""
+    published = tmp_path / "unet.pth"
+    torch.save(unet.model.state_dict(), published)
+    begun, contract = load_trained_unet(published, mini, CONTRACT)
+    _, path = export(tmp_path, mini, begun, "musetalk_v15", contract)
+    one, other = torch.load(published, weights_only=True), torch.load(path, weights_only=True)
+    assert list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,183 @@
+"""All losses together: in chunks what they are as a whole, reaching the generator and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import interpolate
+
+from losses.adversarial import Adversary
+from losses.discriminator import PatchDiscriminator
+from losses.objective import ADVERSARIAL, Objective
+
+CLIPS, FRAMES = 2, 3
+WEIGHTS = {
+    **{"latent_l1": 0.7, "pixel_l1": 1.3, "lpips": 0.2, "sync": 0.4},
+    **{"adv_g": 0.3, "feat_match": 0.5, "adv_g_mouth": 0.6, "feat_match_mouth": 0.8},
+}
+
+
+class Expert(nn.Module):
+    """Embeddings of windows of three images and of their mel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.faces, self.mel = nn.Linear(FRAMES * 3 * 16 * 16, 5), nn.Linear(7 * 80, 5)
+
+    def forward(self, images: torch.Tensor, mel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        made = self.faces(images.flatten(1)), self.mel(mel.flatten(1))
+        return tuple(nn.functional.normalize(x.exp(), dim=1) for x in made)
+
+
+class Small:
+    """A generator, and an objective of narrow networks in float64 on images of 16 x 16."""
+
+    def __init__(self, weights: dict[str, float], chunk_size: int) -> None:
+        torch.manual_seed(0)
+        self.generator = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.SiLU(), nn.Conv2d(6, 4, 3, padding=1)).double()
+        self.decoder = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.SiLU()).double()
+        self.decoder.extend([nn.Upsample(scale_factor=2), nn.Conv2d(6, 3, 3, padding=1).double(), nn.Tanh()])
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh()).double()
+        self.expert = Expert().double()
+        for network in (self.decoder, self.features, self.expert):
+            network.requires_grad_(False)
+        self.adversaries = {}
+        for ending in ("", "_mouth"):
+            network = PatchDiscriminator(width=4, layers=1).double()
+            if any(f"{name}{ending}" in weights for name in ADVERSARIAL):
+                self.adversaries[ending] = Adversary(network, torch.optim.SGD(network.parameters(), 0.1))
+        self.objective = Objective(
+            weights,
+            self.decoder,
+            lambda stored: stored * 2 - 1,
+            chunk_size,
+            distance=lambda a, b: (self.features(a) - self.features(b)).square().mean(dim=(1, 2, 3)),
+            embed=self.expert,
+            adversaries=self.adversaries,
+            views={"": lambda images, _: images, "_mouth": mouth},
+        )
+        count = CLIPS * FRAMES
+        self.x = torch.randn(count, 2, 8, 8).double()
+        self.batch = {
+            "target_latents": torch.randn(count, 4, 8, 8).double(),
+            "target_image": torch.rand(count, 3, 16, 16).double(),
+            "mouth_box": torch.arange(count)[:, None].expand(-1, 4) % 3,
+            "mel": torch.randn(CLIPS, 7, 80).double(),
+        }
+
+    def backward(self, **flags: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        loss, terms, images = self.objective.generator(self.generator(self.x), self.batch, **flags)
+        loss.backward()
+        return terms, images
+
+    def gradients(self) -> list[torch.Tensor]:
+        return [parameter.grad for parameter in self.generator.parameters()]
+
+
+def mouth(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """A part of each image, at a place of its own."""
+    crops = [image[:, int(box[0]) : int(box[0]) + 8] for image, box in zip(images, boxes, strict=True)]
+    return interpolate(torch.stack(crops), (12, 16), mode="bilinear")
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 4, 5])
+def test_chunks_change_nothing(chunk_size):
+    whole, parts = Small(WEIGHTS, CLIPS * FRAMES), Small(WEIGHTS, chunk_size)
+    results = [small.backward(pixels=True, adversarial=True) for small in (whole, parts)]
+    assert results[0][0].keys() == WEIGHTS.keys()
+    for name, value in results[0][0].items():
+        torch.testing.assert_close(results[1][0][name], value, atol=1e-10, rtol=0)
+    for one, other in zip(whole.gradients(), parts.gradients(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
+    losses = [
+        small.objective.discriminators(images, small.batch, 0.5)
+        for small, (_, images) in zip((whole, parts), results, strict=True)
+    ]
+    assert losses[0].keys() == {"adv_d", "adv_d_mouth"}
+    for ending in ("", "_mouth"):
+        torch.testing.assert_close(losses[0][f"adv_d{ending}"], losses[1][f"adv_d{ending}"], atol=1e-10, rtol=0)
+        networks = [small.adversaries[ending].network for small in (whole, parts)]
+        for one, other in zip(*(list(network.parameters()) for network in networks), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, atol=1e-10, rtol=0)
+
+
+def test_the_whole_is_the_weighted_sum_of_what_each_term_is_alone():
+    together = Small(WEIGHTS, 4)
+    together.backward(pixels=True, adversarial=True)
+    sums = [torch.zeros_like(gradient) for gradient in together.gradients()]
+    for name, weight in WEIGHTS.items():
+        alone = Small({name: weight}, 4)
+        terms, _ = alone.backward(pixels=name != "latent_l1", adversarial=True)
+        assert list(terms) == [name]
+        assert any(gradient.abs().max() > 1e-9 for gradient in alone.gradients()), name
+        for total, gradient in zip(sums, alone.gradients(), strict=True):
+            total += gradient
+    for total, gradient in zip(sums, together.gradients(), strict=True):
+        torch.testing.assert_close(total, gradient, atol=1e-10, rtol=0)
+
+
+def test_each_term_reaches_the_generator_and_nothing_else():
+    for name in WEIGHTS:
+        small = Small({name: 1.0}, 2)
+        small.backward(pixels=name != "latent_l1", adversarial=True)
+        assert all(gradient is not None for gradient in small.gradients()), name
+        others = [small.decoder, small.features, small.expert, *(one.network for one in small.adversaries.values())]
+        assert all(parameter.grad is None for network in others for parameter in network.parameters()), name
+
+
+def test_what_is_switched_off_is_not_looked_at():
+    small = Small(WEIGHTS, 2)
+    terms, images = small.backward(pixels=False, adversarial=True)
+    assert list(terms) == ["latent_l1"] and images is None
+    terms, images = small.backward(pixels=True, adversarial=False)
+    assert terms.keys() == {"latent_l1", "pixel_l1", "lpips", "sync"} and images.shape == (6, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("names", "alone", "with_discriminators"),
+    [
+        (["latent_l1"], False, False),
+        (["latent_l1", "adv_g_mouth"], False, True),
+        (["latent_l1", "sync"], True, True),
+        (["pixel_l1", "adv_g"], True, True),
+    ],
+)
+def test_images_are_decoded_only_for_terms_on_them(names, alone, with_discriminators):
+    objective = Small(dict.fromkeys(names, 1.0), 2).objective
+    assert (objective.sees_images(False), objective.sees_images(True)) == (alone, with_discriminators)
+
+
+def test_pulls_make_adv_g_pull_as_hard_as_the_pixels_do_on_the_first_chunk():
+    small = Small({name: WEIGHTS[name] for name in ("pixel_l1", "lpips", "adv_g", "adv_g_mouth", "feat_match")}, 4)
+    small.objective.pulls |= {"": torch.zeros(()), "_mouth": torch.zeros(())}
+    pred, last = small.generator(small.x), small.generator[2].weight
+    small.objective.measure_pulls(pred, last, small.batch)
+    assert last.grad is None
+
+    norms = {}
+    image, target = small.decoder(pred[:4]), small.batch["target_image"][:4] * 2 - 1
+    boxes = small.batch["mouth_box"][:4]
+    terms = {
+        "fidelity": WEIGHTS["pixel_l1"] * (image - target).abs().mean()
+        + WEIGHTS["lpips"] * (small.features(image) - small.features(target)).square().mean(),
+        "": -small.adversaries[""].network(image)[0].mean(),
+        "_mouth": -small.adversaries["_mouth"].network(mouth(image, boxes))[0].mean(),
+    }
+    for name, value in terms.items():
+        norms[name] = torch.autograd.grad(value, last, retain_graph=True)[0].norm()
+    for ending in ("", "_mouth"):
+        wanted = (norms["fidelity"] / (norms[ending] + 1e-4)).clamp(max=1)
+        torch.testing.assert_close(small.objective.pulls[ending], wanted, atol=1e-10, rtol=0)
+        assert 0 < wanted
+
+    # They count in the loss, and are no term.
+    one, _ = small.backward(pixels=True, adversarial=True)
+    heard = [gradient.clone() for gradient in small.gradients()]
+    plain = Small({**small.objective.weights}, 4)
+    for ending, pull in small.objective.pulls.items():
+        plain.objective.weights[f"adv_g{ending}"] *= pull.item()
+    other, _ = plain.backward(pixels=True, adversarial=True)
+    assert one == other
+    for a, b in zip(heard, plain.gradients(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)

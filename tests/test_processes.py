@@ -1,0 +1,95 @@
+"""Several processes train as one does."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from musetalk.training import SlotSampler
+
+ROOT = Path(__file__).parents[1]
+
+
+@given(
+    batch=st.integers(1, 3),
+    ranks=st.integers(1, 4),
+    parts=st.integers(1, 3),
+    begin=st.integers(0, 5),
+    count=st.integers(0, 3),
+)
+def test_a_part_of_a_step_holds_the_same_slots_on_any_number_of_processes(batch, ranks, parts, begin, count):
+    whole, steps = batch * ranks, range(begin, begin + count)
+    one = list(SlotSampler(whole * parts, steps, whole))
+    shares = [list(SlotSampler(whole * parts, steps, batch, rank, ranks)) for rank in range(ranks)]
+    assert one == list(range(begin * whole * parts, (begin + count) * whole * parts))
+    for part in range(count * parts):
+        together = [item for share in shares for item in share[part * batch : (part + 1) * batch]]
+        assert together == one[part * whole : (part + 1) * whole]
+
+
+def run(processes: int, *arguments: object) -> None:
+    """tests/processes.py on some processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    many = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"] * (processes > 1)
+    command = [sys.executable, *many, "-m", "tests.processes", *map(str, arguments)]
+    ran = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def state(folder: Path, step: int) -> dict:
+    return torch.load(folder / f"training-state-{step:07d}.pt", weights_only=True)
+
+
+def tensors(value: object, prefix: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(value, dict):
+        return {name: x for key, inner in value.items() for name, x in tensors(inner, f"{prefix}/{key}").items()}
+    return {prefix: value} if isinstance(value, torch.Tensor) else {}
+
+
+def test_two_processes_equal_one_also_resumed_on_another_number(sample_cache, tmp_path):
+    """In float64: three steps with discriminators, adaptive weights and accumulation."""
+    run(1, sample_cache.folder, tmp_path / "one", 4, 3, "float64")
+    run(2, sample_cache.folder, tmp_path / "two", 2, 2, "float64")
+    run(1, sample_cache.folder, tmp_path / "two", 4, 3, "float64")
+    one, two = (tensors(state(tmp_path / name, 3)) for name in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) > 100
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-9, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_gradients_of_two_processes_are_those_of_one_in_float32(sample_cache, tmp_path):
+    for processes in (1, 2):
+        run(processes, sample_cache.folder, tmp_path / str(processes), 4 // processes, 1, "float32")
+    one, two = (
+        {name: x for name, x in tensors(state(tmp_path / name, 1)).items() if name.endswith("exp_avg")} for name in "12"
+    )
+    assert one.keys() == two.keys() and len(one) > 50
+    size = torch.cat([value.flatten() for value in one.values()]).norm()
+    apart = torch.cat([(two[name] - value).flatten() for name, value in one.items()]).norm()
+    assert size > 0 and apart / size < 1e-5
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_other_ways_to_share_a_training_are_refused(monkeypatch, name):
+    from accelerate import DistributedType
+
+    from musetalk import training
+
+    class Shared:
+        distributed_type = DistributedType[name]
+
+    monkeypatch.setattr(training, "Accelerator", lambda **_: Shared())
+    with pytest.raises(training.TrainError, match=f"^{name} is not supported: start it with python, torchrun or accel"):
+        training.start_processes()

@@ -1,11 +1,12 @@
 # make demo: the whole way on the built-in sample, about 7 minutes on 2 cores
 # make test: the checks that CI runs
 # make test-mmpose: those that need mmpose, in an environment of their own
+# make bench: what training, a cache and inference cost, held against targets, about 10 minutes on 2 cores
 # make torture: tries to lose something by kills, full disks and denied writes, about an hour on 2 cores
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-mmpose torture clean
+.PHONY: demo test test-mmpose bench torture clean
 
 demo: .venv/installed
 	$(BIN)/python datasets_process.py
@@ -19,6 +20,9 @@ test: .venv/installed
 
 test-mmpose: .venv-mmpose/installed
 	.venv-mmpose/bin/python -m pytest -q -p tests.cpu_torchvision tests/test_mmpose.py
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks
 
 torture: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.torture

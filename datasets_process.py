@@ -6,6 +6,7 @@
 Reads every video below `hdtf_dir` (25 frames a second are made of whatever it has), finds and follows the face,
 crops and encodes it, and encodes the audio. Writes one file of tensors and one record per clip into
 `hdtf_samples_dir` (see musetalk/cache.py), a contact sheet of the crops, and a reason for every video it refuses.
+Several processes share the videos where there are many (`num_workers`); they give the same bytes as one.
 Run the same command again to go on after an interruption: clips that are done are not made again. A video that has
 another size than before is prepared anew. `--verify` reads a whole cache and says which of its files have changed.
 `identities.json` in `hdtf_dir`, if there is one, says who is in which video (path without ending -> name).
@@ -13,10 +14,11 @@ another size than before is prepared anew. `--verify` reads a whole cache and sa
 
 from __future__ import annotations
 
-import os
+import signal
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Literal
 
@@ -34,7 +36,6 @@ from musetalk.cache import (
     CacheWriter,
     clip_name,
     encode_jpegs,
-    identity_of,
     verify,
 )
 from musetalk.contract import (
@@ -48,16 +49,18 @@ from musetalk.contract import (
 )
 from musetalk.crop import MIN_FACE, CroppedClip, crop_clips
 from musetalk.face import FACE_BACKENDS, FaceBackend, load_face_backend
-from musetalk.files import own_folder, read_json, write_whole
+from musetalk.files import own_folder, write_whole
 from musetalk.models.audio_encoder import AudioEncoder, load_audio_encoder
 from musetalk.models.vae import VAE, load_vae
 from musetalk.sample import make_sample
-from musetalk.script import Device, Pixels, Shift, UserError, check_constants, printable, run_script
-from musetalk.video import MediaError, count_frames, file_size, read_audio, read_frames
+from musetalk.script import Device, Pixels, Shift, Workers, check_constants, printable, run_script
+from musetalk.sources import Source, find_sources, independent
+from musetalk.video import MediaError, file_size, read_audio, read_frames
+from musetalk.workers import Bar, most_processes, share_out
 
-VIDEO_ENDINGS = {".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"}
 SAMPLE_DIR = Path("data/sample")  # where the built-in sample is made
 PASSES = 2  # every frame is first looked at, then encoded
+FRAMES_A_PROCESS = 500  # at least, or it is not worth its start, which takes as long as some 200
 CONTACT_SHEET = (8, 24, 128)  # columns, most rows, pixels of a face
 
 
@@ -79,6 +82,7 @@ class PrepareConfig:
     # Run
     face_backend: Literal["mediapipe", "dwpose", "mmpose"] = "mediapipe"  # dwpose is what MuseTalk uses
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
+    num_workers: Workers = field(default_factory=most_processes)  # the most there will be; 0, 1: this process alone
     verify: bool = False  # make nothing, but hold the cache against its records
 
 
@@ -98,81 +102,54 @@ def main(config: PrepareConfig) -> None:
     if config.verify:
         verify_cache(config.hdtf_samples_dir)
         return
-    # Load the networks first, so that a wrong constant costs no time.
-    tools = load_tools(config)
     if config.hdtf_dir == SAMPLE_DIR and not SAMPLE_DIR.exists():
         print(f"{SAMPLE_DIR} is not there: making the built-in sample (set hdtf_dir to use your own videos)")
         make_sample(SAMPLE_DIR)
-    sources, identities = find_videos(config.hdtf_dir), read_identities(config.hdtf_dir)
+    sources = find_sources(config.hdtf_dir)
+    jobs = independent(sources)
+    frames = sum(source.frames for source in sources)
+    processes = min(config.num_workers, len(jobs), frames // FRAMES_A_PROCESS)
     with own_folder(config.hdtf_samples_dir):
-        writer = CacheWriter(config.hdtf_samples_dir, tools.contract)
-        records = prepare_all(config.hdtf_dir, sources, identities, writer, tools)
+        with tqdm(total=PASSES * frames, desc="prepare", unit="frame", unit_scale=1 / PASSES) as bar:
+            if processes > 1:
+                results = share_out("datasets_process:start_worker", (vars(config),), jobs, processes, bar)
+                records = [record for done in results.values() for record in done]
+            else:
+                records = start_worker(0, vars(config))(sources, bar)
         report(config.hdtf_samples_dir, records)
 
 
-def prepare_all(
-    folder: Path, sources: list[Path], identities: dict[str, str], writer: CacheWriter, tools: Tools
-) -> list[dict]:
+def start_worker(number: int, constants: dict) -> Callable[[list[Source], Bar], list[dict]]:
+    """Load the networks in this process, the number-th of several; what is left of `prepare_all` is given."""
+    config = PrepareConfig(**constants)
+    if config.device == "cuda":
+        config = replace(config, device=f"cuda:{number % torch.cuda.device_count()}")
+    tools = load_tools(config)
+    return partial(prepare_all, config.hdtf_dir, CacheWriter(config.hdtf_samples_dir, tools.contract), tools)
+
+
+def prepare_all(folder: Path, writer: CacheWriter, tools: Tools, sources: list[Source], bar: Bar) -> list[dict]:
     """Prepare one video after another; a bad one is recorded and never ends the run. Returns all records."""
     records = []
-    expected = [PASSES * expected_frames(source) for source in sources]
-    with tqdm(total=sum(expected), desc="prepare", unit="frame", unit_scale=1 / PASSES) as bar:
-        for index, source in enumerate(sources):
-            relative = source.relative_to(folder)
-            bar.set_postfix_str(printable(source.name))
-            about = {"source": relative.as_posix(), "identity": identity_of(relative, identities)}
-            done = []
-            try:
-                about["source_bytes"] = file_size(source)
-                for record in prepare_source(source, about, writer, tools, bar):
-                    done.append(record)
-            except MediaError as error:
-                if error.kind == "same name":
-                    refused = clip_name(relative) + relative.suffix
-                else:
-                    refused = clip_name(relative, len(done) or None)  # the clips before stay
-                about = {"source_bytes": 0} | about
-                done.append(writer.reject(refused, about | {"last": True}, error.kind, str(error)))
-                bar.write(f"refused: {error}")
-            records += done
-            bar.update(sum(expected[: index + 1]) - bar.n)
+    for source in sources:
+        begun, done = bar.n, []
+        bar.set_postfix_str(printable(source.path.name))
+        about = {"source": source.path.as_posix(), "identity": source.identity}
+        try:
+            about["source_bytes"] = file_size(folder / source.path)
+            for record in prepare_source(folder / source.path, about, writer, tools, bar):
+                done.append(record)
+        except MediaError as error:
+            if error.kind == "same name":
+                refused = clip_name(source.path) + source.path.suffix
+            else:
+                refused = clip_name(source.path, len(done) or None)  # the clips before stay
+            about = {"source_bytes": 0} | about
+            done.append(writer.reject(refused, about | {"last": True}, error.kind, str(error)))
+            bar.write(f"refused: {error}")
+        records += done
+        bar.update(begun + PASSES * source.frames - bar.n)
     return records
-
-
-def find_videos(folder: Path) -> list[Path]:
-    """All videos below a folder, sorted; links are followed, but into no folder twice.
-
-    Raises MediaError where there is no folder or no video, OSError for a folder that cannot be read.
-    """
-    if not folder.is_dir():
-        raise MediaError("unreadable", f"{folder}: there is no such folder; set hdtf_dir to your folder of videos")
-    found, visited, tops = [], set(), [folder]
-    for top in tops:
-        for here, folders, files in os.walk(top, onerror=_raise):
-            if os.path.realpath(here) in visited:
-                folders.clear()
-                continue
-            visited.add(os.path.realpath(here))
-            folders.sort()
-            found += (Path(here, name) for name in files if Path(name).suffix.lower() in VIDEO_ENDINGS)
-            links = (Path(here, name) for name in folders if Path(here, name).is_symlink())
-            tops += (link for link in links if not folder.resolve().is_relative_to(link.resolve()))
-    if not found:
-        raise MediaError("no video", f"{folder}: no video in it ({', '.join(sorted(VIDEO_ENDINGS))})")
-    return sorted(found)
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def read_identities(folder: Path) -> dict[str, str]:
-    """identities.json of a folder of videos, {} where there is none. Raises UserError where it is unfit."""
-    path = folder / "identities.json"
-    identities = read_json(path) if os.path.lexists(path) else {}  # a link to nothing is a fault
-    if not all(isinstance(name, str) for name in identities.values()):
-        raise UserError(f'{path}: must be one object of "path without ending": "name of the person"')
-    return identities
 
 
 def load_tools(config: PrepareConfig) -> Tools:
@@ -198,15 +175,7 @@ def load_tools(config: PrepareConfig) -> Tools:
     return Tools(backend, vae, audio_encoder, contract)
 
 
-def expected_frames(source: Path) -> int:
-    """Frames of a video by its own word, for the progress bar; 0 where it cannot be read, which is said later."""
-    try:
-        return count_frames(source)
-    except MediaError:
-        return 0
-
-
-def prepare_source(source: Path, about: dict, writer: CacheWriter, tools: Tools, bar: tqdm) -> Iterator[dict]:
+def prepare_source(source: Path, about: dict, writer: CacheWriter, tools: Tools, bar: Bar) -> Iterator[dict]:
     """Put the clips of one video into the cache; gives their records in order, those of earlier runs first.
 
     about: what its records have in common. Raises MediaError.
@@ -250,7 +219,7 @@ def prepare_source(source: Path, about: dict, writer: CacheWriter, tools: Tools,
         yield writer.reject(name, now, kind, printable(reason))
 
 
-def counted(items: Iterable, bar: tqdm) -> Iterator:
+def counted(items: Iterable, bar: Bar) -> Iterator:
     """The items, each moving the bar on."""
     for item in items:
         yield item
@@ -264,7 +233,7 @@ def clip_tensors(
     features: np.ndarray,
     mel: np.ndarray,
     tools: Tools,
-    bar: tqdm,
+    bar: Bar,
 ) -> dict[str, np.ndarray]:
     """Tensors of a clip as musetalk/cache.py lists them.
 
@@ -342,4 +311,5 @@ def write_contact_sheet(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as clusters send it: the same as Ctrl-C
     run_script(main, tyro.cli(PrepareConfig, description=__doc__))

@@ -20,6 +20,7 @@ sync, hours of them, of many people, and large batches.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -90,7 +91,8 @@ class SyncConfig:
 
     # Data
     held_out: Share = 0.1  # share of identities (or clips, of a single one) kept for the check
-    num_workers: Workers = 4  # processes that read the cache
+    num_workers: Workers = min(8, (os.cpu_count() or 1) // 2)  # processes that read the cache
+    prefetch: Count = 2  # batches that each of them has ready
     batch_size: Count = 32  # windows of faces in one forward, each with its own mel and with mel that is not its own
     grad_accum_steps: Count = 1  # forwards in one optimizer step
     gaps: tuple[Count, Count] = (15, 3)  # frames that mel of the same clip is off at least: at first, and at the end
@@ -212,7 +214,7 @@ def train(preset: str, config: SyncConfig) -> None:
             log.line(f"before: {check_expert(state.expert, cache, shown, config.seed).summary()}")
 
         steps = range(state.step, config.num_steps)
-        batches = iter(loader(dataset, steps, config.batch_size, config.num_workers))
+        batches = iter(loader(dataset, steps, config.batch_size, config.num_workers, config.prefetch))
         with tqdm(total=config.num_steps, initial=state.step, desc="train", unit="step") as bar:
             stop = False
             while state.step < config.num_steps and not stop:

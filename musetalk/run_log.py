@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from musetalk.files import append_line, write_whole
 
+COMPARED = re.compile("_(truth|reference)$")  # ending of what stands beside a figure to compare it with
 CURVES_ACROSS = 4  # in the picture of all figures
 MARKED = 30  # points, fewer of which are marked
 
@@ -65,18 +67,22 @@ class RunLog:
         return path
 
     def curves(self) -> Path:
-        """A picture of all figures over the steps. Returns where it is."""
-        series: dict[str, list[tuple[float, float]]] = {}
+        """A picture of all figures over the steps, those that are to be compared in one plot. Returns where it is."""
+        plots: dict[str, dict[str, list[tuple[float, float]]]] = {}
         for line in self.stats.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
-            for name, value in record.items():
-                series.setdefault(name, []).append((record["step"], value))
-        del series["step"]
-        rows = -(-len(series) // CURVES_ACROSS)
+            for name in record.keys() - {"step"}:
+                plot = plots.setdefault(COMPARED.sub("", name), {})
+                plot.setdefault(name, []).append((record["step"], record[name]))
+        rows = -(-len(plots) // CURVES_ACROSS)
         figure = Figure(figsize=(4 * CURVES_ACROSS, 2 * rows), layout="constrained")
-        for axis, (name, points) in zip(figure.subplots(rows, CURVES_ACROSS).flat, series.items(), strict=False):
-            axis.plot(*zip(*points, strict=True), marker="." if len(points) < MARKED else "")
-            axis.set_title(name, fontsize=9)
+        for place, (title, series) in enumerate(sorted(plots.items()), 1):
+            axis = figure.add_subplot(rows, CURVES_ACROSS, place)
+            axis.set_title(title, fontsize=9)
+            for name, points in sorted(series.items()):
+                axis.plot(*zip(*points, strict=True), marker="." if len(points) < MARKED else "", label=name)
+            if len(series) > 1:
+                axis.legend(fontsize=7)
         path = self.folder / "curves.png"
         write_whole(path, cv2.imencode(".png", rendered(figure))[1].tobytes())
         return path

@@ -232,7 +232,14 @@ class SlotSampler:
 
 
 def loader(
-    dataset: Dataset, steps: range, batch_size: int, num_workers: int, *, rank: int = 0, ranks: int = 1
+    dataset: Dataset,
+    steps: range,
+    batch_size: int,
+    num_workers: int,
+    prefetch: int = 2,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> DataLoader:
     """Batches of some steps for one of several processes, in the order of their slots. dataset: has `slots`."""
     return DataLoader(
@@ -240,6 +247,7 @@ def loader(
         batch_size,
         sampler=SlotSampler(dataset.slots, steps, batch_size, rank, ranks),
         num_workers=num_workers,
+        prefetch_factor=prefetch if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_stop_requests,
     )

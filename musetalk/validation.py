@@ -207,7 +207,7 @@ class Validator:
             "r_own_audio": correlation(openings["prediction"], window.openings),
             "r_other_audio": correlation(openings["other audio"], given),
             "r_audio_not_heard": correlation(openings["other audio"], window.openings),
-            "share_of_reference": float(moved / max(open_ - closed, 1e-6)),
+            "reference_share": float(moved / max(open_ - closed, 1e-6)),
             "opening_in_silence": known_mean(openings["silence"]),
             "opening_closed": float(closed),
             "opening_mean": known_mean(window.openings),

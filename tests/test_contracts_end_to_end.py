@@ -237,7 +237,7 @@ def flashing(tmp_path_factory, write_source, mini) -> Cache:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets_process, "load_face_backend", lambda *_: Flashes())
         cache_dir = tmp_path_factory.mktemp("flashes_cache")
-        config = PrepareConfig(hdtf_dir=folder, hdtf_samples_dir=cache_dir, contract="musetalk_v15", models_dir=mini)
+        config = PrepareConfig(folder, cache_dir, mini, contract="musetalk_v15", num_workers=1)
         datasets_process.main(config)
     return Cache(cache_dir)
 

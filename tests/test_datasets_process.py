@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -13,11 +16,13 @@ import cv2
 import numpy as np
 import pytest
 import tyro
+from tqdm import tqdm
 
 import datasets_process
 import musetalk.crop
-from datasets_process import PrepareConfig, read_identities
+from datasets_process import PrepareConfig
 from datasets_process import main as prepare
+from musetalk import workers
 from musetalk.audio import audio_features, audio_windows
 from musetalk.cache import Cache, CacheError, Clip
 from musetalk.contract import CONTRACTS, RIGID, ContractError
@@ -215,7 +220,7 @@ def test_without_its_folder_of_videos_it_says_which_constant_to_set(tmp_path):
 def test_without_weights_it_says_where_to_get_them(small_clips, tmp_path):
     with pytest.raises(WeightsError, match="nowhere/sd-vae-ft-mse/config.json is missing; get it from"):
         prepare(PrepareConfig(hdtf_dir=small_clips, hdtf_samples_dir=tmp_path / "cache", models_dir=Path("nowhere")))
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.rglob("*")] == ["cache", ".lock"]
 
 
 NO_PATH = ["videos", "", None, 3, b"videos"]
@@ -229,6 +234,7 @@ UNFIT = {
     "encode_dtype": ["int8", "float16", None, 32],
     "face_backend": ["eyes", "", None, 1],
     "device": ["gpu", "", "meta", "cuda:99", None, 0],
+    "num_workers": [-1, 513, 1.0, True, "4", None],
     "verify": ["yes", 1, 0, None],
 }
 
@@ -237,7 +243,7 @@ UNFIT = {
 def test_an_unfit_constant_is_refused_by_name_before_anything_is_done(name, tmp_path, monkeypatch):
     """A constant without an entry in UNFIT fails."""
     monkeypatch.chdir(tmp_path)
-    for stage in ("load_vae", "load_audio_encoder", "load_face_backend", "make_sample", "own_folder", "verify_cache"):
+    for stage in ("start_worker", "share_out", "find_sources", "make_sample", "own_folder", "verify_cache"):
         monkeypatch.setattr(datasets_process, stage, lambda *_: pytest.fail("it went on"))
     for value in UNFIT[name]:
         with pytest.raises(UserError, match=rf"^{name}(\.\d)? must .*, not ") as caught:
@@ -276,17 +282,64 @@ def test_nothing_usable_ends_in_a_sentence(tmp_path):
         prepare(PrepareConfig(hdtf_dir=tmp_path / "videos", hdtf_samples_dir=tmp_path / "cache"))
 
 
-def test_identities_must_be_names(tmp_path):
-    (tmp_path / "identities.json").write_text('{"a": 1}')
-    with pytest.raises(UserError, match='identities.json: must be one object of "path without ending"'):
-        read_identities(tmp_path)
-
-
 @pytest.mark.parametrize("name", FACE_BACKENDS)
 def test_the_contract_says_whose_landmarks_made_the_boxes(name, mini, monkeypatch):
     monkeypatch.setattr(datasets_process, "load_face_backend", lambda *given: given[0])
     tools = datasets_process.load_tools(PrepareConfig(models_dir=mini, face_backend=name))
     assert tools.backend == name and tools.contract.face_backend == {"mmpose": "dwpose"}.get(name, name)
+
+
+# Several processes.
+
+
+def test_two_processes_give_the_same_bytes_as_one_whatever_is_bad_or_has_one_name(small_clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets_process, "FRAMES_A_PROCESS", 1)
+    videos = tmp_path / "videos"
+    shutil.copytree(small_clips, videos)
+    (videos / "deeper").mkdir()
+    shutil.copy(videos / "sample_02.mp4", videos / "deeper" / "again.mov")  # the first of this name
+    shutil.copy(videos / "sample_01.mp4", videos / "deeper__again.mp4")
+    shutil.copy(videos / "sample_00.mp4", videos / "deeper__again.mp4.mp4")  # as the one before is when refused
+    (videos / "text.mp4").write_text("this is no video")
+    config = PrepareConfig(hdtf_dir=videos, hdtf_samples_dir=tmp_path / "cache")
+    prepare(replace(config, num_workers=1))
+    made = contents(config.hdtf_samples_dir)
+    shutil.rmtree(config.hdtf_samples_dir)
+    prepare(replace(config, num_workers=2))
+    assert contents(config.hdtf_samples_dir) == made
+    assert {json.loads(made[name])["kind"] for name in made if name.startswith("rejected")} == {
+        "same name",
+        "unreadable",
+    }
+
+
+def test_a_killed_process_loses_nothing(small_clips, sample_cache, tmp_path, monkeypatch, capsys):
+    launched, launch = [], workers._launch
+
+    class Killing(tqdm):
+        def update(self, count=1):
+            super().update(count)
+            if self.n > 20 and launched:
+                launched.pop().process.kill()
+                launched.clear()
+
+    monkeypatch.setattr(datasets_process, "FRAMES_A_PROCESS", 1)
+    monkeypatch.setattr(datasets_process, "tqdm", Killing)
+    monkeypatch.setattr(workers, "_launch", lambda *given: launched.append(launch(*given)) or launched[-1])
+    prepare(PrepareConfig(hdtf_dir=small_clips, hdtf_samples_dir=tmp_path, num_workers=2))
+    assert contents(tmp_path) == contents(sample_cache.folder)
+    assert capsys.readouterr().out.count("a process was ended by signal 9 (Killed)") == 1
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+import datasets_process
+from musetalk.script import run_script
+datasets_process.FRAMES_A_PROCESS = 1
+config = datasets_process.PrepareConfig(*map(Path, sys.argv[1:]), num_workers=2)
+run_script(datasets_process.main, config)
+"""
 
 
 # Verifying, and mending what it finds.
@@ -328,17 +381,38 @@ def test_without_a_cache_there_is_nothing_to_verify(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_after_ctrl_c_the_same_command_ends_as_if_there_had_been_none(small_clips, sample_cache, tmp_path, interrupt):
-    folder = tmp_path / "cache"
-    arguments = ["--hdtf-dir", small_clips, "--hdtf-samples-dir", folder]
-    ready = (folder / "clips" / "sample_00.json").exists
-    code, words = interrupt([ROOT / "datasets_process.py", *arguments], ready)
+def ended_well(folder: Path, code: int, words: str) -> dict[str, bytes]:
+    """Check how an interrupted run has ended; gives what it left."""
     assert code == 130 and "Traceback" not in words
     assert words.endswith("\ninterrupted; run the same command again to go on\n")
     left = contents(folder)
     assert "contact_sheet.png" not in left and not [name for name in left if name.endswith(".partial")]
+    return left
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_after_ctrl_c_the_same_command_ends_as_if_there_had_been_none(
+    small_clips, sample_cache, tmp_path, interrupt, processes
+):
+    folder = tmp_path / "cache"
+    clips = folder / "clips"
+    arguments = ["--hdtf-dir", small_clips, "--hdtf-samples-dir", folder]
+    command = [ROOT / "datasets_process.py", *arguments] if processes == 1 else ["-c", TWO_PROCESSES, *arguments[1::2]]
+    ended_well(folder, *interrupt(command, lambda: clips.is_dir() and any(clips.glob("*.json"))))
     prepare(tyro.cli(PrepareConfig, args=list(map(str, arguments))))
     assert contents(folder) == contents(sample_cache.folder)
+
+
+def test_the_sigterm_of_a_cluster_is_as_ctrl_c(small_clips, tmp_path):
+    """It comes to the first process alone."""
+    arguments = ["datasets_process.py", "--hdtf-dir", small_clips, "--hdtf-samples-dir", tmp_path / "cache"]
+    with open(tmp_path / "words", "w") as words:
+        process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=words, stderr=words)
+        while not (tmp_path / "cache" / "clips" / "sample_00.json").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+    ended_well(tmp_path / "cache", process.wait(), (tmp_path / "words").read_text())
 
 
 def test_real_clips(clips, tmp_path):

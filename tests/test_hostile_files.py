@@ -156,7 +156,7 @@ HOSTILE_JSON = {
 @pytest.mark.parametrize("content", HOSTILE_JSON.values(), ids=HOSTILE_JSON)
 @pytest.mark.parametrize("name", ["a.json", "contract.json", "identities.json", "clips/a.json"])
 def test_what_is_no_json_object_is_refused_by_every_reader(tmp_path, name, content):
-    from datasets_process import read_identities  # heavy
+    from musetalk.sources import read_identities  # heavy
 
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
@@ -190,7 +190,7 @@ def test_json_with_accidents_is_read_or_refused(tmp_path_factory, content):
 
 @pytest.mark.parametrize("value", [*ODD[:14], None, [], {}, ["x"]], ids=lambda value: repr(value)[:20])
 def test_an_identity_that_is_no_text_is_refused(tmp_path, value):
-    from datasets_process import read_identities  # heavy
+    from musetalk.sources import read_identities  # heavy
 
     (tmp_path / "identities.json").write_text(json.dumps({"a": "somebody", "b": value}))
     assert "must be one object of" in refusal(lambda: read_identities(tmp_path), str(tmp_path / "identities.json"))

@@ -285,7 +285,7 @@ def test_validation_tells_what_the_mouth_follows(config):
     told = (run.log_dir / "trainer.log").read_text()
     assert re.search("prediction +truth +reference\npsnr ", told)
     assert re.search(
-        r"\nr_other_audio +\S+\nr_audio_not_heard +\S+\nshare_of_reference +\S+\nopening_in_silence ", told
+        r"\nr_other_audio +\S+\nr_audio_not_heard +\S+\nreference_share +\S+\nopening_in_silence ", told
     )
 
 
@@ -435,6 +435,7 @@ UNFIT = {
     "min_reference_gap": NO_COUNT,
     "frames": NO_COUNT,
     "num_workers": [-1, 513, 1.0, True, "4", None],
+    "prefetch": NO_COUNT,
     "batch_size": NO_COUNT,
     "grad_accum_steps": NO_COUNT,
     "loss_weights": [
@@ -464,6 +465,7 @@ UNFIT = {
     "ema_decay": [*NO_NUMBER, 1.0, 1, 1.5],
     "ema_every": NO_COUNT,
     "gradient_checkpointing": [0, 1, "yes", None],
+    "compile": [0, 1, "yes", None],
     "num_steps": NO_COUNT,
     "log_every": NO_COUNT,
     "sample_every": NO_COUNT,

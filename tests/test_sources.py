@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tqdm import tqdm
 
 import datasets_process
 import musetalk.crop
-from datasets_process import PrepareConfig, find_videos, load_tools, prepare_all, read_identities
-from musetalk.cache import Cache, CacheWriter
+from datasets_process import PrepareConfig, load_tools, prepare_all
+from musetalk.cache import Cache, CacheWriter, clip_name
+from musetalk.script import UserError
+from musetalk.sources import Source, find_sources, find_videos, independent, read_identities
 from musetalk.video import read_audio, read_frames, write_video
 
 
@@ -66,6 +71,57 @@ def test_links_are_followed_but_into_no_folder_twice(tmp_path):
     assert [path.relative_to(tmp_path / "link").as_posix() for path in find_videos(tmp_path / "link")] == found
 
 
+def test_identities_must_be_names(tmp_path):
+    (tmp_path / "identities.json").write_text('{"a": 1}')
+    with pytest.raises(UserError, match='identities.json: must be one object of "path without ending"'):
+        read_identities(tmp_path)
+
+
+def test_sources_have_their_person_and_their_length(small_clips):
+    names = ["sample_00.mp4", "sample_01.mp4", "sample_02.mp4"]
+    assert find_sources(small_clips) == [Source(PurePath(name), "astronaut", 30) for name in names]
+
+
+# Which sources can be prepared at the same time.
+
+
+def names_of(*groups: str) -> list[list[str]]:
+    """Groups of the sources of these names, as `independent` makes them of all."""
+    sources = [Source(PurePath(name), "", 0) for name in sorted(name for group in groups for name in group.split())]
+    return sorted([source.path.as_posix() for source in group] for group in independent(sources).values())
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        ("a.mp4", "b.mp4", "a/b.mp4"),
+        ("a.mov a.mp4", "b.mp4"),
+        ("a/b.mp4 a__b.mp4", "a/c.mp4"),
+        ("x-0000.mp4 x.mp4", "y-0000.mp4", "y-0001.mp4"),  # of y itself there is none
+        ("x-0000.mp4 x-0000-0001.mov x.mp4", "x-1.mp4"),
+        ("a.mp4 a.mp4.mkv", "b.mp4.mkv"),
+        ("a.mp4 a-0001.MOV.mkv",),
+    ],
+)
+def test_sources_whose_clips_can_have_one_name_stay_together_in_order(groups):
+    assert names_of(*groups) == sorted(sorted(group.split()) for group in groups)
+
+
+@given(names=st.sets(st.from_regex(r"[ab](__a|/a|-0000|-1234|\.mov){0,3}\.(mp4|mov)", fullmatch=True), max_size=8))
+def test_no_two_groups_can_want_one_name(names):
+    sources = [Source(PurePath(name), "", len(name)) for name in sorted(names)]
+    groups = list(independent(sources).values())
+    assert sorted(source.path.as_posix() for group in groups for source in group) == sorted(names)
+    assert all(group == sorted(group, key=lambda source: source.path.as_posix()) for group in groups)
+    lengths = [sum(source.frames for source in group) for group in groups]
+    assert lengths == sorted(lengths, reverse=True)
+    wanted = []
+    for group in groups:
+        plain = {clip_name(source.path, part) for source in group for part in (None, 0, 1234)}
+        wanted.append(plain | {name + source.path.suffix for name in plain for source in group})
+    assert len(set().union(*wanted)) == sum(map(len, wanted))
+
+
 # What becomes of sources that are odd, change or meet.
 
 
@@ -81,7 +137,8 @@ def prepared(tools, tmp_path, capsys) -> Callable[..., dict[str, str]]:
     def run(cache: str = "cache") -> dict[str, str]:
         videos, folder = tmp_path / "videos", tmp_path / cache
         writer = CacheWriter(folder, tools.contract)
-        prepare_all(videos, find_videos(videos), read_identities(videos), writer, tools)
+        with tqdm() as bar:
+            prepare_all(videos, writer, tools, find_sources(videos), bar)
         assert "Traceback" not in capsys.readouterr().err
         records = {path.relative_to(folder): json.loads(path.read_text()) for path in folder.glob("*/*.json")}
         return {

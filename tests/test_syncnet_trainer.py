@@ -424,6 +424,7 @@ UNFIT = {
     "start_from": [None, 1, Path("a")],
     "held_out": [*NO_NUMBER, 0.0, 0, 1.0, 1, 1.5],
     "num_workers": [-1, 513, 1.0, True, "4", None],
+    "prefetch": NO_COUNT,
     "batch_size": NO_COUNT,
     "grad_accum_steps": NO_COUNT,
     "gaps": [(3,), (15, 3, 1), (), [15, 3], 3, None, (15, 0), (0, 3), (15.0, 3)],

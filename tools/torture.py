@@ -144,7 +144,7 @@ def prepare() -> None:
     """datasets_process.py on a small sample, which it makes first."""
     musetalk.sample.SEEDS, musetalk.sample.NUM_FRAMES = musetalk.sample.SEEDS[:SAMPLE_CLIPS], SAMPLE_FRAMES
     datasets_process.MAX_CLIP_FRAMES = musetalk.crop.MAX_CLIP_FRAMES = CLIP_FRAMES
-    run_script(datasets_process.main, datasets_process.PrepareConfig(models_dir=MODELS))
+    run_script(datasets_process.main, datasets_process.PrepareConfig(models_dir=MODELS, num_workers=1))
 
 
 def train(cache: Path) -> None:

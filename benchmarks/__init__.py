@@ -1,0 +1,5 @@
+"""What a training, a cache and an inference cost, held against targets: see README.md in this folder."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]  # of the project

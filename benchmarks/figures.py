@@ -1,0 +1,47 @@
+"""The figures and their targets. The deterministic ones are tests too."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks import counts, timings
+from benchmarks.workplace import Measured, Workplace
+
+RELATIONS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What is measured, and what it should be."""
+
+    name: str
+    unit: str
+    relation: Literal[*RELATIONS]
+    bound: float
+    measure: Callable[[Workplace], Measured]
+
+    @property
+    def target(self) -> str:
+        return f"{self.relation} {self.bound:g}"
+
+    def holds(self, value: float) -> bool:
+        return RELATIONS[self.relation](value, self.bound)
+
+
+FIGURES = (
+    Figure("train_tflop_per_sample", "TFLOP", "<=", 1.95, lambda _: counts.tflop_per_sample(counts.ORIGINAL)),
+    Figure("train_gib_b32", "GiB", "<=", 21.5, lambda _: counts.peak_gib(counts.ORIGINAL)),
+    Figure("train_gib_b32_ckpt", "GiB", "<=", 14.5, lambda _: counts.peak_gib(counts.CHECKPOINTED)),
+    Figure("stage2_gib_2x16", "GiB", "<=", 22, lambda _: counts.peak_gib(counts.STAGE2)),
+    Figure("cache_bytes_per_frame", "bytes", "<=", 45_000, counts.cache_bytes_per_frame),
+    Figure("cache_files_per_clip", "files", "<=", 2, counts.cache_files_per_clip),
+    Figure("loader_ratio", "x", ">=", 8, timings.loader_ratio),
+    Figure("preprocess_vae_encodes_per_frame", "encodes", "==", 2, lambda _: counts.vae_encodes_per_frame()),
+    Figure("preprocess_nonmodel_ratio", "x", ">=", 2.7, timings.preprocess_nonmodel_ratio),
+    Figure("vae_encode_cpu_ratio", "x", ">=", 2.3, timings.vae_encode_cpu_ratio),
+    Figure("preprocess_ratio", "x", ">=", 2, timings.preprocess_ratio),
+    Figure("pipeline_overhead", "x", "<=", 1.5, timings.pipeline_overhead),
+)

@@ -1,0 +1,92 @@
+"""The original MuseTalkTrainer's ways of preparing and of reading, re-enacted to be compared with: what it does to a
+frame and in which order, written anew. Only files that were made here are ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from musetalk.audio import audio_windows
+from musetalk.cache import Cache
+from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, MASK_TOP
+
+MEAN = np.array([104.0, 117.0, 123.0])  # of S3FD's input, BGR
+KINDS = ("images", "latents", "whisper_chunks")
+
+
+def write_samples(folder: Path, cache: Cache) -> None:
+    """The frames of a cache as the original keeps them: a folder for each clip, in it a PNG, a pickle of the masked and
+    full latents (8, 32, 32) and one of the audio window (50, 384) for each frame, and the list of all of them."""
+    for clip in cache.clips.values():
+        here = folder / clip.name
+        for kind in KINDS:
+            (here / kind).mkdir(parents=True)
+        windows = audio_windows(clip.tensor("audio_features"), range(len(clip)), cache.contract).astype(np.float32)
+        latents = np.concatenate([clip.tensor("masked_latents")[:, 0], clip.tensor("latents")[:, 0]], axis=1)
+        for frame in map(int, np.flatnonzero(clip.usable)):
+            cv2.imwrite(str(here / "images" / f"{frame:08d}.png"), clip.image(frame))
+            _dump(here / "latents" / f"{frame:08d}.pkl", torch.from_numpy(latents[frame].astype(np.float32)))
+            _dump(here / "whisper_chunks" / f"{frame:08d}.pkl", windows[frame])
+        names = {kind: sorted(path.name for path in (here / kind).iterdir()) for kind in KINDS}
+        (here / "config.json").write_text(json.dumps(names))
+
+
+def _dump(path: Path, value: object) -> None:
+    with open(path, "wb") as file:
+        pickle.dump(value, file)
+
+
+def _load(path: str) -> object:
+    with open(path, "rb") as file:
+        return pickle.load(file)
+
+
+def read_sample(clips: list[Path], rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
+    """A training sample: any frame of any clip with any other as its reference, all lists read anew.
+
+    Returns masked, reference and target latents (4, 32, 32), window (50, 384) and image RGB (3, 256, 256), float32.
+    """
+    clip = clips[rng.integers(len(clips))]
+    with open(clip / "config.json") as file:
+        names = json.load(file)
+    paths = {kind: [os.path.join(clip, kind, name) for name in names[kind]] for kind in KINDS}
+    frame, reference = rng.choice(len(paths["images"]), 2, replace=False)
+    latents, others = (_load(paths["latents"][index]) for index in (frame, reference))
+    window = torch.from_numpy(_load(paths["whisper_chunks"][frame]))
+    image = cv2.cvtColor(cv2.imread(paths["images"][frame]), cv2.COLOR_BGR2RGB)
+    image = torch.from_numpy(image.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
+    return latents[:LATENT_CHANNELS], others[LATENT_CHANNELS:], latents[LATENT_CHANNELS:], window, image
+
+
+def crop_frames(video: Path, box: np.ndarray, folder: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """All that is done to the frames of a video but for networks: decoding, the detector's input, crop, PNG, and the
+    VAE's inputs, masked and full, each RGB float32 (1, 3, 256, 256) made from the crop on its own."""
+    capture = cv2.VideoCapture(str(video))
+    x1, y1, x2, y2 = box
+    count = 0
+    while True:
+        there, frame = capture.read()
+        if not there:
+            break
+        torch.from_numpy((frame - MEAN).transpose(2, 0, 1)[None]).float()
+        crop = cv2.resize(frame[y1:y2, x1:x2], (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_LANCZOS4)
+        cv2.imwrite(str(folder / f"{count:08d}.png"), crop)
+        count += 1
+        yield vae_input(crop, masked=True), vae_input(crop, masked=False)
+    capture.release()
+
+
+def vae_input(crop: np.ndarray, *, masked: bool) -> torch.Tensor:
+    """RGB float32 (1, 3, 256, 256) in [-1, 1] of a crop BGR uint8 (256, 256, 3), its lower half black if masked."""
+    image = cv2.cvtColor(crop, cv2.COLOR_BGR2RGB) / 255.0
+    image = torch.from_numpy(np.transpose(image[None], (0, 3, 1, 2)).copy()).float()
+    if masked:
+        image = image * (torch.arange(IMAGE_SIZE) < MASK_TOP)[:, None]
+    return (image - 0.5) / 0.5

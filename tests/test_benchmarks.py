@@ -1,0 +1,231 @@
+"""The deterministic figures hold, and what they are measured with measures right."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import ROOT, counts, figures, original, timings, workplace
+from benchmarks.__main__ import BenchmarkConfig, main
+from benchmarks.memory import LiveStorages
+from benchmarks.training import made_up_batch, training, without_contents
+from benchmarks.workplace import Measured, NotHereError, Workplace
+from musetalk.cache import MAX_CLIP_FRAMES, Cache, CacheWriter
+from musetalk.contract import FeatureContract, sync_mel_frames
+from musetalk.crop import mask_lower_half, to_tensor
+from musetalk.dataset import FaceDataset, Sample
+from musetalk.script import UserError
+from musetalk_trainer import PRESETS, weights
+
+FIGURES = {figure.name: figure for figure in figures.FIGURES}
+SMALL = replace(
+    PRESETS["demo"],
+    models_dir=ROOT / "models" / "mini",
+    batch_size=2,
+    chunk_size=1,
+    pixel_every=1,
+    loss_weights=weights(latent_l1=1.0, pixel_l1=1.0, adv_g=0.1, feat_match=0.1, adv_g_mouth=0.1, feat_match_mouth=0.1),
+)
+
+
+@pytest.fixture
+def cache(tmp_path, random_tensors) -> Cache:
+    """A made-up clip with features as wide as the real Whisper's."""
+    writer = CacheWriter(tmp_path / "cache", FeatureContract())
+    about = {"source": "a.mp4", "source_bytes": 1, "identity": "a", "last": True}
+    writer.write("a", random_tensors(9, states=5, width=384, mels=30, unusable=[4]), about)
+    return Cache(tmp_path / "cache")
+
+
+# The figures.
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train_tflop_per_sample",
+        "train_gib_b32",
+        "train_gib_b32_ckpt",
+        "stage2_gib_2x16",
+        "preprocess_vae_encodes_per_frame",
+    ],
+)
+def test_the_figure_holds(name, tmp_path):
+    value, note = FIGURES[name].measure(Workplace(tmp_path))
+    assert FIGURES[name].holds(value), f"{name} is {value}, not {FIGURES[name].target}\n{note}"
+
+
+def test_a_cache_of_real_clips_is_small_enough(clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(workplace, "SECONDS", 0.4)
+    place = Workplace(tmp_path)
+    place.clips = [clips / name for name in ("talking_b.mp4", "people/person_5.mp4", "cartoon_no_audio.mp4")]
+    assert sorted(place.cache.clips) == ["person_5", "talking_b"]
+    assert next(iter(place.cache.clips.values())).tensor("audio_features").shape[1:] == (5, 384)
+    for name in ("cache_bytes_per_frame", "cache_files_per_clip"):
+        value, _ = FIGURES[name].measure(place)
+        assert FIGURES[name].holds(value), value
+
+
+def test_the_bytes_and_files_of_a_cache_are_those_of_its_clips(cache, tmp_path):
+    place = Workplace(tmp_path / "place", given=cache.folder)
+    size = sum((cache.folder / "clips" / name).stat().st_size for name in ("a.safetensors", "a.json"))
+    assert counts.cache_bytes_per_frame(place).value == size / 9
+    assert counts.cache_files_per_clip(place).value == 2
+
+
+def test_the_host_reads_one_number_in_a_step_with_every_loss():
+    config = replace(PRESETS["stage2"], models_dir=ROOT / "models" / "mini", grad_accum_steps=1)
+    with without_contents() as reads, training(config) as run:
+        reads.storages.clear()
+        made = run.step(1)
+        waited = [storage for storage in reads.storages if storage not in run.counters()]
+    assert made.finite
+    assert made.terms.keys() == config.loss_weights.keys() | {"adv_d", "adv_d_mouth"}
+    assert len(waited) == 1
+
+
+# What they are measured with.
+
+
+def test_storages_count_once_and_while_they_live():
+    with LiveStorages() as storages:
+        one = torch.zeros(256)  # 1024 bytes
+        view = one[:10].view(2, 5)
+        two = torch.ones(128, dtype=torch.float16)  # 256 bytes
+        assert (storages.current, storages.peak) == (1280, 1280)
+        del two
+        assert storages.current == 1024
+        del one
+        assert storages.current == 1024  # the view holds it
+        three = view + torch.zeros(5)  # 40 bytes, and 20 that go at once
+        assert (storages.current, storages.peak) == (1064, 1280)
+        del view, three
+        assert storages.current == 0
+        assert storages.at_peak.total() == 1280
+        assert all(what.startswith("tests/test_benchmarks.py test_storages") for what in storages.at_peak)
+        storages.restart()
+        torch.zeros(4)
+        assert (storages.peak, storages.at_peak.total()) == (16, 16)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_without_contents_a_step_holds_what_a_real_one_holds(checkpointing):
+    config = replace(SMALL, gradient_checkpointing=checkpointing)
+    held = []
+    with without_contents(), LiveStorages() as storages, training(config) as run:
+        storages.restart()
+        run.step(2)
+        held.append(storages.peak)
+    with LiveStorages() as storages, training(config) as run:
+        before = storages.current
+        storages.restart()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as allocator:
+            run.step(2)
+        held.append(storages.peak)
+    assert held[0] == held[1]
+    events = [event for event in allocator.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocated = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).max()
+    assert 1 <= allocated / (held[1] - before) < 1.1  # kernels' own workspace is not counted
+
+
+def test_the_made_up_batch_is_like_one_of_the_dataset(cache):
+    config = replace(SMALL, frames=3, loss_weights=weights(latent_l1=1.0, sync=1.0))
+    mel = {"mel_frames": sync_mel_frames(3)}
+    dataset = FaceDataset(cache, ["a"], cache.contract, seed=0, slots=2, frames=3, min_reference_gap=1, **mel)
+    loaded = next(iter(torch.utils.data.DataLoader(dataset, 2, sampler=range(2))))
+    made = made_up_batch(config, 2, 384)
+    assert made.keys() == loaded.keys()
+    for name, value in made.items():
+        if name != "where":
+            assert (value.shape, value.dtype) == (loaded[name].shape, loaded[name].dtype), name
+    assert len(made["where"]) == len(loaded["where"])
+
+
+def test_what_is_read_of_the_originals_files_is_what_is_read_of_the_cache(cache, tmp_path):
+    original.write_samples(tmp_path / "original", cache)
+    assert {path.name for path in (tmp_path / "original/a").iterdir()} == {*original.KINDS, "config.json"}
+
+    class Draw:
+        def integers(self, count: int) -> int:
+            return 0
+
+        def choice(self, count: int, size: int, replace: bool) -> tuple[int, int]:
+            assert (count, size, replace) == (8, 2, False)  # frame 4 of the nine is not usable
+            return 5, 2
+
+    theirs = original.read_sample([tmp_path / "original/a"], Draw())
+    dataset = FaceDataset(cache, ["a"], cache.contract, seed=0, slots=1, min_reference_gap=1)
+    ours = dataset.read(Sample("a", 6, (2,), 0, (0,)))
+    names = ("masked_latents", "reference_latents", "target_latents", "audio_window")
+    for name, value in zip(names, theirs[:4], strict=True):
+        torch.testing.assert_close(value, ours[name][0].float(), rtol=0, atol=0)
+    torch.testing.assert_close(theirs[4], to_tensor(ours["target_image"])[0])
+
+
+def test_the_original_gives_the_vae_what_we_give_it():
+    crop = np.random.default_rng(0).integers(256, size=(256, 256, 3), dtype=np.uint8)
+    ours = to_tensor(crop[None])
+    torch.testing.assert_close(original.vae_input(crop, masked=False), ours)
+    torch.testing.assert_close(original.vae_input(crop, masked=True), mask_lower_half(ours))
+
+
+def test_a_long_cache_repeats_what_is_in_a_short_one(cache, tmp_path):
+    place = Workplace(tmp_path / "place", given=cache.folder)
+    short, long = cache.clips["a"], place.long_cache.clips["a"]
+    assert len(long) == MAX_CLIP_FRAMES // 9 * 9
+    for frame in (0, 8, 9, 17, len(long) - 1):
+        assert np.array_equal(long.image(frame), short.image(frame % 9))
+        assert np.array_equal(
+            long.tensor("latents", frame, frame + 1), short.tensor("latents", frame % 9, frame % 9 + 1)
+        )
+
+
+def test_a_ratio_is_the_median_of_turns_after_the_first():
+    moments = iter([0, 100, 101, 200, 206, 208, 300, 309, 312, 400, 408, 409])  # begin, middle, end of each turn
+    done = []
+    measured = timings.ratio(lambda: done.append("a"), lambda: done.append("b"), 3, clock=lambda: next(moments))
+    assert measured == Measured(3, "8000 ms over 2000 ms")  # of 3, 3 and 8
+    assert done == ["a", "b"] * 4
+
+
+def test_the_table_and_the_lines_of_json_say_the_same(monkeypatch, capsys):
+    def nowhere(_):
+        raise NotHereError("no such machine")
+
+    def figure(name, relation, value):
+        return figures.Figure(name, "x", relation, 2, lambda _: Measured(value, "look here"))
+
+    there = (figure("a", "<=", 2), figure("b", ">=", 1.5), figure("c", "==", 2))
+    there += (figures.Figure("d", "x", "<=", 2, nowhere),)
+    monkeypatch.setattr("benchmarks.__main__.FIGURES", there)
+    monkeypatch.setattr("benchmarks.__main__.NAMES", list("abcd"))
+    main(BenchmarkConfig(("a", "b", "d")))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[:6]] == [
+        ["name", "value", "unit", "target", "ok"],
+        ["a", "2", "x", "<=", "2", "yes"],
+        ["b", "1.5", "x", ">=", "2", "NO"],
+        ["look", "here"],
+        ["d", "-", "x", "<=", "2", "-"],
+        ["not", "measured:", "no", "such", "machine"],
+    ]
+    assert [json.loads(line) for line in lines[6:]] == [
+        {"name": "a", "value": 2, "unit": "x", "target": "<= 2", "ok": True},
+        {"name": "b", "value": 1.5, "unit": "x", "target": ">= 2", "ok": False},
+        {"name": "d", "value": None, "unit": "x", "target": "<= 2", "ok": None},
+    ]
+    with pytest.raises(UserError, match="there is no figure e; there are a, b, c, d"):
+        main(BenchmarkConfig(("a", "e")))
+
+
+def test_the_readme_tells_of_every_figure_and_its_target():
+    lines = (ROOT / "benchmarks/README.md").read_text().splitlines()
+    rows = [line.split("|") for line in lines if line.startswith("| `")]
+    told = {row[1].strip(" `"): row[2].strip() for row in rows}
+    for name, figure in FIGURES.items():
+        assert told[name].replace(",", "") == figure.target, name

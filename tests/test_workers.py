@@ -1,0 +1,207 @@
+"""Jobs that several processes do: all are done, whatever becomes of a process, and none is left."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from musetalk.cache import CacheError
+from musetalk.script import UserError
+from musetalk.workers import Bar, most_processes, share_out
+
+ROOT = Path(__file__).parents[1]
+
+# What the processes do. A job is words, the first of which says what.
+
+
+def begin(number: int, folder: Path) -> Callable[[str, Bar], object]:
+    """Called by each process: a file says that it is there."""
+    (folder / f"{number}.pid").write_text(str(os.getpid()))
+    return lambda job, bar: globals()[job.split()[0]](number, folder, bar, *job.split()[1:])
+
+
+def begin_badly(number: int, folder: Path) -> None:
+    raise CacheError("no networks")
+
+
+def double(number: int, folder: Path, bar: Bar, value: str) -> int:
+    bar.set_postfix_str(value)
+    for _ in range(int(value)):
+        bar.update()
+    bar.write(f"half of {2 * int(value)}")
+    return 2 * bar.n
+
+
+def killed(number: int, folder: Path, bar: Bar, times: str) -> str:
+    """Done when it has been killed so often."""
+    bar.update(1000)
+    attempt = len(list(folder.glob("attempt*")))
+    if attempt == int(times):
+        return "done"
+    (folder / f"attempt {attempt}").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for(number: int, folder: Path, bar: Bar, name: str) -> str:
+    while not (folder / name).exists():
+        time.sleep(0.01)
+    return name
+
+
+def write(number: int, folder: Path, bar: Bar, name: str) -> None:
+    """Never done; it tidies up when it is interrupted."""
+    try:
+        (folder / f"{name}.partial").touch()
+        while True:
+            bar.update()
+            time.sleep(0.01)
+    finally:
+        (folder / f"{name}.partial").rename(folder / f"{name}.tidied")
+
+
+def refuse(number: int, folder: Path, bar: Bar) -> None:
+    wait_for(number, folder, bar, "a.partial")
+    raise UserError(f"{folder}: is not fit")
+
+
+def fill_disk(number: int, folder: Path, bar: Bar) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+def stumble(number: int, folder: Path, bar: Bar) -> None:
+    raise KeyError("a mistake")
+
+
+class Drawn:
+    """A bar that remembers."""
+
+    def __init__(self) -> None:
+        self.n, self.lines, self.names = 0, [], []
+        self.update, self.write, self.set_postfix_str = self._update, self.lines.append, self.names.append
+
+    def _update(self, count: int) -> None:
+        self.n += count
+
+
+@pytest.fixture
+def run(tmp_path) -> Callable:
+    """A function: jobs, number of processes -> results and the bar. However it ends, no process is left."""
+
+    def share(jobs: list[str], count: int, start: str = "begin") -> tuple[dict[str, object], Drawn]:
+        bar = Drawn()
+        try:
+            return share_out(f"tests.test_workers:{start}", (tmp_path,), {job: job for job in jobs}, count, bar), bar
+        finally:
+            for path in tmp_path.glob("*.pid"):
+                with pytest.raises(ProcessLookupError):
+                    os.kill(int(path.read_text()), 0)
+
+    return share
+
+
+def test_each_job_is_done_once_and_what_it_says_comes_to_the_bar(run):
+    jobs = [f"double {value}" for value in range(9)]
+    results, bar = run(jobs, 2)
+    assert results == {f"double {value}": 2 * value for value in range(9)}
+    assert bar.n == sum(range(9)) and sorted(bar.names) == list("012345678")
+    assert sorted(bar.lines) == sorted(f"half of {2 * value}" for value in range(9))
+
+
+def test_they_work_at_the_same_time_on_the_first_jobs(run):
+    """With one process less this would never end."""
+    jobs = ["wait_for 2.pid", "wait_for 0.pid", "wait_for 1.pid", "double 1"]
+    assert run(jobs, 3)[0] == dict(zip(jobs, ["2.pid", "0.pid", "1.pid", 2], strict=True))
+
+
+def test_the_job_of_a_killed_process_is_done_by_another_and_one_sentence_says_so(run):
+    results, bar = run(["killed 1", "double 3", "double 4"], 2)
+    assert results == {"killed 1": "done", "double 3": 6, "double 4": 8}
+    assert bar.n == 1007  # what the killed one had moved the bar by is taken back
+    (said,) = [line for line in bar.lines if "half" not in line]
+    assert said == (
+        "a process was ended by signal 9 (Killed) at killed 1, perhaps for want of memory; "
+        "what it was at is done at the end, number of processes left: 1"
+    )
+
+
+def test_where_no_process_is_left_it_ends_in_a_sentence(run):
+    with pytest.raises(UserError, match=r"signal 9 .* at killed 9, .*; run the same command again, with a smaller"):
+        run(["killed 9", "double 3"], 1)
+
+
+@pytest.mark.parametrize(
+    ("job", "error", "message"),
+    [
+        ("refuse", UserError, "is not fit"),
+        ("fill_disk", OSError, os.strerror(errno.ENOSPC)),
+        ("stumble", RuntimeError, "failed with exit code 1 at stumble; its traceback is above"),
+    ],
+)
+def test_an_error_ends_all_processes_and_nothing_is_left_half_written(run, tmp_path, job, error, message, capfd):
+    jobs = ["write a", job] if job == "refuse" else [job]
+    with pytest.raises(error, match=message) as raised:
+        run(jobs, len(jobs))
+    assert job != "refuse" or (tmp_path / "a.tidied").exists()
+    assert not (tmp_path / "a.partial").exists()
+    assert getattr(raised.value, "filename", None) in (None, str(tmp_path))
+    assert ("KeyError: 'a mistake'" in capfd.readouterr().err) == (job == "stumble")
+
+
+def test_a_process_that_cannot_begin_ends_all(run):
+    with pytest.raises(CacheError, match="no networks"):
+        run(["double 1"], 1, "begin_badly")
+
+
+TWO_AT_WORK = """
+import sys
+from pathlib import Path
+from musetalk.script import run_script
+from musetalk.workers import share_out
+from tests.test_workers import Drawn
+jobs = {name: f"write {name}" for name in "ab"}
+run_script(lambda folder: share_out("tests.test_workers:begin", (folder,), jobs, 2, Drawn()), Path(sys.argv[1]))
+"""
+
+
+def both(folder: Path, ending: str) -> Callable[[], bool]:
+    return lambda: all((folder / f"{name}.{ending}").exists() for name in "ab")
+
+
+def test_ctrl_c_ends_all_processes_in_one_sentence(interrupt, tmp_path):
+    code, words = interrupt(["-c", TWO_AT_WORK, tmp_path], both(tmp_path, "partial"))
+    assert code == 130 and "Traceback" not in words
+    assert words.endswith("\ninterrupted; run the same command again to go on\n")
+    assert both(tmp_path, "tidied")()
+
+
+def test_when_the_one_that_gives_the_jobs_is_killed_the_others_end(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", TWO_AT_WORK, tmp_path], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not both(tmp_path, "partial")():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    while not both(tmp_path, "tidied")():
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("memory", "count"), [(64 << 30, 4), (10 << 30, 3), (1 << 30, 1)])
+def test_there_is_a_process_for_each_core_that_has_memory(monkeypatch, memory, count):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": memory // 4096}.get)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert most_processes() == count
+
+
+def test_there_are_two_processes_for_each_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert most_processes() == 16

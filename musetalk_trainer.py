@@ -123,7 +123,7 @@ class TrainConfig:
         default_factory=lambda: weights(latent_l1=1.0, pixel_l1=1.0)
     )
     pixel_every: Count = 1  # steps between those with losses on images, which cost most of the time
-    chunk_size: Count = 4  # samples decoded at once for them
+    chunk_size: Count = 1  # samples decoded at once for them: 0.8 GiB each at full size
     adversarial_start: CountOrZero = 0  # step from which discriminators learn and are heard
     adaptive_every: CountOrZero = (
         0  # of those steps, one measures how much adv_g must weigh to pull as they do; 0: none

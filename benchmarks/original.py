@@ -57,7 +57,9 @@ def read_sample(clips: list[Path], rng: np.random.Generator) -> tuple[torch.Tens
     with open(clip / "config.json") as file:
         names = json.load(file)
     paths = {kind: [os.path.join(clip, kind, name) for name in names[kind]] for kind in KINDS}
-    frame, reference = rng.choice(len(paths["images"]), 2, replace=False)
+    count = len(paths["images"])
+    frame = rng.integers(count)
+    reference = (frame + rng.integers(1, count)) % count
     latents, others = (_load(paths["latents"][index]) for index in (frame, reference))
     window = torch.from_numpy(_load(paths["whisper_chunks"][frame]))
     image = cv2.cvtColor(cv2.imread(paths["images"][frame]), cv2.COLOR_BGR2RGB)

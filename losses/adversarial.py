@@ -23,19 +23,20 @@ class Adversary:
     network: PatchDiscriminator
     optimizer: torch.optim.Optimizer
 
-    def generator_loss(self, real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """adv: minus the mean logit of `fake`. feat_match: mean over layers of the features' mean absolute difference.
+    def generator_loss(self, real: torch.Tensor | None, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """adv: minus the mean logit of `fake`. feat_match: mean over layers of the features' mean absolute difference,
+        None where there is no `real` to match.
 
         Gradients go to `fake` alone. Sources: Lim and Ye 2017, https://arxiv.org/abs/1705.02894 (hinge); Wang et al.
         2018, https://arxiv.org/abs/1711.11585 (feature matching).
         """
         self.network.requires_grad_(False)
         logits_fake, features_fake = self.network(fake)
-        _, features_real = self.network(real.detach())
+        features_real = [] if real is None else self.network(real.detach())[1]
         self.network.requires_grad_(True)
-        pairs = zip(features_fake, features_real, strict=True)
+        pairs = zip(features_fake, features_real, strict=False)
         apart = [(full_precision(a) - full_precision(b)).abs().mean() for a, b in pairs]
-        return -full_precision(logits_fake).mean(), torch.stack(apart).mean()
+        return -full_precision(logits_fake).mean(), torch.stack(apart).mean() if apart else None
 
     def discriminator_loss(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
         """Hinge loss, 0 where no logit of `real` is under 1 and none of `fake` over -1. Images get no gradient."""

@@ -111,8 +111,10 @@ class Objective:
         if "lpips" in self.weights:
             terms["lpips"] = lpips(self.distance, images, target)
         for ending, adversary in self.adversaries.items() if adversarial else ():
-            real, fake = (self._view(ending, pictures, batch, chunk) for pictures in (target, images))
-            for name, value in zip(ADVERSARIAL, adversary.generator_loss(real, fake), strict=True):
+            matched = f"feat_match{ending}" in self.weights
+            real = self._view(ending, target, batch, chunk) if matched else None
+            told = adversary.generator_loss(real, self._view(ending, images, batch, chunk))
+            for name, value in zip(ADVERSARIAL, told, strict=True):
                 if f"{name}{ending}" in self.weights:
                     terms[f"{name}{ending}"] = value
         return terms

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from reprlib import repr as short
 from typing import Protocol
@@ -26,7 +27,11 @@ from musetalk.weights import WeightsError, load_strictly, read_tensors, unwrap
 
 MAX_STEPS = 2**53
 MAX_OFFSET = 15  # frames, as far as a sync expert's check looks
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "adamax": torch.optim.Adamax, "adam": torch.optim.Adam}
+OPTIMIZERS = {  # such that none of them makes a copy as large as the weights
+    "adamw": partial(torch.optim.AdamW, fused=True),
+    "adamax": partial(torch.optim.Adamax, foreach=False),
+    "adam": partial(torch.optim.Adam, fused=True),
+}
 
 
 class TrainError(UserError):

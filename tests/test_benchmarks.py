@@ -49,7 +49,6 @@ def cache(tmp_path, random_tensors) -> Cache:
     "name",
     [
         "train_tflop_per_sample",
-        "train_gib_b32",
         "train_gib_b32_ckpt",
         "stage2_gib_2x16",
         "preprocess_vae_encodes_per_frame",
@@ -151,12 +150,13 @@ def test_what_is_read_of_the_originals_files_is_what_is_read_of_the_cache(cache,
     assert {path.name for path in (tmp_path / "original/a").iterdir()} == {*original.KINDS, "config.json"}
 
     class Draw:
-        def integers(self, count: int) -> int:
-            return 0
+        """The first clip, then the eight usable ones of its nine frames: the sixth, and the third as its reference."""
 
-        def choice(self, count: int, size: int, replace: bool) -> tuple[int, int]:
-            assert (count, size, replace) == (8, 2, False)  # frame 4 of the nine is not usable
-            return 5, 2
+        def __init__(self) -> None:
+            self.answers = {(1,): 0, (8,): 5, (1, 8): 5}
+
+        def integers(self, *bounds: int) -> int:
+            return self.answers.pop(bounds)
 
     theirs = original.read_sample([tmp_path / "original/a"], Draw())
     dataset = FaceDataset(cache, ["a"], cache.contract, seed=0, slots=1, min_reference_gap=1)

@@ -284,9 +284,7 @@ def test_validation_tells_what_the_mouth_follows(config):
     assert (run.log_dir / "demo/curves.png").is_file()
     told = (run.log_dir / "trainer.log").read_text()
     assert re.search("prediction +truth +reference\npsnr ", told)
-    assert re.search(
-        r"\nr_other_audio +\S+\nr_audio_not_heard +\S+\nreference_share +\S+\nopening_in_silence ", told
-    )
+    assert re.search(r"\nr_other_audio +\S+\nr_audio_not_heard +\S+\nreference_share +\S+\nopening_in_silence ", told)
 
 
 def interrupt_after(function):

@@ -7,6 +7,7 @@ https://github.com/richzhang/PerceptualSimilarity; the trunk is torchvision's VG
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ class Heads(nn.Module):
             head = nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))
             self.add_module(f"lin{index}", nn.Sequential(OrderedDict(model=head)))
 
-    def forward(self, differences: list[torch.Tensor]) -> torch.Tensor:
+    def forward(self, differences: Iterable[torch.Tensor]) -> torch.Tensor:
         """Five of (B, width, H, W) -> (B,): weighted sums over channels, means over places, summed over stages."""
         pairs = zip(self.children(), differences, strict=True)
         return sum(head(difference).mean(dim=(1, 2, 3)) for head, difference in pairs)
@@ -73,15 +74,16 @@ class LPIPS(nn.Module):
         At each place of each stage the features are taken as a vector of length 1; the squared differences of the two
         are weighted by channel, averaged over places and summed over stages.
         """
-        differences = [(a - b).square() for a, b in zip(self._unit(one), self._unit(other), strict=True)]
-        return self.heads(differences)
+        # Stage by stage, so that few of the large float32 features live at once.
+        return self.heads((a - b).square() for a, b in zip(self._unit(one), self._unit(other), strict=True))
 
-    def _unit(self, images: torch.Tensor) -> list[torch.Tensor]:
+    def _unit(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
         """(B, 3, H, W) -> five of (B, width, H / 2^k, W / 2^k), vectors of length 1 in the heads' precision."""
         weight, exact = self.trunk.features[0].weight, self.heads.lin0.model[1].weight.dtype
         shift, scale = (images.new_tensor(values)[:, None, None] for values in (SHIFT, SCALE))
-        found = [features.to(exact) for features in self.trunk(((images - shift) / scale).to(weight.dtype))]
-        return [features * (features.square().sum(dim=1, keepdim=True) + EPS).rsqrt() for features in found]
+        for features in self.trunk(((images - shift) / scale).to(weight.dtype)):
+            features = features.to(exact)
+            yield features * (features.square().sum(dim=1, keepdim=True) + EPS).rsqrt()
 
 
 def load_lpips(models_dir: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> LPIPS:

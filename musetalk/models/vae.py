@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from musetalk.weights import build_network, find, fingerprint, freeze, load_stri
 
 # What the published file calls the layers of the middle attention -> what diffusers does today.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-ENCODE_BATCH = {"cpu": 1, "cuda": 16}  # frames encoded at once, masked and whole; more is slower on a CPU
+ENCODE_BATCH = {"cpu": 1, "cuda": 16}  # frames at once; more is slower on a CPU, where each image goes alone
 
 
 class VAE:
@@ -67,7 +68,11 @@ class VAE:
             if contract.posterior == "sample":
                 drawn = [posterior_noise(clip, batch[i][0], margin) for i in seen for margin in contract.margins]
                 noise = torch.from_numpy(np.stack(drawn, axis=1)).flatten(0, 1)  # (2 n K, 4, 32, 32)
-            both = self.encode(torch.cat([mask_lower_half(images), images]), noise).half().cpu().numpy()
+            both = torch.cat([mask_lower_half(images), images])
+            size = 1 if device.type == "cpu" else len(both)
+            noises = noise.split(size) if noise is not None else repeat(None)
+            made = [self.encode(*pair) for pair in zip(both.split(size), noises, strict=False)]
+            both = torch.cat(made).half().cpu().numpy()
             pieces[-1][:, seen] = both.reshape(2, len(seen), variants, *shape[3:])
         masked_latents, latents = np.concatenate(pieces, axis=1)
         return masked_latents, latents

@@ -35,14 +35,13 @@ class VGG16(nn.Module):
             self.ends.append(len(layers))
         self.features = nn.Sequential(*layers)
 
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """(B, 3, H, W) -> five of (B, width, H / 2^k, W / 2^k), k = 0 to 4, each 0 or more."""
-        found, begin = [], 0
+    def forward(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """(B, 3, H, W) -> one after another five of (B, width, H / 2^k, W / 2^k), k = 0 to 4, each 0 or more."""
+        begin = 0
         for end in self.ends:
             x = self.features[begin:end](x)
-            found.append(x)
+            yield x
             begin = end
-        return found
 
 
 class Heads(nn.Module):
@@ -56,8 +55,9 @@ class Heads(nn.Module):
 
     def forward(self, differences: Iterable[torch.Tensor]) -> torch.Tensor:
         """Five of (B, width, H, W) -> (B,): weighted sums over channels, means over places, summed over stages."""
-        pairs = zip(self.children(), differences, strict=True)
-        return sum(head(difference).mean(dim=(1, 2, 3)) for head, difference in pairs)
+        weights = (head.model[1].weight[0] for head in self.children())  # (width, 1, 1) each
+        pairs = zip(weights, differences, strict=True)  # of a convolution each input would be kept
+        return sum((difference * weight).sum(dim=1).mean(dim=(1, 2)) for weight, difference in pairs)
 
 
 class LPIPS(nn.Module):
@@ -75,15 +75,18 @@ class LPIPS(nn.Module):
         are weighted by channel, averaged over places and summed over stages.
         """
         # Stage by stage, so that few of the large float32 features live at once.
-        return self.heads((a - b).square() for a, b in zip(self._unit(one), self._unit(other), strict=True))
+        stages = zip(self._look(one), self._look(other), strict=True)
+        return self.heads((self._unit(a) - self._unit(b)).square() for a, b in stages)
 
-    def _unit(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
-        """(B, 3, H, W) -> five of (B, width, H / 2^k, W / 2^k), vectors of length 1 in the heads' precision."""
-        weight, exact = self.trunk.features[0].weight, self.heads.lin0.model[1].weight.dtype
+    def _look(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> one after another the trunk's features of five stages."""
         shift, scale = (images.new_tensor(values)[:, None, None] for values in (SHIFT, SCALE))
-        for features in self.trunk(((images - shift) / scale).to(weight.dtype)):
-            features = features.to(exact)
-            yield features * (features.square().sum(dim=1, keepdim=True) + EPS).rsqrt()
+        return self.trunk(((images - shift) / scale).to(self.trunk.features[0].weight.dtype))
+
+    def _unit(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, width, H, W) -> vectors of length 1 at each place, in the heads' precision."""
+        features = features.to(self.heads.lin0.model[1].weight.dtype)
+        return features * (features.square().sum(dim=1, keepdim=True) + EPS).rsqrt()
 
 
 def load_lpips(models_dir: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> LPIPS:

@@ -204,7 +204,7 @@ def prepare_source(source: Path, about: dict, writer: CacheWriter, tools: Tools,
         usable = seen & heard & (np.arange(len(seen)) >= (CONTEXT_FRAMES if part else 0))
         if usable.any():
             sound = features[FEATURES_PER_FRAME * start :], mel[SYNC_MEL_RATE * start // VIDEO_FPS :]
-            yield writer.write(name, clip_tensors(name, cropped, usable, *sound, tools, bar), now)
+            yield writer.write(name, clip_tensors(name, cropped, usable, sound, tools=tools, bar=bar), now)
             continue
         second = start // VIDEO_FPS
         if not seen.any():
@@ -230,15 +230,16 @@ def clip_tensors(
     name: str,
     cropped: CroppedClip,
     usable: np.ndarray,
-    features: np.ndarray,
-    mel: np.ndarray,
+    sound: tuple[np.ndarray, np.ndarray],
+    *,
     tools: Tools,
     bar: Bar,
 ) -> dict[str, np.ndarray]:
     """Tensors of a clip as musetalk/cache.py lists them.
 
-    features, mel: from the clip's first frame on, to the end of the source's sound.
+    sound: features and mel from the clip's first frame on, to the end of the source's sound.
     """
+    features, mel = sound
     count = len(usable)
     crops = [faces if good else None for faces, good in zip(cropped.crops, usable, strict=True)]
     masked_latents, latents = tools.vae.encode_clip(name, counted(crops, bar), tools.contract)

@@ -45,7 +45,7 @@ def _dump(path: Path, value: object) -> None:
 
 def _load(path: str) -> object:
     with open(path, "rb") as file:
-        return pickle.load(file)
+        return pickle.load(file)  # as the original does; only of what `_dump` has just written
 
 
 def read_sample(clips: list[Path], rng: np.random.Generator) -> tuple[torch.Tensor, ...]:

@@ -10,11 +10,11 @@ from typing import Literal
 import cv2
 import numpy as np
 
+from musetalk.crop import JAW
 from musetalk.models.face_parser import CLASSES
 
 Blend = Literal["landmarks", "raw", "jaw"]
 
-JAW = slice(0, 17)  # of the 68 landmarks
 FEATHER = 0.05  # width of the soft edge, in box widths
 
 SKIN, NOSE = CLASSES.index("skin"), CLASSES.index("nose")

@@ -23,10 +23,10 @@ from musetalk.contract import ALL_FIELDS, CACHE_FIELDS, CONTRACTS, MODEL_FIELDS,
 from musetalk.models.unet import UNet
 from musetalk.models.vae import VAE, load_vae
 from musetalk.script import STOP_SIGNALS, UserError
+from musetalk.sync_check import MAX_OFFSET
 from musetalk.weights import WeightsError, load_strictly, read_tensors, unwrap
 
 MAX_STEPS = 2**53
-MAX_OFFSET = 15  # frames, as far as a sync expert's check looks
 OPTIMIZERS = {  # such that none of them makes a copy as large as the weights
     "adamw": partial(torch.optim.AdamW, fused=True),
     "adamax": partial(torch.optim.Adamax, foreach=False),

@@ -38,6 +38,7 @@ def draw_classes(landmarks: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
+    """Draw the three ways side by side: where the generated face shows, and the result."""
     frame = cv2.resize(data.astronaut()[:320, 64:384, ::-1], None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
     [[face]] = load_face_backend("mediapipe", Path(), "cpu").detect([frame])
     box = face_box(face.landmarks, frame.shape, crop="rigid")

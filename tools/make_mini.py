@@ -36,7 +36,7 @@ from tqdm import tqdm
 from whisper.model import ModelDimensions, Whisper
 
 from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, MASK_TOP, VAE_FACTOR
-from musetalk.crop import crop_face, face_box, mask_lower_half, to_tensor
+from musetalk.crop import crop_face, face_box, in_crop, mask_lower_half, to_tensor
 from musetalk.face import FaceBackend, follow_person, load_face_backend
 from musetalk.files import whole_file
 from musetalk.sample import SEEDS, render_frames
@@ -201,11 +201,6 @@ def wider_box(box: np.ndarray, frame_shape: tuple[int, ...], config: Config, rng
     centre = (box[:2] + box[2:]) / 2 + size * rng.uniform(-config.max_shift, config.max_shift, 2)
     corners = np.concatenate([centre - size / 2, centre + size / 2])
     return np.clip(corners.round(), 0, [width, height, width, height]).astype(np.int32)
-
-
-def in_crop(landmarks: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """Landmarks (68, 2) from source pixels to pixels of the 256 x 256 crop of a box (4,)."""
-    return ((landmarks - box[:2]) * IMAGE_SIZE / (box[2:] - box[:2])).astype(np.float32)
 
 
 # ---- Network ---------------------------------------------------------------------------------------------

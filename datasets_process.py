@@ -51,7 +51,7 @@ from musetalk.crop import MIN_FACE, CroppedClip, crop_clips
 from musetalk.face import FACE_BACKENDS, FaceBackend, load_face_backend
 from musetalk.files import own_folder, write_whole
 from musetalk.models.audio_encoder import AudioEncoder, load_audio_encoder
-from musetalk.models.vae import VAE, load_vae
+from musetalk.models.vae import VAE, knows_bfloat16, load_vae
 from musetalk.sample import make_sample
 from musetalk.script import Device, Pixels, Shift, Workers, check_constants, printable, run_script
 from musetalk.sources import Source, find_sources, independent
@@ -77,7 +77,7 @@ class PrepareConfig:
     contract: Literal["rigid", "musetalk_v15", "musetalk_v1"] = "rigid"  # the latter two are of the published weights
     bbox_shift: Shift = 0  # source pixels that the border of the mask moves down
     margins: tuple[Pixels, ...] = ()  # source pixels below the chin; () is the contract's own
-    encode_dtype: Literal["float32", "bfloat16", ""] = ""  # bfloat16 takes half the time; "" is the contract's own
+    encode_dtype: Literal["float32", "bfloat16", ""] = ""  # "" is the contract's own, or float32 where bfloat16 is slow
 
     # Run
     face_backend: Literal["mediapipe", "dwpose", "mmpose"] = "mediapipe"  # dwpose is what MuseTalk uses
@@ -159,7 +159,7 @@ def load_tools(config: PrepareConfig) -> Tools:
         base,
         bbox_shift=config.bbox_shift,
         margins=config.margins or base.margins,
-        encode_dtype=config.encode_dtype or base.encode_dtype,
+        encode_dtype=config.encode_dtype or (base.encode_dtype if knows_bfloat16(config.device) else "float32"),
     )
     if config.device == "cpu":
         torch.set_num_threads(1)  # with more, a batch of another size would give other last bits

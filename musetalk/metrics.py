@@ -63,6 +63,27 @@ def mouth_landmark_distance(faces: Sequence[Face | None], truth: Sequence[Face |
     return float(np.mean(distances)) if distances else float("nan")
 
 
+def mouth_jitter(faces: Sequence[Face | None]) -> float:
+    """How unsteadily the 20 lip points of T faces move: their mean second difference, in distances of the eye corners.
+
+    Of the lips as the eyes see them, whatever the head does. In pixels of crops or frames. Frames without a face and
+    their neighbours do not count; nan where no three faces follow each other.
+    """
+    second = []
+    for before, face, after in zip(faces, faces[1:], faces[2:], strict=False):
+        if before is not None and face is not None and after is not None:
+            lips = [_lips(one) for one in (before, face, after)]
+            second.append(np.abs(lips[0] - 2 * lips[1] + lips[2]).mean())
+    return float(np.mean(second)) if second else float("nan")
+
+
+def _lips(face: Face) -> np.ndarray:
+    """Lip points complex (20,) of a face, with the outer corners of its eyes at -1/2 and 1/2."""
+    points = face.landmarks[:, 0] + 1j * face.landmarks[:, 1]
+    left, right = points[list(EYE_CORNERS)]
+    return (points[LIPS] - (left + right) / 2) / ((right - left) or 1e-6)
+
+
 def psnr(image: np.ndarray, truth: np.ndarray) -> float:
     """Peak signal-to-noise ratio of an image BGR uint8 (H, W, 3) in dB, inf where it equals the truth."""
     with np.errstate(divide="ignore"):

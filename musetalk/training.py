@@ -21,7 +21,7 @@ from musetalk.cache import Cache
 from musetalk.checkpoint import GO_BACK, find_unet, load_latest_state, read_unet_contract
 from musetalk.contract import ALL_FIELDS, CACHE_FIELDS, CONTRACTS, MODEL_FIELDS, OWN_CONSTANTS, FeatureContract
 from musetalk.models.unet import UNet
-from musetalk.models.vae import VAE, load_vae
+from musetalk.models.vae import VAE, knows_bfloat16, load_vae
 from musetalk.script import STOP_SIGNALS, UserError
 from musetalk.sync_check import MAX_OFFSET
 from musetalk.weights import WeightsError, load_strictly, read_tensors, unwrap
@@ -200,9 +200,7 @@ def resume(state: TrainState, run_dir: Path, contract: FeatureContract) -> bool:
 
 def precision() -> str:
     """bf16 where the device computes in it, else full float32; accelerate's word for it."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "no"
+    return "bf16" if knows_bfloat16("cuda" if torch.cuda.is_available() else "cpu") else "no"
 
 
 def frozen_dtype(accelerator: Accelerator) -> torch.dtype:

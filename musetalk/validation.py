@@ -26,6 +26,7 @@ from musetalk.metrics import (
     correlation,
     detect_in_crops,
     known_mean,
+    mouth_jitter,
     mouth_landmark_distance,
     mouth_opening,
     psnr,
@@ -63,12 +64,22 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Look:
+    """What was generated for a window of F frames, by the name of what the UNet was given."""
+
+    window: Window
+    truth: np.ndarray  # BGR uint8 (F, 256, 256, 3)
+    images: dict[str, np.ndarray]  # the same of "prediction", "other audio", "other reference" and "silence"
+    openings: dict[str, np.ndarray]  # (F,), of the mouths in them, nan where no face is found
+    given: np.ndarray  # (F,), true openings that belong to the other audio
+
+
+@dataclass(frozen=True)
 class Validation:
-    """figures: by name; of a measure also `<name>_truth` and `<name>_reference`. faces, curves: BGR uint8 pictures."""
+    """figures: by name; of a measure also `<name>_truth` and `<name>_reference`."""
 
     figures: dict[str, float]
-    faces: np.ndarray
-    curves: np.ndarray
+    looks: list[Look]
 
     def __str__(self) -> str:
         """The measures as a table, and the probes."""
@@ -84,8 +95,8 @@ class Validation:
         """Tell of it: a table for people, figures for programs, pictures."""
         log.line(f"step {step}, on clips held out\n{self}")
         log.store(step, {f"val_{name}": value for name, value in self.figures.items() if math.isfinite(value)})
-        log.picture(step, self.faces, "validation")
-        log.picture(step, self.curves, "mouths")
+        log.picture(step, draw_faces(self.looks), "validation")
+        log.picture(step, draw_curves(self.looks), "mouths")
         log.curves()
 
 
@@ -112,28 +123,26 @@ class Validator:
         windows = [window for clip in chosen if (window := choose_window(clip, self.frames))]
         if not windows:
             raise CacheError(f"{self.cache.folder}: no clip held out has {MIN_FRAMES + 2 * GAP} usable frames in a row")
-        measures, probes, rows, curves = [], [], [], []
+        measures, probes, looks = [], [], []
         for window, other in zip(windows, windows[1:] + windows[:1], strict=True):
             truth = np.stack([window.clip.image(frame) for frame in range(window.start, window.stop)])
-            windows_given, openings_given = self._other_audio(window, other)
-            shown = {
+            other_audio, given = self._other_audio(window, other)
+            images = {
                 "prediction": self._generate(window, window.closed),
-                "other audio": self._generate(window, window.closed, windows_given),
+                "other audio": self._generate(window, window.closed, other_audio),
                 "other reference": self._generate(window, window.open),
                 "silence": self._generate(window, window.closed, self._silence(window.stop - window.start)),
             }
-            measures.append(self._measure(window, truth, shown["prediction"]))
-            openings = {name: self._openings(images) for name, images in shown.items()}
-            probes.append(self._probe(window, openings, openings_given))
-            moments = np.linspace(0, len(truth) - 1, MOMENTS).astype(int)
-            rows += [np.hstack(list(images[moments])) for images in (truth, *shown.values())]
-            curves.append((window.clip.name, window.openings, openings, openings_given))
+            openings = {name: self._openings(made) for name, made in images.items()}
+            looks.append(Look(window, truth, images, openings, given))
+            measures.append(self._measure(window, truth, images["prediction"]))
+            probes.append(self._probe(looks[-1]))
         figures = {
             name: known_mean(np.array([report[name] for report in reports]))
             for reports in (measures, probes)
             for name in reports[0]
         }
-        return Validation(figures, np.vstack(rows), draw_curves(curves))
+        return Validation(figures, looks)
 
     def _generate(self, window: Window, reference: int, audio: np.ndarray | None = None) -> np.ndarray:
         """BGR uint8 (F, 256, 256, 3) of a window's frames with one reference frame, by its own audio or (F, W, D)."""
@@ -182,7 +191,9 @@ class Validator:
                 found[f"ssim{where}{column}"] = float(np.mean([ssim(a, b) for a, b in zip(one, other, strict=True)]))
                 if self.distance:
                     found[f"lpips{where}{column}"] = self._lpips(one, other)
-            found[f"lmd{column}"] = mouth_landmark_distance(detect_in_crops(images, self.backend), faces)
+            seen = detect_in_crops(images, self.backend)
+            found[f"lmd{column}"] = mouth_landmark_distance(seen, faces)
+            found[f"jitter{column}"] = mouth_jitter(seen)
             if self.expert and len(images) >= self.expert.frames:
                 found |= {f"{name}{column}": value for name, value in self._sync(window, images).items()}
         return found
@@ -199,13 +210,14 @@ class Validator:
         similarities = offset_sweep(self.expert, images, window.clip.tensor("mel"), window.start)
         return {"sync_confidence": sync_confidence(similarities), "sync_offset": float(sync_offset(similarities))}
 
-    def _probe(self, window: Window, openings: dict[str, np.ndarray], given: np.ndarray) -> dict[str, float]:
-        """What the mouth follows. openings: (F,) of each generated row. given: true openings of the other audio."""
+    def _probe(self, look: Look) -> dict[str, float]:
+        """What the mouth follows."""
+        window, openings = look.window, look.openings
         closed, open_ = true_openings(window.clip, [window.closed, window.open])
         moved = known_mean(openings["other reference"]) - known_mean(openings["prediction"])
         return {
             "r_own_audio": correlation(openings["prediction"], window.openings),
-            "r_other_audio": correlation(openings["other audio"], given),
+            "r_other_audio": correlation(openings["other audio"], look.given),
             "r_audio_not_heard": correlation(openings["other audio"], window.openings),
             "reference_share": float(moved / max(open_ - closed, 1e-6)),
             "opening_in_silence": known_mean(openings["silence"]),
@@ -238,18 +250,27 @@ def true_openings(clip: Clip, frames: Sequence[int]) -> np.ndarray:
     return np.array([mouth_opening(Face(np.zeros(4), points_, 1.0)) for points_ in points])
 
 
-def draw_curves(curves: list[tuple[str, np.ndarray, dict[str, np.ndarray], np.ndarray]]) -> np.ndarray:
-    """Openings over time, a row for each clip: with its own audio, and with another one. BGR uint8."""
-    figure = Figure(figsize=(12, 2.2 * len(curves)), layout="constrained")
-    axes = figure.subplots(len(curves), 2, squeeze=False)
-    for (name, own, openings, given), (left, right) in zip(curves, axes, strict=True):
-        left.plot(own, color="black", label="true mouth")
-        left.plot(openings["prediction"], label="prediction")
-        left.plot(openings["silence"], linewidth=0.8, label="in silence")
-        left.set_title(name, fontsize=8)
-        right.plot(given, color="black", label="true mouth of the audio given")
-        right.plot(openings["other audio"], label="prediction")
-        right.plot(own, color="grey", linewidth=0.8, label="true mouth of the video")
+def draw_faces(looks: Sequence[Look]) -> np.ndarray:
+    """Moments of each look, BGR uint8: a row of the truth and of all that was generated."""
+    rows = []
+    for look in looks:
+        moments = np.linspace(0, len(look.truth) - 1, MOMENTS).astype(int)
+        rows += [np.hstack(list(images[moments])) for images in (look.truth, *look.images.values())]
+    return np.vstack(rows)
+
+
+def draw_curves(looks: Sequence[Look]) -> np.ndarray:
+    """Openings over time, a row for each look: with its own audio, and with another one. BGR uint8."""
+    figure = Figure(figsize=(12, 2.2 * len(looks)), layout="constrained")
+    axes = figure.subplots(len(looks), 2, squeeze=False)
+    for look, (left, right) in zip(looks, axes, strict=True):
+        left.plot(look.window.openings, color="black", label="true mouth")
+        left.plot(look.openings["prediction"], label="prediction")
+        left.plot(look.openings["silence"], linewidth=0.8, label="in silence")
+        left.set_title(look.window.clip.name, fontsize=8)
+        right.plot(look.given, color="black", label="true mouth of the audio given")
+        right.plot(look.openings["other audio"], label="prediction")
+        right.plot(look.window.openings, color="grey", linewidth=0.8, label="true mouth of the video")
     for axis in axes.flat:
         axis.set_ylabel("mouth opening", fontsize=7)
         axis.tick_params(labelsize=7)

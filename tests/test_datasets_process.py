@@ -15,6 +15,7 @@ from typing import get_args, get_type_hints
 import cv2
 import numpy as np
 import pytest
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -289,6 +290,23 @@ def test_the_contract_says_whose_landmarks_made_the_boxes(name, mini, monkeypatc
     assert tools.backend == name and tools.contract.face_backend == {"mmpose": "dwpose"}.get(name, name)
 
 
+@pytest.mark.parametrize(
+    ("contract", "asked", "known", "made"),
+    [
+        ("rigid", "", True, "bfloat16"),
+        ("rigid", "", False, "float32"),
+        ("rigid", "bfloat16", False, "bfloat16"),
+        ("musetalk_v15", "", True, "float32"),
+    ],
+)
+def test_bfloat16_is_only_chosen_where_the_device_computes_in_it(contract, asked, known, made, mini, monkeypatch):
+    monkeypatch.setattr(datasets_process, "knows_bfloat16", lambda device: known)
+    config = PrepareConfig(models_dir=mini, contract=contract, encode_dtype=asked)
+    tools = datasets_process.load_tools(config)
+    assert tools.contract.encode_dtype == made
+    assert tools.vae.autoencoder.dtype is getattr(torch, made)
+
+
 # Several processes.
 
 
@@ -422,7 +440,7 @@ def test_real_clips(clips, tmp_path):
     shutil.copy(clips / "identities.json", videos)
     for name in ("talking_a", "WDA_AlexandriaOcasioCortez_000", "cartoon_no_audio", "people/person_7"):
         shutil.copy(clips / f"{name}.mp4", videos / f"{name}.mp4")
-    prepare(PrepareConfig(hdtf_dir=videos, hdtf_samples_dir=tmp_path / "cache", encode_dtype="bfloat16"))
+    prepare(PrepareConfig(hdtf_dir=videos, hdtf_samples_dir=tmp_path / "cache"))
     cache = Cache(tmp_path / "cache")
     assert list(cache.clips) == ["WDA_AlexandriaOcasioCortez_000", "people__person_7", "talking_a"]
     assert [len(clip) for clip in cache.clips.values()] == [200, 316, 153]

@@ -16,6 +16,7 @@ from musetalk.metrics import (
     CROP_BORDER,
     correlation,
     detect_in_crops,
+    mouth_jitter,
     mouth_landmark_distance,
     mouth_opening,
     mouth_openings,
@@ -209,3 +210,27 @@ def test_more_noise_is_less_alike_and_the_order_makes_no_difference(seed, noise)
 def test_pictures_of_another_size_are_an_error(picture, measure):
     with pytest.raises(ValueError):
         measure(picture, picture[:32])
+
+
+def test_jitter_is_of_the_lips_as_the_eyes_see_them():
+    """Lips that go on evenly, on a head that moves, grows and turns as it likes, do not jitter; a jump is measured."""
+    rng = np.random.default_rng(0)
+    lips = rng.uniform(20, 60, (20, 2)).astype(np.float32)
+    faces = []
+    for k in range(6):
+        one = face((0, 0, 0), eyes=60)
+        one.landmarks[48:] = lips + k
+        tilt = 0.1 * k * k
+        turn = np.array([[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]])
+        faces.append(Face(one.box, ((1 + k) * one.landmarks @ turn + 7 * k**3).astype(np.float32), one.score))
+    assert mouth_jitter(faces) == pytest.approx(0, abs=1e-4)
+    still = [face((0, 0, 0), eyes=60) for _ in range(3)]
+    still[1].landmarks[48:, 1] += 6  # a tenth of the eyes' distance down and back: 2 x 0.1
+    assert mouth_jitter(still) == pytest.approx(0.2)
+
+
+def test_jitter_needs_three_faces_in_a_row():
+    one = face((1, 2, 3), eyes=60)
+    assert np.isnan(mouth_jitter([one, one, None, one, one])) and np.isnan(mouth_jitter([]))
+    assert mouth_jitter([one, one, None, one, one, one]) == 0
+    assert np.isfinite(mouth_jitter([face((0, 0, 0), eyes=0)] * 3))

@@ -2,11 +2,12 @@
 # make test: the checks that CI runs
 # make test-mmpose: those that need mmpose, in an environment of their own
 # make bench: what training, a cache and inference cost, held against targets, about 10 minutes on 2 cores
+# make evidence: which part of the recipe helps, hours on 2 cores, in pieces that go on where they were stopped
 # make torture: tries to lose something by kills, full disks and denied writes, about an hour on 2 cores
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-mmpose bench torture clean
+.PHONY: demo test test-mmpose bench evidence torture clean
 
 demo: .venv/installed
 	$(BIN)/python datasets_process.py
@@ -23,6 +24,9 @@ test-mmpose: .venv-mmpose/installed
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks
+
+evidence: .venv/installed
+	$(BIN)/python -m benchmarks.evidence
 
 torture: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.torture

@@ -241,10 +241,13 @@ def clip_tensors(
     """
     features, mel = sound
     count = len(usable)
-    crops = [faces if good else None for faces, good in zip(cropped.crops, usable, strict=True)]
-    masked_latents, latents = tools.vae.encode_clip(name, counted(crops, bar), tools.contract)
     none = [None] * len(tools.contract.margins)
-    jpegs, offsets = encode_jpegs([image for faces in crops for image in faces or none])
+
+    def crops() -> Iterator[np.ndarray | None]:
+        return (images if good else None for images, good in zip(cropped.crops, usable, strict=True))
+
+    masked_latents, latents = tools.vae.encode_clip(name, counted(crops(), bar), tools.contract)
+    jpegs, offsets = encode_jpegs(image for images in crops() for image in (none if images is None else images))
     unknown = np.zeros((68, 2))
     landmarks = np.stack([unknown if face is None else face.landmarks for face in cropped.faces])
     return {

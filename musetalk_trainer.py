@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 from losses.adversarial import Adversary
 from losses.discriminator import PatchDiscriminator
-from losses.objective import ADVERSARIAL, Objective
+from losses.objective import ADVERSARIAL, Decode, Objective
 from losses.pixel_branch import Terms
 from musetalk.cache import Cache
 from musetalk.checkpoint import save_state, save_unet
@@ -46,6 +47,7 @@ from musetalk.crop import crop_mouth, to_tensor
 from musetalk.dataset import FaceDataset, split_clips
 from musetalk.files import own_folder
 from musetalk.models.syncnet import SyncNet, load_syncnet
+from musetalk.models.tiny_decoder import load_tiny_decoder
 from musetalk.models.unet import build_unet
 from musetalk.models.vae import VAE
 from musetalk.models.vgg import load_lpips
@@ -124,6 +126,8 @@ class TrainConfig:
     )
     pixel_every: Count = 1  # steps between those with losses on images, which cost most of the time
     chunk_size: Count = 1  # samples decoded at once for them: 0.8 GiB each at full size
+    tiny_decoder: str = ""  # file of tools/distil_decoder.py through which they are taken; "": the VAE's own decoder
+    full_decoder_every: CountOrZero = 0  # of those steps, one takes the VAE's own all the same; 0: none
     adversarial_start: CountOrZero = 0  # step from which discriminators learn and are heard
     adaptive_every: CountOrZero = (
         0  # of those steps, one measures how much adv_g must weigh to pull as they do; 0: none
@@ -336,6 +340,10 @@ def check(config: TrainConfig) -> None:
         raise TrainError("adversarial_start must be 0 where only discriminators have a weight")
     if config.adaptive_every and not heard & {"pixel_l1", "lpips"}:
         raise TrainError("adaptive_every must be 0 where neither pixel_l1 nor lpips has a weight to be as strong as")
+    if config.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        raise TrainError(
+            "compile must be False here: torch.compile needs a C++ compiler, g++ or the one that CXX names"
+        )
 
 
 def open_dataset(
@@ -395,9 +403,15 @@ def build_objective(
     expert = load_syncnet(config.models_dir, config.sync_expert, *frozen) if "sync" in heard else None
     if expert and expert.frames != config.frames:
         raise TrainError(f"frames must be {expert.frames}, as {config.sync_expert} sees them, not {config.frames}")
+    tiny = load_tiny_decoder(Path(config.tiny_decoder), vae) if config.tiny_decoder else None
+
+    def decoder(turn: int) -> Decode:
+        own = tiny is None or (config.full_decoder_every and turn % config.full_decoder_every == 0)
+        return vae.decode if own else tiny.decode
+
     objective = Objective(
         heard,
-        vae.decode,
+        decoder,
         to_tensor,
         config.chunk_size,
         distance=load_lpips(config.models_dir, *frozen) if "lpips" in heard else None,
@@ -469,12 +483,12 @@ def training_step(
     pred_latents = state.unet(unet_input, data["audio_window"].to(dtype))
     count, rest = divmod(state.step + 1, config.pixel_every)  # of steps with losses on images
     adversarial = bool(state.adversaries) and state.step >= config.adversarial_start
-    pixels = rest == 0 and objective.sees_images(adversarial)
-    playing = pixels and adversarial
+    turn = count if rest == 0 and objective.sees_images(adversarial) else 0
+    playing = turn > 0 and adversarial
     if playing and state.pulls and measure and count % config.adaptive_every == 0:
-        objective.measure_pulls(pred_latents, state.unet.model.conv_out.weight, data)
+        objective.measure_pulls(pred_latents, state.unet.model.conv_out.weight, data, turn)
         broadcast(state.pulls)  # those that the first process has measured
-    loss, terms, images = objective.generator(pred_latents, data, pixels=pixels, adversarial=adversarial)
+    loss, terms, images = objective.generator(pred_latents, data, turn=turn, adversarial=adversarial)
     accelerator.backward(loss / config.grad_accum_steps)
 
     # The discriminators, against what was just made.

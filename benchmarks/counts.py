@@ -20,6 +20,7 @@ from musetalk.models.vae import VAE
 from musetalk_trainer import PRESETS, TrainConfig
 
 ORIGINAL = replace(PRESETS["original"], models_dir=ROOT / "models", batch_size=32)
+TINY_DECODER = replace(ORIGINAL, tiny_decoder="any")
 CHECKPOINTED = replace(ORIGINAL, gradient_checkpointing=True)
 # Of an accumulated step the second part holds most, since it begins with the gradients of the first.
 STAGE2 = replace(PRESETS["stage2"], models_dir=ROOT / "models", grad_accum_steps=2)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks import counts, timings
+from benchmarks import counts, inference, timings
 from benchmarks.workplace import Measured, Workplace
 
 RELATIONS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
@@ -33,6 +33,10 @@ class Figure:
 
 FIGURES = (
     Figure("train_tflop_per_sample", "TFLOP", "<=", 1.95, lambda _: counts.tflop_per_sample(counts.ORIGINAL)),
+    Figure(
+        *("train_tflop_per_sample_tiny_decoder", "TFLOP", "<=", 0.8),
+        lambda _: counts.tflop_per_sample(counts.TINY_DECODER),
+    ),
     Figure("train_gib_b32", "GiB", "<=", 21.5, lambda _: counts.peak_gib(counts.ORIGINAL)),
     Figure("train_gib_b32_ckpt", "GiB", "<=", 14.5, lambda _: counts.peak_gib(counts.CHECKPOINTED)),
     Figure("stage2_gib_2x16", "GiB", "<=", 22, lambda _: counts.peak_gib(counts.STAGE2)),
@@ -43,5 +47,6 @@ FIGURES = (
     Figure("preprocess_nonmodel_ratio", "x", ">=", 2.7, timings.preprocess_nonmodel_ratio),
     Figure("vae_encode_cpu_ratio", "x", ">=", 2.3, timings.vae_encode_cpu_ratio),
     Figure("preprocess_ratio", "x", ">=", 2, timings.preprocess_ratio),
-    Figure("pipeline_overhead", "x", "<=", 1.5, timings.pipeline_overhead),
+    Figure("pipeline_overhead", "x", "<=", 1.5, inference.pipeline_overhead),
+    Figure("inference_memory_ratio", "x", "<=", 1.1, inference.inference_memory_ratio),
 )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import os
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr
 from itertools import islice
 from pathlib import Path, PurePath
 from statistics import median
@@ -14,28 +12,23 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
-from torch import nn
 
-from benchmarks import ROOT, original
-from benchmarks.workplace import WHISPER_TINY, Measured, NotHereError, Workplace, cut, prepare_quietly
+from benchmarks import original
+from benchmarks.silent import recalling_backend, silent_vae
+from benchmarks.workplace import Measured, NotHereError, Workplace, cut, prepare_quietly
 from datasets_process import PrepareConfig
 from musetalk.cache import encode_jpegs
-from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, LATENT_SIZE, RIGID
+from musetalk.contract import IMAGE_SIZE, RIGID
 from musetalk.crop import crop_clips, face_box
 from musetalk.dataset import FaceDataset
 from musetalk.face.mediapipe import MediapipeFaceMesh
-from musetalk.files import read_json
-from musetalk.models.audio_encoder import SEGMENT_STATES
-from musetalk.models.vae import VAE, load_vae
-from musetalk.pipeline import LipSyncPipeline
-from musetalk.video import read_audio, read_frames, write_video
+from musetalk.models.vae import knows_bfloat16, load_vae
+from musetalk.video import read_frames
 
 REPEATS = 5
 SAMPLES = 200  # read by each side in turn
 ENCODED = 2  # images that a full-size VAE encodes in turn
 PREPARED_SECONDS, PREPARED_FRAMES = (0.2, 1.0), 6  # of two clips by us, frames by the original
-OUTPUT_SAMPLE_RATE = 48_000
 
 
 def ratio(
@@ -83,7 +76,7 @@ def preprocess_nonmodel_ratio(workplace: Workplace) -> Measured:
     def ours() -> None:
         for name, cropped, _ in crop_clips(PurePath(video.name), read_frames(video), backend, RIGID):
             vae.encode_clip(name, cropped.crops, RIGID)
-            encode_jpegs([image for images in cropped.crops for image in images])
+            encode_jpegs(image for images in cropped.crops for image in images)
 
     return ratio(lambda: list(original.crop_frames(video, box, folder)), ours)
 
@@ -134,71 +127,7 @@ def preprocess_ratio(workplace: Workplace) -> Measured:
     return Measured(original_took / ours_took, f"{original_took:.2f} s over {ours_took:.2f} s")
 
 
-def pipeline_overhead(workplace: Workplace) -> Measured:
-    """Inference without its networks over decoding and encoding the same video alone, in CPU time."""
-    video, output = workplace.video, workplace.folder / "out.mp4"
-    pipeline = LipSyncPipeline(Silent(LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE), silent_vae(), RIGID, ROOT / "models")
-    pipeline.backend, pipeline.audio_encoder = recalling_backend(), SilentAudioEncoder()
-
-    def ours() -> None:
-        with redirect_stderr(io.StringIO()):
-            pipeline(video, video, output)
-
-    def floor() -> None:
-        write_video(output, read_frames(video), read_audio(video, OUTPUT_SAMPLE_RATE), OUTPUT_SAMPLE_RATE)
-
-    return ratio(ours, floor)
-
-
 def require_bf16() -> None:
     """Raises NotHereError where the CPU does not compute in bfloat16."""
-    if not torch.cpu.get_capabilities().get("avx512_bf16"):
+    if not knows_bfloat16("cpu"):
         raise NotHereError("this CPU does not compute in bfloat16")
-
-
-class Silent(nn.Module):
-    """A network that costs nothing: zeros of one shape for each of a batch."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.shape, self.weight = shape, nn.Parameter(torch.zeros(()))
-
-    def forward(self, values: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-        """(B, ...) -> (B, *shape)."""
-        return values.new_zeros(len(values), *self.shape)
-
-
-class SilentAudioEncoder:
-    """Whisper tiny's encoder without its work."""
-
-    shape, mel_bins = (WHISPER_TINY.n_audio_layer + 1, WHISPER_TINY.n_audio_state), WHISPER_TINY.n_mels
-
-    def __call__(self, mel: torch.Tensor, final_layer_norm: bool) -> torch.Tensor:
-        """(mel_bins, 3000) -> (1500, S, D)."""
-        return torch.zeros(SEGMENT_STATES, *self.shape)
-
-
-def silent_vae() -> VAE:
-    """The VAE without the work of its encoder and decoder."""
-    autoencoder = AutoencoderKL.from_config(read_json(ROOT / "models/mini/sd-vae-ft-mse/config.json"))
-    autoencoder.encoder = Silent(2 * LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
-    autoencoder.decoder = Silent(3, IMAGE_SIZE, IMAGE_SIZE)
-    return VAE(autoencoder)
-
-
-class Recalling:
-    """One of MediaPipe's networks, asked once: it gives the same answer ever after."""
-
-    def __init__(self, network: object) -> None:
-        self.network, self.answer = network, None
-
-    def process(self, image: np.ndarray) -> object:
-        self.answer = self.answer or self.network.process(image)
-        return self.answer
-
-
-def recalling_backend() -> MediapipeFaceMesh:
-    """The face backend without the work of its networks: all frames have the face of the first."""
-    backend = MediapipeFaceMesh()
-    backend.detector, backend.mesh = Recalling(backend.detector), Recalling(backend.mesh)
-    return backend

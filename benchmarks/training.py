@@ -34,6 +34,7 @@ from musetalk.contract import (
 )
 from musetalk.files import read_json
 from musetalk.models.syncnet import PIXEL, StableSyncNet
+from musetalk.models.tiny_decoder import TinyDecoder
 from musetalk.models.vae import VAE
 from musetalk.models.vgg import LPIPS, VGG16, Heads
 from musetalk.training import TrainState
@@ -109,6 +110,7 @@ def training(config: TrainConfig) -> Iterator[Training]:
     """
     untrained = {
         "load_lpips": lambda _, device, dtype: LPIPS(VGG16().to(device, dtype), Heads().to(device)),
+        "load_tiny_decoder": lambda *_: freeze(TinyDecoder()).to(torch.bfloat16),
         "load_syncnet": lambda _, __, device, dtype: freeze(StableSyncNet(PIXEL)).to(device, dtype),
     }
     AcceleratorState._reset_state(reset_partial_state=True)  # it is one for all of a process, and may be another

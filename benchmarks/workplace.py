@@ -145,6 +145,20 @@ def enlarge(video: Path, path: Path) -> None:
                 target.mux(packet)
 
 
+def repeat(video: Path, path: Path, seconds: float) -> None:
+    """The pictures of a video again and again, as they are encoded, for at least so long. Without its sound."""
+    with av.open(str(video)) as source, av.open(str(path), "w") as target:
+        picture = source.streams.video[0]
+        copied, begun = target.add_stream_from_template(picture), 0
+        while begun * picture.time_base < seconds:
+            source.seek(0)
+            for packet in source.demux(picture):
+                if packet.dts is not None:
+                    packet.pts, packet.dts, packet.stream = packet.pts + begun, packet.dts + begun, copied
+                    target.mux(packet)
+            begun += picture.duration
+
+
 def prepare_quietly(config: PrepareConfig) -> Cache:
     """What datasets_process.py makes."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):

@@ -16,6 +16,7 @@ from losses.reconstruction import latent_l1, pixel_l1
 from losses.sync import sync_loss
 
 Batch = dict[str, torch.Tensor]
+Decode = Callable[[torch.Tensor], torch.Tensor]
 View = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 ADVERSARIAL = ("adv_g", "feat_match")  # a discriminator's terms for the generator; its own is adv_d
@@ -30,7 +31,7 @@ class Objective:
     """
 
     weights: dict[str, float]  # over 0
-    decode: Callable[[torch.Tensor], torch.Tensor]  # latents -> images
+    decoder: Callable[[int], Decode]  # latents -> images, at the n-th of the steps that have losses on images
     to_tensor: Callable[[torch.Tensor], torch.Tensor]  # stored images -> images
     chunk_size: int  # samples decoded at once
     distance: Distance | None = None  # LPIPS
@@ -45,20 +46,21 @@ class Objective:
         return bool(self.weights.keys() - {"latent_l1"} - (set() if adversarial else told))
 
     def generator(
-        self, pred_latents: torch.Tensor, batch: Batch, *, pixels: bool, adversarial: bool
+        self, pred_latents: torch.Tensor, batch: Batch, *, turn: int, adversarial: bool
     ) -> tuple[torch.Tensor, Terms, torch.Tensor | None]:
-        """Loss to call backward on, terms detached, and the images decoded for `discriminators`, None without pixels.
+        """Loss to call backward on, terms detached, and the images decoded for `discriminators`, None without any.
 
-        pred_latents: (N, 4, 32, 32). pixels: take the terms on images. adversarial: with those of the discriminators.
+        pred_latents: (N, 4, 32, 32). turn: which of the steps that have losses on images this is, 0 for another one.
+        adversarial: with those of the discriminators.
         """
         terms = {"latent_l1": latent_l1(pred_latents, batch["target_latents"])} if "latent_l1" in self.weights else {}
         loss = weighted_sum(terms, self.weights)
         terms = {name: value.detach() for name, value in terms.items()}
-        if not pixels:
+        if not turn:
             return loss, terms, None
         branch = pixel_branch(
             pred_latents,
-            self.decode,
+            self.decoder(turn),
             partial(self._image_terms, batch, adversarial),
             self._weights(),
             self.chunk_size,
@@ -76,14 +78,14 @@ class Objective:
             for ending, adversary in self.adversaries.items()
         }
 
-    def measure_pulls(self, pred_latents: torch.Tensor, last_weight: torch.Tensor, batch: Batch) -> None:
+    def measure_pulls(self, pred_latents: torch.Tensor, last_weight: torch.Tensor, batch: Batch, turn: int) -> None:
         """Let each adv_g pull at the generator's last layer as hard as the reconstruction, judged by one chunk.
 
         pred_latents: with their graph, which is kept. last_weight: of the layer that they come from.
         """
         chunk = slice(0, self.chunk_size)
         leaf = pred_latents[chunk].detach().requires_grad_()
-        terms = self._image_terms(batch, True, self.decode(leaf), chunk)
+        terms = self._image_terms(batch, True, self.decoder(turn)(leaf), chunk)
         fidelity = {name: value for name, value in terms.items() if name in ("pixel_l1", "lpips")}
 
         def at_last_layer(loss: torch.Tensor) -> torch.Tensor:

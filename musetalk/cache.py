@@ -15,7 +15,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from reprlib import repr as short
 
@@ -92,7 +92,7 @@ def identity_of(source: PurePath, identities: dict[str, str]) -> str:
     return identities.get(path) or (hdtf[1] if hdtf else path)
 
 
-def encode_jpegs(images: Sequence[np.ndarray | None]) -> tuple[np.ndarray, np.ndarray]:
+def encode_jpegs(images: Iterable[np.ndarray | None]) -> tuple[np.ndarray, np.ndarray]:
     """BGR uint8 (256, 256, 3) images, None for one that is missing -> `face_jpeg` and `face_jpeg_offsets`."""
     pieces = [
         np.zeros(0, np.uint8) if image is None else cv2.imencode(".jpg", image, JPEG_OPTIONS)[1] for image in images

@@ -6,10 +6,13 @@ Only `to_tensor` and `to_uint8` convert.
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import PurePath
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -33,16 +36,66 @@ MOUTH_PADDING = 0.15  # of its width, on either side of a mouth in its box
 MOUTH_SIZE = (64, 128)  # pixels, height and width of a mouth crop
 
 
+class Crops(Sequence):
+    """For each of T frames its K crops BGR uint8 (K, 256, 256, 3), or None.
+
+    They are in a file without a name: those of a minute are 300 MB.
+    """
+
+    def __init__(self, variants: int) -> None:
+        self.shape = variants, IMAGE_SIZE, IMAGE_SIZE, 3
+        self.file = tempfile.TemporaryFile()
+        self.places: list[int | None] = []  # in the file, of each frame's crops
+
+    def put(self, images: list[np.ndarray]) -> int:
+        """Write the K crops of a face to the end of the file. Returns their place."""
+        place = self.file.tell()
+        self.file.write(np.stack(images))
+        return place
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> np.ndarray | None:
+        if (place := self.places[index]) is None:
+            return None
+        self.file.seek(place)
+        return np.frombuffer(self.file.read(math.prod(self.shape)), np.uint8).reshape(self.shape)
+
+
+class SeenFace(NamedTuple):
+    """A face, its K boxes and the place of its crops, in plain numbers, while frames come and go.
+
+    Arrays would lie where frames were that have been let go of, so that the next frame has no room there and takes new
+    memory: 4 GB for a minute of 1280 x 720.
+    """
+
+    box: list[float]
+    landmarks: list[list[float]]
+    dtype: np.dtype  # of both
+    score: float
+    boxes: list[list[int]]
+    place: int
+
+    @classmethod
+    def of(cls, face: Face, boxes: list[np.ndarray], place: int) -> SeenFace:
+        numbers = face.box.tolist(), face.landmarks.tolist(), face.landmarks.dtype, face.score
+        return cls(*numbers, [box.tolist() for box in boxes], place)
+
+    def face(self) -> Face:
+        return Face(np.array(self.box, self.dtype), np.array(self.landmarks, self.dtype), self.score)
+
+
 @dataclass(frozen=True)
 class CroppedClip:
     """One person through T frames, in K margin variants.
 
-    faces: T faces, None where the person is not seen. crops: for each face K BGR uint8 (256, 256, 3), else None.
+    faces: T faces, None where the person is not seen. crops: of each face, None where there is none.
     boxes: int32 (T, K, 4) in source pixels, zero where there is no face.
     """
 
     faces: list[Face | None]
-    crops: list[list[np.ndarray] | None]
+    crops: Crops
     boxes: np.ndarray
 
 
@@ -52,25 +105,29 @@ def crop_person(frames: Iterable[np.ndarray], backend: FaceBackend, contract: Fe
     frames: BGR uint8 (H, W, 3). Every face is cropped as it comes and the frame let go; who the person is shows
     at the end.
     """
-    found: list[list[Face]] = []
-    cropped: dict[int, tuple[list[np.ndarray], list[np.ndarray]]] = {}  # id of a face -> its K boxes, its K crops
+    seen: list[list[SeenFace]] = []
+    crops = Crops(len(contract.margins))
     for batch in batched(frames, DETECT_BATCH):
         for frame, faces in zip(batch, backend.detect(batch), strict=True):
-            found.append([])
+            seen.append([])
             for face in sorted(faces, key=lambda face: area(face.box), reverse=True)[:MAX_FACES]:
                 boxes = [
                     face_box(face.landmarks, frame.shape, contract.bbox_shift, margin, contract.crop)
                     for margin in contract.margins
                 ]
                 if all(box is not None for box in boxes):
-                    found[-1].append(face)
-                    cropped[id(face)] = boxes, [crop_face(frame, box) for box in boxes]
+                    seen[-1].append(SeenFace.of(face, boxes, crops.put([crop_face(frame, box) for box in boxes])))
+    found = [[one.face() for one in faces] for faces in seen]
+    kept = {
+        id(face): one for faces, ones in zip(found, seen, strict=True) for face, one in zip(faces, ones, strict=True)
+    }
     person = follow_person(found)
     boxes = np.zeros((len(person), len(contract.margins), 4), np.int32)
     for index, face in enumerate(person):
         if face is not None:
-            boxes[index] = cropped[id(face)][0]
-    return CroppedClip(person, [None if face is None else cropped[id(face)][1] for face in person], boxes)
+            boxes[index] = kept[id(face)].boxes
+    crops.places = [None if face is None else kept[id(face)].place for face in person]
+    return CroppedClip(person, crops, boxes)
 
 
 def crop_clips(

@@ -7,7 +7,10 @@ evaluation all use this one class.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -58,6 +61,26 @@ class PreparedVideo:
     boxes: np.ndarray
     masked_latents: np.ndarray
     latents: np.ndarray
+
+
+class Stages:
+    """Where the time goes: to one stage after the other, each as often as it comes."""
+
+    def __init__(self, stage: str) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.stage, self.since = stage, time.perf_counter()
+
+    def __call__(self, stage: str) -> None:
+        """A stage begins, and the one before it ends."""
+        now = time.perf_counter()
+        self.seconds[self.stage] += now - self.since
+        self.stage, self.since = stage, now
+
+    def report(self, frames: int) -> None:
+        """Print how many frames a second each stage would make alone, below the progress bar."""
+        self(self.stage)
+        rates = (f"{stage} {frames / seconds:.1f}" for stage, seconds in self.seconds.items())
+        tqdm.write(f"frames/s: {', '.join(rates)}", file=sys.stderr)
 
 
 class LipSyncPipeline:
@@ -149,13 +172,18 @@ class LipSyncPipeline:
         contract = replace(self.contract, margins=(margin,))
         self.contract.require(contract, ("margins",), "the UNet")
         frames = tqdm(read_frames(path), f"find the face in {path.name}", count_frames(path), unit="frame")
+        clips = crop_clips(PurePath(path.name), frames, self.backend, contract)
         faces, boxes, latents = [], [], []
-        for name, cropped, _ in crop_clips(PurePath(path.name), frames, self.backend, contract):
+        stage = Stages("find the face")
+        for name, cropped, _ in clips:
+            stage("encode it")
             faces += cropped.faces
             boxes.append(cropped.boxes[:, 0])
             latents.append(self.vae.encode_clip(name, cropped.crops, contract))
+            stage("find the face")
         if all(face is None for face in faces):
             raise MediaError("no face", f"{path}: no face was found in it")
+        stage.report(len(faces))
         masked, full = (np.concatenate(pieces)[:, 0] for pieces in zip(*latents, strict=True))
         return PreparedVideo(path, faces, np.concatenate(boxes), masked, full)
 
@@ -165,27 +193,41 @@ class LipSyncPipeline:
         count = round(len(samples) / SAMPLES_PER_FRAME)
         if not count:
             raise MediaError("no audio", f"{audio}: is shorter than one frame of video ({1000 // VIDEO_FPS} ms)")
-        features = audio_features(samples, self.audio_encoder, self.contract)
-        frames = tqdm(self.frames(prepared, features, count), f"write {output}", count, unit="frame")
-        return write_video(Path(output), frames, read_audio(Path(audio), OUTPUT_SAMPLE_RATE), OUTPUT_SAMPLE_RATE)
+        encoder, stage = self.audio_encoder, Stages("audio")
+        features = audio_features(samples, encoder, self.contract)
+        sound = read_audio(Path(audio), OUTPUT_SAMPLE_RATE)
+        frames = tqdm(self.frames(prepared, features, count, stage), f"write {output}", count, unit="frame")
+        write_video(Path(output), frames, sound, OUTPUT_SAMPLE_RATE)
+        stage.report(count)
+        return count
 
-    def frames(self, prepared: PreparedVideo, features: np.ndarray, count: int) -> Iterator[np.ndarray]:
+    def frames(
+        self,
+        prepared: PreparedVideo,
+        features: np.ndarray,
+        count: int,
+        stage: Callable[[str], None] = lambda _: None,
+    ) -> Iterator[np.ndarray]:
         """The first `count` frames of a prepared face speaking audio features (F, S, D): BGR uint8 (H, W, 3).
 
-        A frame without a face is passed on as it is.
+        A frame without a face is passed on as it is. stage: told which part of the work begins.
         """
         length = len(prepared.faces)
         source = forth_and_back(prepared.path, length, count)
         for batch in batched(range(count), BATCH[self.vae.autoencoder.device.type]):
+            stage("generate")
             index = [forth_and_back_index(k, length) for k in batch]
             windows = audio_windows(features, batch, self.contract)
             faces = self.generate(prepared.masked_latents[index], prepared.latents[index], windows)
+            stage("read and blend")
             for i, generated, frame in zip(index, faces, source, strict=False):
-                if prepared.faces[i] is None:
-                    yield frame
-                else:
+                if prepared.faces[i] is not None:
                     alpha = self.alpha(frame, prepared.faces[i], prepared.boxes[i])
-                    yield paste_back(frame, generated, prepared.boxes[i], alpha)
+                    frame = paste_back(frame, generated, prepared.boxes[i], alpha)
+                stage("write")
+                yield frame
+                stage("read and blend")
+        stage("write")  # what the encoder has kept back
 
     def alpha(self, frame: np.ndarray, face: Face, box: np.ndarray) -> np.ndarray:
         """How much of a generated crop shows in the box of a frame, float32 (y2 - y1, x2 - x1).

@@ -77,7 +77,7 @@ def main(cache_dir: str, folder: str, batch_size: str, steps: str, dtype: str) -
     decoder = nn.Sequential(nn.Conv2d(4, 3, 3, padding=1), nn.Upsample(scale_factor=8), nn.Tanh()).requires_grad_(False)
     objective = Objective(
         HEARD,
-        decoder,
+        lambda _: decoder,
         lambda images: to_tensor(images).to(torch.get_default_dtype()),
         config.chunk_size,
         adversaries=state.adversaries,

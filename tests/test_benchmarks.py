@@ -49,6 +49,7 @@ def cache(tmp_path, random_tensors) -> Cache:
     "name",
     [
         "train_tflop_per_sample",
+        "train_tflop_per_sample_tiny_decoder",
         "train_gib_b32",
         "train_gib_b32_ckpt",
         "stage2_gib_2x16",

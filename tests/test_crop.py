@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import resource
+from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import cv2
 import numpy as np
@@ -402,7 +405,7 @@ def test_a_person_is_cropped_in_every_variant():
 def test_a_face_that_cannot_be_cropped_is_no_face():
     gone = face_at(x=1500)
     clip = crop_person([frame_of(0)] * 2, Planted({0: [gone]}), FeatureContract())
-    assert clip.faces == [None, None] and clip.crops == [None, None]
+    assert clip.faces == [None, None] and list(clip.crops) == [None, None]
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 40])
@@ -446,6 +449,34 @@ def test_a_clip_is_handed_out_before_the_next_one_is_read(monkeypatch):
 
     next(crop_clips(PurePath("a.mp4"), frames(), Planted({0: []}), FeatureContract()))
     assert len(read) == 6  # one ahead, to know whether this is the last
+
+
+def frames_grow(count: int) -> int:
+    """Bytes by which this process has grown from the 50th of some frames of 720 lines to the last."""
+
+    class Finding:
+        def detect(self, frames):
+            return [[face_at()] for _ in frames]
+
+    def taken() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def frames():
+        for index in range(count):
+            yield np.full((720, 1280, 3), index % 256, np.uint8)
+            sizes.append(taken())
+
+    sizes: list[int] = []
+    clip = crop_person(frames(), Finding(), RIGID)
+    assert len(clip.crops) == count and clip.crops[70].mean() == 70
+    return sizes[-1] - sizes[50]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this system does not say what memory is taken")
+def test_frames_that_are_cropped_are_let_go_of():
+    """250 of 2.8 MB each; a quarter of one is allowed for what is kept of it."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(frames_grow, 300).result() < 250 * 2.8e6 / 4
 
 
 def test_a_real_clip_gives_crops_with_the_nose_in_their_middle(clips, face_backend):

@@ -358,7 +358,7 @@ def test_frozen_networks_stay_frozen(config, monkeypatch):
     seen = []
 
     def watched(state, objective, *rest, **options):
-        seen.append(objective.decode.__self__.autoencoder)
+        seen.append(objective.decoder(1).__self__.autoencoder)
         return training_step(state, objective, *rest, **options)
 
     monkeypatch.setattr(musetalk_trainer, "training_step", watched)
@@ -446,6 +446,8 @@ UNFIT = {
     ],
     "pixel_every": NO_COUNT,
     "chunk_size": NO_COUNT,
+    "tiny_decoder": [None, 1, Path("checkpoints")],
+    "full_decoder_every": NO_COUNT_OR_ZERO,
     "adversarial_start": NO_COUNT_OR_ZERO,
     "adaptive_every": NO_COUNT_OR_ZERO,
     "discriminator_learning_rate": [*NO_NUMBER, 0.0, 0],

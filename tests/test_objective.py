@@ -49,7 +49,7 @@ class Small:
                 self.adversaries[ending] = Adversary(network, torch.optim.SGD(network.parameters(), 0.1))
         self.objective = Objective(
             weights,
-            self.decoder,
+            lambda _: self.decoder,
             lambda stored: stored * 2 - 1,
             chunk_size,
             distance=lambda a, b: (self.features(a) - self.features(b)).square().mean(dim=(1, 2, 3)),
@@ -66,8 +66,8 @@ class Small:
             "mel": torch.randn(CLIPS, 7, 80).double(),
         }
 
-    def backward(self, **flags: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        loss, terms, images = self.objective.generator(self.generator(self.x), self.batch, **flags)
+    def backward(self, **options: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        loss, terms, images = self.objective.generator(self.generator(self.x), self.batch, **options)
         loss.backward()
         return terms, images
 
@@ -84,7 +84,7 @@ def mouth(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("chunk_size", [1, 2, 4, 5])
 def test_chunks_change_nothing(chunk_size):
     whole, parts = Small(WEIGHTS, CLIPS * FRAMES), Small(WEIGHTS, chunk_size)
-    results = [small.backward(pixels=True, adversarial=True) for small in (whole, parts)]
+    results = [small.backward(turn=1, adversarial=True) for small in (whole, parts)]
     assert results[0][0].keys() == WEIGHTS.keys()
     for name, value in results[0][0].items():
         torch.testing.assert_close(results[1][0][name], value, atol=1e-10, rtol=0)
@@ -104,11 +104,11 @@ def test_chunks_change_nothing(chunk_size):
 
 def test_the_whole_is_the_weighted_sum_of_what_each_term_is_alone():
     together = Small(WEIGHTS, 4)
-    together.backward(pixels=True, adversarial=True)
+    together.backward(turn=1, adversarial=True)
     sums = [torch.zeros_like(gradient) for gradient in together.gradients()]
     for name, weight in WEIGHTS.items():
         alone = Small({name: weight}, 4)
-        terms, _ = alone.backward(pixels=name != "latent_l1", adversarial=True)
+        terms, _ = alone.backward(turn=int(name != "latent_l1"), adversarial=True)
         assert list(terms) == [name]
         assert any(gradient.abs().max() > 1e-9 for gradient in alone.gradients()), name
         for total, gradient in zip(sums, alone.gradients(), strict=True):
@@ -120,7 +120,7 @@ def test_the_whole_is_the_weighted_sum_of_what_each_term_is_alone():
 def test_each_term_reaches_the_generator_and_nothing_else():
     for name in WEIGHTS:
         small = Small({name: 1.0}, 2)
-        small.backward(pixels=name != "latent_l1", adversarial=True)
+        small.backward(turn=int(name != "latent_l1"), adversarial=True)
         assert all(gradient is not None for gradient in small.gradients()), name
         others = [small.decoder, small.features, small.expert, *(one.network for one in small.adversaries.values())]
         assert all(parameter.grad is None for network in others for parameter in network.parameters()), name
@@ -128,9 +128,9 @@ def test_each_term_reaches_the_generator_and_nothing_else():
 
 def test_what_is_switched_off_is_not_looked_at():
     small = Small(WEIGHTS, 2)
-    terms, images = small.backward(pixels=False, adversarial=True)
+    terms, images = small.backward(turn=0, adversarial=True)
     assert list(terms) == ["latent_l1"] and images is None
-    terms, images = small.backward(pixels=True, adversarial=False)
+    terms, images = small.backward(turn=1, adversarial=False)
     assert terms.keys() == {"latent_l1", "pixel_l1", "lpips", "sync"} and images.shape == (6, 3, 16, 16)
 
 
@@ -152,7 +152,7 @@ def test_pulls_make_adv_g_pull_as_hard_as_the_pixels_do_on_the_first_chunk():
     small = Small({name: WEIGHTS[name] for name in ("pixel_l1", "lpips", "adv_g", "adv_g_mouth", "feat_match")}, 4)
     small.objective.pulls |= {"": torch.zeros(()), "_mouth": torch.zeros(())}
     pred, last = small.generator(small.x), small.generator[2].weight
-    small.objective.measure_pulls(pred, last, small.batch)
+    small.objective.measure_pulls(pred, last, small.batch, 1)
     assert last.grad is None
 
     norms = {}
@@ -172,12 +172,12 @@ def test_pulls_make_adv_g_pull_as_hard_as_the_pixels_do_on_the_first_chunk():
         assert 0 < wanted
 
     # They count in the loss, and are no term.
-    one, _ = small.backward(pixels=True, adversarial=True)
+    one, _ = small.backward(turn=1, adversarial=True)
     heard = [gradient.clone() for gradient in small.gradients()]
     plain = Small({**small.objective.weights}, 4)
     for ending, pull in small.objective.pulls.items():
         plain.objective.weights[f"adv_g{ending}"] *= pull.item()
-    other, _ = plain.backward(pixels=True, adversarial=True)
+    other, _ = plain.backward(turn=1, adversarial=True)
     assert one == other
     for a, b in zip(heard, plain.gradients(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=0)

@@ -1,7 +1,9 @@
 """The pipeline, from a video and an audio to an mp4, under the contract that training had."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -205,3 +207,43 @@ def test_the_vae_is_loaded_in_the_precision_of_the_contract(sample_cache, tmp_pa
     vae = LipSyncPipeline.from_checkpoint(path, MINI).vae
     assert vae.autoencoder.dtype is torch.bfloat16
     assert vae.fingerprint == load_vae(MINI, torch.device("cpu"), torch.float32).fingerprint
+
+
+def test_the_speed_of_each_stage_is_printed(small_clips, sample_cache, tmp_path, monkeypatch, capsys):
+    """By a clock that only the stages' own work moves on, each by as much a frame."""
+    pipeline = make_pipeline(sample_cache, tmp_path)
+    video = sorted(small_clips.glob("*.mp4"))[0]
+    now = [0.0]
+    monkeypatch.setattr(pipeline_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def slow(owner: object, name: str, seconds: float) -> None:
+        """Let a call take so long."""
+        quick = getattr(owner, name)
+
+        def call(*arguments, **named):
+            now[0] += seconds
+            return quick(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, call)
+
+    slow(pipeline.backend, "detect", 15 / 100)  # one of the two batches
+    slow(pipeline.vae, "encode", 1 / 20)  # one of the two that a frame has
+    prepared = pipeline.prepare(video)
+    assert "frames/s: find the face 100.0, encode it 10.0\n" in capsys.readouterr().err
+
+    slow(pipeline_module, "audio_features", 30 / 500)
+    slow(pipeline, "generate", 2 / 50)  # a batch of 2
+    slow(pipeline_module, "paste_back", 1 / 200)
+    write = pipeline_module.write_video
+
+    def encoded(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        for frame in frames:
+            now[0] += 1 / 400
+            yield frame
+
+    monkeypatch.setattr(
+        pipeline_module, "write_video", lambda path, frames, *sound: write(path, encoded(frames), *sound)
+    )
+    assert pipeline.speak(prepared, video, tmp_path / "out.mp4") == 30
+    expected = "frames/s: audio 500.0, generate 50.0, read and blend 200.0, write 400.0\n"
+    assert expected in capsys.readouterr().err

@@ -55,12 +55,13 @@ class VAE:
         Returns masked and full latents, each float16 (T, K, 4, 32, 32), zero where there is no face.
         """
         device, variants = self.autoencoder.device, len(contract.margins)
-        pieces = []
+        shape = (2, variants, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)  # of a frame: masked, full
+        whole = bytearray()  # an array for each batch would lie among what is let go of, and so keep that memory taken
         for batch in batched(enumerate(crops), ENCODE_BATCH[device.type]):
-            shape = (2, len(batch), variants, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
-            pieces.append(np.zeros(shape, np.float16))  # masked, full
+            piece = np.zeros((len(batch), *shape), np.float16)
             seen = [i for i, (_, faces) in enumerate(batch) if faces is not None]
             if not seen:
+                whole += piece.tobytes()
                 continue
             images = np.stack([image for _, faces in batch if faces is not None for image in faces])
             images = to_tensor(torch.from_numpy(images).to(device))  # (n K, 3, 256, 256)
@@ -73,8 +74,9 @@ class VAE:
             noises = noise.split(size) if noise is not None else repeat(None)
             made = [self.encode(*pair) for pair in zip(both.split(size), noises, strict=False)]
             both = torch.cat(made).half().cpu().numpy()
-            pieces[-1][:, seen] = both.reshape(2, len(seen), variants, *shape[3:])
-        masked_latents, latents = np.concatenate(pieces, axis=1)
+            piece[seen] = both.reshape(2, len(seen), *shape[1:]).swapaxes(0, 1)
+            whole += piece.tobytes()
+        masked_latents, latents = np.frombuffer(whole, np.float16).reshape(-1, *shape).swapaxes(0, 1).copy()
         return masked_latents, latents
 
 

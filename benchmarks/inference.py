@@ -1,0 +1,63 @@
+"""Figures of inference without its networks: its time, and whether its memory grows with the video."""
+
+from __future__ import annotations
+
+import io
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.io import wavfile
+
+from benchmarks.silent import silent_pipeline
+from benchmarks.timings import ratio
+from benchmarks.workplace import Measured, NotHereError, Workplace, repeat
+from musetalk.contract import AUDIO_SAMPLE_RATE
+from musetalk.video import read_audio, read_frames, write_video
+
+OUTPUT_SAMPLE_RATE = 48_000
+SECONDS = 10, 120  # of video and audio
+MIB = 1 << 20
+STATUS = Path("/proc/self/status")
+
+
+def pipeline_overhead(workplace: Workplace) -> Measured:
+    """Inference without its networks over decoding and encoding the same video alone, in CPU time."""
+    video, output, pipeline = workplace.video, workplace.folder / "out.mp4", silent_pipeline()
+
+    def ours() -> None:
+        with redirect_stderr(io.StringIO()):
+            pipeline(video, video, output)
+
+    def floor() -> None:
+        write_video(output, read_frames(video), read_audio(video, OUTPUT_SAMPLE_RATE), OUTPUT_SAMPLE_RATE)
+
+    return ratio(ours, floor)
+
+
+def inference_memory_ratio(workplace: Workplace) -> Measured:
+    """The most memory of a process that lets two minutes of video speak without its networks, over that of 10 s."""
+    if not STATUS.is_file():
+        raise NotHereError("this system does not say how much memory a process has had")
+    peaks = []
+    for seconds in SECONDS:
+        video, audio = (workplace.folder / f"{seconds} s.{ending}" for ending in ("mp4", "wav"))
+        repeat(workplace.video, video, seconds)
+        wavfile.write(audio, AUDIO_SAMPLE_RATE, np.zeros(seconds * AUDIO_SAMPLE_RATE, np.int16))
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            peaks.append(pool.submit(peak, video, audio, workplace.folder / "out.mp4").result())
+    short, long = peaks
+    return Measured(long / short, f"{long / MIB:.0f} MiB over {short / MIB:.0f} MiB")
+
+
+def peak(video: Path, audio: Path, output: Path) -> int:
+    """The most memory that this process ever had, in bytes, after an inference without its networks."""
+    torch.set_num_threads(1)
+    with redirect_stderr(io.StringIO()):
+        silent_pipeline()(video, audio, output)
+    # Not getrusage, which remembers the process that started this one.
+    kilobytes = next(line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(kilobytes) << 10

@@ -1,0 +1,73 @@
+"""A compiled UNet computes what it does as it is, forwards and backwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch._dynamo.utils import counters
+
+from musetalk.contract import LATENT_CHANNELS, LATENT_SIZE, RIGID, WINDOW_STEPS
+from musetalk.models.vae import load_vae
+from musetalk.training import TrainError
+from musetalk_trainer import PRESETS, TrainConfig, build_objective, build_state, check, training_step, weights
+
+# The least that has what a UNet is made of: attention to sound, a block down and a block up.
+LEAST = {
+    "block_out_channels": [8],
+    "norm_num_groups": 2,
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "mid_block_type": None,
+    "up_block_types": ["UpBlock2D"],
+}
+STATES = 5
+
+
+@pytest.fixture
+def config(mini, tmp_path) -> TrainConfig:
+    """A training on latents of a UNet so small that a compiler is soon done with it."""
+    planned = json.loads((mini / "musetalk/musetalk.json").read_text()) | LEAST
+    (tmp_path / "musetalk").mkdir()
+    (tmp_path / "musetalk/musetalk.json").write_text(json.dumps(planned))
+    return replace(PRESETS["demo"], models_dir=tmp_path, loss_weights=weights(latent_l1=1.0))
+
+
+def results(config: TrainConfig, mini: Path) -> dict[str, torch.Tensor]:
+    """The loss of a batch and the gradients that the trainer's own step gives the UNet, in float32."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    state = build_state(config, RIGID, accelerator)
+    vae = load_vae(mini, accelerator.device, torch.float32)
+    objective, _ = build_objective(config, state, vae, accelerator)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(3, 2, 1, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, generator=generator).half()
+    batch = dict(zip(("masked_latents", "reference_latents", "target_latents"), latents, strict=True))
+    width = state.unet.model.config.cross_attention_dim
+    batch["audio_window"] = torch.randn(2, 1, WINDOW_STEPS * STATES, width, generator=generator).half()
+    terms = training_step(state, objective, batch, config, accelerator, measure=False)
+    return terms | {name: parameter.grad for name, parameter in state.unet.named_parameters()}
+
+
+def test_compiling_without_a_compiler_is_refused_at_once(config, monkeypatch):
+    monkeypatch.setenv("CXX", "no such compiler")
+    with pytest.raises(TrainError, match="compile must be False here: torch.compile needs a C.. compiler"):
+        check(replace(config, compile=True))
+    check(config)
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_unet_gives_the_same_loss_and_gradients(config, mini):
+    counters.clear()
+    plain = results(config, mini)
+    assert not counters["stats"]
+    compiled = results(replace(config, compile=True), mini)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert all(value.abs().max() > 0 for value in plain.values())
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-7)

@@ -1,0 +1,286 @@
+"""The tiny decoder: what it makes, for which VAE it may be used, how it is distilled and trained through."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import cv2
+import pytest
+import safetensors.torch
+import torch
+from accelerate.state import AcceleratorState
+
+import musetalk_trainer
+from musetalk.cache import Cache, CacheWriter
+from musetalk.contract import CONTRACTS, ContractError, FeatureContract
+from musetalk.models.tiny_decoder import TAESD_WIDTH, TinyDecoder, load_tiny_decoder, save_tiny_decoder
+from musetalk.models.vae import VAE, load_vae
+from musetalk.script import UserError
+from musetalk.weights import WeightsError
+from musetalk_trainer import PRESETS, TrainConfig, train, weights
+from tools import distil_decoder
+from tools.distil_decoder import DistilConfig
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def vae(mini) -> VAE:
+    return load_vae(mini, CPU, torch.float32)
+
+
+@pytest.fixture
+def tiny(vae, tmp_path) -> Path:
+    """The file of an untrained decoder, which says that it belongs to the small VAE."""
+    torch.manual_seed(0)
+    save_tiny_decoder(tmp_path / "tiny.safetensors", TinyDecoder(4), vae)
+    return tmp_path / "tiny.safetensors"
+
+
+@pytest.fixture
+def make_up(random_tensors, tmp_path) -> Callable[[FeatureContract], Cache]:
+    """A function: contract -> two made-up clips of one person, with features as wide as the small audio encoder's."""
+
+    def make(contract: FeatureContract) -> Cache:
+        writer = CacheWriter(tmp_path / "cache", contract)
+        for seed, name in enumerate(("a", "b")):
+            about = {"source": f"{name}.mp4", "source_bytes": 1, "identity": "one", "last": True}
+            writer.write(name, random_tensors(12, states=5, width=64, seed=seed), about)
+        return Cache(tmp_path / "cache")
+
+    return make
+
+
+@pytest.fixture
+def cache(make_up) -> Cache:
+    """That of any VAE."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process, several runs
+    return make_up(CONTRACTS["rigid"])
+
+
+@pytest.fixture
+def config(cache, tiny, mini, tmp_path) -> TrainConfig:
+    """Six steps of one sample, every third of the three with losses on images through the VAE's own decoder."""
+    return replace(
+        PRESETS["demo"],
+        hdtf_samples_dir=cache.folder,
+        checkpoint_dir=tmp_path / "checkpoints",
+        log_dir=tmp_path / "log",
+        models_dir=mini,
+        tiny_decoder=str(tiny),
+        full_decoder_every=3,
+        batch_size=1,
+        pixel_every=2,
+        num_steps=6,
+        log_every=1,
+        sample_every=10**6,
+        val_every=10**6,
+        save_every=3,
+    )
+
+
+def test_it_is_as_large_as_taesds():
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in TinyDecoder().parameters()) == 1_222_531
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_decodes_as_the_vae_does_and_only_the_latents_get_a_gradient(tiny, mini, dtype):
+    vae = load_vae(mini, CPU, dtype)
+    decoder = load_tiny_decoder(tiny, vae)
+    assert {parameter.dtype for parameter in decoder.parameters()} == {dtype} and not decoder.training
+    latents = torch.randn(2, 4, 32, 32, requires_grad=True)
+    images = decoder.decode(latents)
+    assert (images.shape, images.dtype) == ((2, 3, 256, 256), torch.float32)
+    images.abs().mean().backward()
+    assert latents.grad.isfinite().all() and latents.grad.abs().max() > 0
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in decoder.parameters())
+
+
+def test_samples_do_not_mix(tiny, vae):
+    """Or decoding in chunks would be something else."""
+    decoder, latents = load_tiny_decoder(tiny, vae), torch.randn(3, 4, 32, 32)
+    alone = torch.cat([decoder.decode(one) for one in latents.split(1)])
+    torch.testing.assert_close(decoder.decode(latents), alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 5, TAESD_WIDTH])
+def test_what_is_read_is_what_was_written(width, vae, tmp_path):
+    path = tmp_path / "tiny.safetensors"
+    written = TinyDecoder(width)
+    save_tiny_decoder(path, written, vae)
+    read = load_tiny_decoder(path, vae)
+    assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in written.state_dict().items())
+
+
+def test_one_of_another_vae_is_refused(tiny, vae):
+    other = replace_fingerprint(vae, "0123456789abcdef")
+    said = rf"^{re.escape(str(tiny))} was distilled from the VAE {vae.fingerprint}, not from 0123456789abcdef, which "
+    with pytest.raises(WeightsError, match=said):
+        load_tiny_decoder(tiny, other)
+
+
+def replace_fingerprint(vae: VAE, fingerprint: str) -> VAE:
+    """The VAE under another one's fingerprint."""
+    other = VAE(vae.autoencoder)
+    other.fingerprint = fingerprint
+    return other
+
+
+ORIGIN = {"vae": "", "width": 4}  # "" becomes the fingerprint
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        (None, "is no tiny decoder that tools/distil_decoder.py made$"),
+        ({"contract": "{}"}, "is no tiny decoder"),
+        ({"tiny_decoder": "[" * 10_000}, "is no tiny decoder"),
+        ({"tiny_decoder": '{"vae": "0"}'}, "is no tiny decoder"),
+        ({"tiny_decoder": '{"vae": "0", "width": 65}'}, "is no tiny decoder"),
+        ({"tiny_decoder": '{"vae": "0", "width": "4"}'}, "is no tiny decoder"),
+        ({"tiny_decoder": '{"vae": "0", "width": 4}'}, "does not fit TinyDecoder: .* missing: layers.0.bias"),
+    ],
+)
+def test_what_is_no_tiny_decoder_is_refused(metadata, said, vae, tmp_path):
+    path = tmp_path / "odd.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata)
+    with pytest.raises(WeightsError, match=said):
+        load_tiny_decoder(path, replace_fingerprint(vae, "0"))
+
+
+def test_a_file_that_is_missing_or_no_safetensors_is_refused(vae, tmp_path):
+    with pytest.raises(WeightsError, match="nowhere cannot be read as a tiny decoder: there is no such file"):
+        load_tiny_decoder(tmp_path / "nowhere", vae)
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(WeightsError, match="text cannot be read as a tiny decoder: "):
+        load_tiny_decoder(tmp_path / "text", vae)
+
+
+# The tool.
+
+
+def distil(cache: Cache, models_dir: Path, output: Path, num_steps: int) -> DistilConfig:
+    """A few steps of a narrow decoder by the real main."""
+    small = DistilConfig(cache.folder, models_dir, output, width=4, batch_size=1, measured=2, held_out=0.5)
+    config = replace(small, num_steps=num_steps, warmup_steps=1, learning_rate=1e-2)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    distil_decoder.main(config)
+    return config
+
+
+def test_it_is_distilled_from_a_cache(cache, mini, vae, tmp_path, capsys):
+    heard = []
+    for num_steps in (1, 12):
+        distil(cache, mini, tmp_path / str(num_steps), num_steps)
+        told = capsys.readouterr().out
+        assert "held out 1 of 2 clips" in told
+        heard.append(float(re.search(r"PSNR of both +(\S+) dB", told)[1]))
+        assert -1 <= float(re.search(r"cosine of the gradients of pixel_l1 +(\S+)", told)[1]) <= 1
+    assert heard[1] > heard[0] + 1
+    assert {path.name for path in (tmp_path / "12").iterdir()} == {"tiny_decoder.safetensors", "tiny_decoder.png"}
+    assert cv2.imread(str(tmp_path / "12/tiny_decoder.png")).shape == (3 * 256, 2 * 256, 3)
+    assert load_tiny_decoder(tmp_path / "12/tiny_decoder.safetensors", vae).width == 4
+
+
+def test_the_same_distillation_gives_the_same_bytes(cache, mini, tmp_path):
+    for name in ("one", "two"):
+        distil(cache, mini, tmp_path / name, 2)
+    one, two = ((tmp_path / name / "tiny_decoder.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_constants_that_cannot_work_are_refused(cache, mini, tmp_path):
+    for change in ({"width": TAESD_WIDTH + 1}, {"width": 0}, {"noise": -0.1}, {"num_steps": 0}, {"held_out": 1.0}):
+        with pytest.raises(UserError, match=rf"^{next(iter(change))} must "):
+            distil_decoder.main(replace(DistilConfig(cache.folder, mini, tmp_path / "output"), **change))
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_cache_of_another_vae_is_refused(make_up, mini, tmp_path):
+    cache = make_up(replace(CONTRACTS["rigid"], vae="0123456789abcdef"))
+    with pytest.raises(ContractError, match="vae = '0123456789abcdef'"):
+        distil(cache, mini, tmp_path / "output", 1)
+
+
+# The trainer.
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[str]:
+    """By which decoder each chunk of a training goes, as it goes."""
+    seen = []
+
+    def noting(name: str, decode: Callable) -> Callable:
+        def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+            seen.append(name)
+            return decode(self, latents)
+
+        return _decode
+
+    monkeypatch.setattr(VAE, "decode", noting("full", VAE.decode))
+    monkeypatch.setattr(TinyDecoder, "decode", noting("tiny", TinyDecoder.decode))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, ["tiny", "tiny", "full"]),
+        ({"full_decoder_every": 0}, ["tiny", "tiny", "tiny"]),
+        ({"full_decoder_every": 2}, ["tiny", "full", "tiny"]),
+        ({"tiny_decoder": ""}, ["full", "full", "full"]),
+    ],
+)
+def test_the_losses_on_images_take_the_decoder_whose_turn_it_is(config, decoded, change, expected):
+    train("demo", replace(config, save_every=10**6, **change))
+    assert decoded[:3] == expected
+    assert set(decoded[3:]) == {"full"}  # the pictures at the end
+    records = [json.loads(line) for line in (config.log_dir / "demo/stats.jsonl").read_text().splitlines()]
+    assert ["pixel_l1" in record for record in records] == [False, True] * 3
+
+
+def test_a_resumed_training_takes_the_same_turns(config, decoded, tmp_path):
+    train("demo", config)
+    whole = decoded.copy()
+    decoded.clear()
+    parted = replace(config, checkpoint_dir=tmp_path / "parted", log_dir=tmp_path / "parted_log")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(musetalk_trainer, "save_state", partial(save_and_interrupt, musetalk_trainer.save_state))
+        train("demo", parted)
+    train("demo", parted)
+    assert decoded == whole and whole[:3] == ["tiny", "tiny", "full"]
+    name = "demo/unet-0000006.safetensors"
+    assert (parted.checkpoint_dir / name).read_bytes() == (config.checkpoint_dir / name).read_bytes()
+    assert (parted.log_dir / "demo/stats.jsonl").read_bytes() == (config.log_dir / "demo/stats.jsonl").read_bytes()
+
+
+def save_and_interrupt(save: Callable, *args) -> None:
+    save(*args)
+    raise KeyboardInterrupt
+
+
+def test_discriminators_see_what_was_decoded(config, decoded, monkeypatch):
+    """The images that the tiny decoder has made, and no further ones."""
+    made, seen = [], []
+    decode, learn = TinyDecoder.decode, musetalk_trainer.Objective.discriminators
+    monkeypatch.setattr(TinyDecoder, "decode", lambda *args: made.append(decode(*args)) or made[-1])
+    monkeypatch.setattr(
+        musetalk_trainer.Objective, "discriminators", lambda *args: seen.append(args[1]) or learn(*args)
+    )
+    losses = weights(latent_l1=1.0, pixel_l1=1.0, adv_g=0.1)
+    train("demo", replace(config, num_steps=1, pixel_every=1, loss_weights=losses))
+    assert decoded.count("tiny") == len(made) == len(seen) == 1
+    assert torch.equal(seen[0], made[0])
+
+
+def test_one_of_another_vae_is_refused_before_a_step_is_made(config, vae):
+    save_tiny_decoder(Path(config.tiny_decoder), TinyDecoder(4), replace_fingerprint(vae, "0123456789abcdef"))
+    with pytest.raises(WeightsError, match="was distilled from the VAE 0123456789abcdef"):
+        train("demo", config)
+    assert not config.checkpoint_dir.exists()

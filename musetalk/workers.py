@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from musetalk.script import UserError, printable
 
-MEMORY = 3 << 30  # bytes for one: networks and libraries take up to 2 GB, a minute of video with its crops the rest
+MEMORY = 3 << 30  # bytes for one: networks and libraries take up to 2 GB, the frames at hand and sound the rest
 LAST_SECONDS = 10  # that a process has to remove what it has half written, when it must end
 
 

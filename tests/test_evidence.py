@@ -116,7 +116,13 @@ def test_what_a_piece_needs_is_done_once_and_before(here, monkeypatch):
     monkeypatch.setitem(MATERIALS, "clips", replace(MATERIALS["clips"], videos=here / "nowhere"))
     main(EvidenceConfig())
     kinds = Counter(piece.kind for piece in done)
-    assert kinds == {"cache": 1, "expert": 2, "training": 3 * len(RECIPES), "measurement": 3 * len(RECIPES)}
+    assert kinds == {
+        "cache": 1,
+        "expert": 2,
+        "decoder": 1,
+        "training": 3 * len(RECIPES),
+        "measurement": 3 * len(RECIPES),
+    }
     assert len(set(done)) == len(done)
     main(EvidenceConfig())
     assert sum(kinds.values()) == len(done)
@@ -140,5 +146,7 @@ def test_an_expert_that_is_unfit_rules_its_recipes_out(here):
 
 
 def test_a_piece_that_there_is_not_is_named():
-    with pytest.raises(UserError, match="no piece of the kind 'bake'; there are cache, expert, training, measurement"):
+    with pytest.raises(
+        UserError, match="no piece of the kind 'bake'; there are cache, expert, decoder, training, measurement"
+    ):
         main(EvidenceConfig(("bake", "sample")))

@@ -21,6 +21,8 @@ import musetalk_trainer
 import syncnet_trainer
 from benchmarks import ROOT
 from benchmarks.evidence.recipes import (
+    DECODER_STEPS,
+    DECODER_WIDTH,
     DISCRIMINATOR_WIDTH,
     MATERIALS,
     MEASURING_EXPERT,
@@ -40,6 +42,8 @@ from musetalk.models.syncnet import SyncNet, load_syncnet
 from musetalk.pipeline import LipSyncPipeline
 from musetalk.sync_check import check_expert
 from musetalk.validation import Look, Validator
+from tools.distil_decoder import DistilConfig
+from tools.distil_decoder import main as distil
 
 WORK = ROOT / "data/evidence"  # caches, experts and trainings, which nobody keeps
 RESULTS = ROOT / "benchmarks/evidence/results"  # what came of them: a JSON for each, and a strip of faces
@@ -78,7 +82,7 @@ class Piece:
     @property
     def ruled_out(self) -> bool:
         """Whether it needs a sync expert, and the material's is known to be unfit."""
-        if self.kind == "cache" or not unfit(self.subject[0]):
+        if self.kind in ("cache", "decoder") or not unfit(self.subject[0]):
             return False
         return (
             self.subject[1] == str(MEASURING_EXPERT) if self.kind == "expert" else RECIPES[self.subject[1]].needs_expert
@@ -131,6 +135,20 @@ def make_expert(folder: Path, material: str, seed: str) -> dict:
     return {"accuracy": found.accuracy, "offset": found.offset, "confidence": found.confidence, "fault": found.fault()}
 
 
+def make_decoder(folder: Path, material: str) -> None:
+    """Distil a tiny decoder."""
+    config = DistilConfig(
+        cache=Piece("cache", (material, "rigid")).folder,
+        models_dir=models_folder(material),
+        output=folder,
+        width=DECODER_WIDTH,
+        num_steps=DECODER_STEPS,
+        batch_size=2,
+    )
+    with patch("tools.distil_decoder.split_clips", partial(split, material)):
+        distil(config)
+
+
 def make_training(folder: Path, material: str, recipe: str, seed: str) -> None:
     """Train by a recipe; what comes of it is measured in a piece of its own."""
     plan = RECIPES[recipe]
@@ -148,6 +166,9 @@ def make_training(folder: Path, material: str, recipe: str, seed: str) -> None:
         log_dir=folder / "log",
         start_from=str(weights_folder(material, plan.after, seed)) if plan.after else "",
         contract=plan.crop,
+        tiny_decoder=str(Piece("decoder", (material,)).folder / "tiny_decoder.safetensors")
+        if plan.tiny_decoder
+        else "",
         sync_expert=str(expert_folder(Piece("expert", (material, str(TRAINING_EXPERT))).folder)),
         seed=int(seed),
     )
@@ -171,27 +192,29 @@ def make_measurement(_: Path, material: str, recipe: str, seed: str) -> dict:
     return {"figures": found.figures, "openings": [openings(look) for look in found.looks]}
 
 
-def before_expert(material: str, _: str) -> list[Piece]:
+def needs_of_others(material: str, *_: str) -> list[Piece]:
     return [Piece("cache", (material, "rigid"))]
 
 
-def before_training(material: str, recipe: str, seed: str) -> list[Piece]:
+def needs_of_training(material: str, recipe: str, seed: str) -> list[Piece]:
     plan = RECIPES[recipe]
     needed = [Piece("cache", (material, plan.crop))]
     needed += [Piece("training", (material, plan.after, seed))] if plan.after else []
+    needed += [Piece("decoder", (material,))] if plan.tiny_decoder else []
     return needed + ([Piece("expert", (material, str(TRAINING_EXPERT)))] if plan.needs_expert else [])
 
 
-def before_measurement(material: str, recipe: str, seed: str) -> list[Piece]:
+def needs_of_measurement(material: str, recipe: str, seed: str) -> list[Piece]:
     experts = [Piece("expert", (material, str(number))) for number in (TRAINING_EXPERT, MEASURING_EXPERT)]
     return [*experts, Piece("training", (material, recipe, seed))]
 
 
 KINDS = {
     "cache": (make_cache, lambda *_: []),
-    "expert": (make_expert, before_expert),
-    "training": (make_training, before_training),
-    "measurement": (make_measurement, before_measurement),
+    "expert": (make_expert, needs_of_others),
+    "decoder": (make_decoder, needs_of_others),
+    "training": (make_training, needs_of_training),
+    "measurement": (make_measurement, needs_of_measurement),
 }
 
 

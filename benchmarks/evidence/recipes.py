@@ -21,6 +21,7 @@ STEPS, PIXEL_EVERY = 300, 5  # updates of an untrained UNet, and between those w
 FURTHER_STEPS = 50  # updates of a trained one, all of them with losses on images
 DISCRIMINATOR_WIDTH = 16  # channels of its first layer, a quarter of the real one's
 SYNC_STEPS = 300  # updates of the experts
+DECODER_STEPS, DECODER_WIDTH = 400, 16  # of the tiny decoder's distillation, channels of its layers
 TRAINING_EXPERT, MEASURING_EXPERT = 1, 2  # seeds: the expert that measures is never the one that was trained with
 SHARED = ROOT.parent / "shared"
 WHISPER = SHARED / "weights/whisper/tiny.en.pt"
@@ -37,6 +38,7 @@ class Recipe:
     crop: Literal["rigid", "musetalk_v15"] = "rigid"  # the cache's contract
     positional_encoding: bool = True
     needs_expert: bool = False  # is it of use only where a sync expert can be trusted?
+    tiny_decoder: bool = False  # are losses on images taken through one?
     adjacent: bool = False  # are the references the frames beside those to make?
 
 
@@ -118,6 +120,16 @@ RECIPES = {
     "adversarial": Recipe(
         "further with both discriminators and feature matching", further(**ADVERSARIAL), "further", "stage1"
     ),
+    "tiny decoder": Recipe(
+        "further, its losses on images through a tiny decoder", further(), "further", "stage1", tiny_decoder=True
+    ),
+    "tiny decoder mixed": Recipe(
+        "the same, but the VAE's own decoder in every fourth step",
+        replace(further(), full_decoder_every=4),
+        "further",
+        "stage1",
+        tiny_decoder=True,
+    ),
     "windows": Recipe(
         "further, but a step has one window of frames instead of as many single ones",
         replace(further(), **WINDOW),
@@ -138,7 +150,7 @@ MATERIALS = {
         tuple(RECIPES),
     ),
     "clips": Material(
-        "Thirteen people, three minutes. Real: talking_a, talking_b, portrait_hevc and the person of "
+        "Fourteen people, three minutes. Real: talking_a, talking_b, portrait_hevc and the person of "
         "WDA_AlexandriaOcasioCortez_000 and talking_c; the ten of people/ are synthetic, made from portraits. "
         "Held out: that person's two clips (real) and people__person_5 (synthetic). Audio features by Whisper tiny.en.",
         SHARED / "clips",

@@ -117,7 +117,7 @@ def test_what_a_piece_needs_is_done_once_and_before(here, monkeypatch):
     main(EvidenceConfig())
     kinds = Counter(piece.kind for piece in done)
     assert kinds == {
-        "cache": 1,
+        "cache": 2,
         "expert": 2,
         "decoder": 1,
         "training": 3 * len(RECIPES),

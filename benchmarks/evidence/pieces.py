@@ -84,9 +84,9 @@ class Piece:
         """Whether it needs a sync expert, and the material's is known to be unfit."""
         if self.kind in ("cache", "decoder") or not unfit(self.subject[0]):
             return False
-        return (
-            self.subject[1] == str(MEASURING_EXPERT) if self.kind == "expert" else RECIPES[self.subject[1]].needs_expert
-        )
+        if self.kind == "expert":
+            return self.subject[1] == str(MEASURING_EXPERT)
+        return RECIPES[self.subject[1]].needs_expert
 
     @property
     def needs(self) -> list[Piece]:
@@ -151,7 +151,7 @@ def make_decoder(folder: Path, material: str) -> None:
 
 def make_training(folder: Path, material: str, recipe: str, seed: str) -> None:
     """Train by a recipe; what comes of it is measured in a piece of its own."""
-    plan = RECIPES[recipe]
+    plan, decoder = RECIPES[recipe], Piece("decoder", (material,)).folder / "tiny_decoder.safetensors"
     rules = replace(CONTRACTS[plan.crop], positional_encoding=plan.positional_encoding)
     changed = {
         "split_clips": partial(split, material),
@@ -166,9 +166,7 @@ def make_training(folder: Path, material: str, recipe: str, seed: str) -> None:
         log_dir=folder / "log",
         start_from=str(weights_folder(material, plan.after, seed)) if plan.after else "",
         contract=plan.crop,
-        tiny_decoder=str(Piece("decoder", (material,)).folder / "tiny_decoder.safetensors")
-        if plan.tiny_decoder
-        else "",
+        tiny_decoder=str(decoder) if plan.tiny_decoder else "",
         sync_expert=str(expert_folder(Piece("expert", (material, str(TRAINING_EXPERT))).folder)),
         seed=int(seed),
     )
@@ -192,11 +190,11 @@ def make_measurement(_: Path, material: str, recipe: str, seed: str) -> dict:
     return {"figures": found.figures, "openings": [openings(look) for look in found.looks]}
 
 
-def needs_of_others(material: str, *_: str) -> list[Piece]:
+def needs_cache(material: str, *_: str) -> list[Piece]:
     return [Piece("cache", (material, "rigid"))]
 
 
-def needs_of_training(material: str, recipe: str, seed: str) -> list[Piece]:
+def needs_of_a_training(material: str, recipe: str, seed: str) -> list[Piece]:
     plan = RECIPES[recipe]
     needed = [Piece("cache", (material, plan.crop))]
     needed += [Piece("training", (material, plan.after, seed))] if plan.after else []
@@ -204,17 +202,17 @@ def needs_of_training(material: str, recipe: str, seed: str) -> list[Piece]:
     return needed + ([Piece("expert", (material, str(TRAINING_EXPERT)))] if plan.needs_expert else [])
 
 
-def needs_of_measurement(material: str, recipe: str, seed: str) -> list[Piece]:
+def needs_of_a_measurement(material: str, recipe: str, seed: str) -> list[Piece]:
     experts = [Piece("expert", (material, str(number))) for number in (TRAINING_EXPERT, MEASURING_EXPERT)]
     return [*experts, Piece("training", (material, recipe, seed))]
 
 
 KINDS = {
     "cache": (make_cache, lambda *_: []),
-    "expert": (make_expert, needs_of_others),
-    "decoder": (make_decoder, needs_of_others),
-    "training": (make_training, needs_of_training),
-    "measurement": (make_measurement, needs_of_measurement),
+    "expert": (make_expert, needs_cache),
+    "decoder": (make_decoder, needs_cache),
+    "training": (make_training, needs_of_a_training),
+    "measurement": (make_measurement, needs_of_a_measurement),
 }
 
 

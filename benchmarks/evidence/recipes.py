@@ -116,6 +116,12 @@ RECIPES = {
     "no positions": Recipe(
         "stage1 without positional encoding of the audio", small("stage1"), "stage1", positional_encoding=False
     ),
+    "musetalk crop": Recipe(
+        "stage1 in MuseTalk's crop, whose height follows the jaw; only its correlations can be compared",
+        small("stage1"),
+        "stage1",
+        crop="musetalk_v15",
+    ),
     "further": Recipe("stage1 for longer", further(), "further", "stage1"),
     "adversarial": Recipe(
         "further with both discriminators and feature matching", further(**ADVERSARIAL), "further", "stage1"

@@ -161,7 +161,7 @@ def test_it_learns_windows_by_heart(config):
     data = syncnet_trainer.open_dataset(config, syncnet_trainer.Cache(config.hdtf_samples_dir), ["sample_00"], 5)
     batch = torch.utils.data.default_collate([data[index] for index in range(4)])
     losses = []
-    for _ in range(15):
+    for _ in range(40):
         losses.append(sync_step(state.expert, batch, accelerator, 1).item())
         state.optimizer.step()
         state.optimizer.zero_grad()

@@ -1,6 +1,6 @@
 """The work in pieces: caches, sync experts, and for each recipe and seed a training whose result is measured.
 
-The project's own scripts do it. A piece that is stopped goes on where it was when it is begun again.
+The project's own scripts do it.
 """
 
 from __future__ import annotations
@@ -78,6 +78,11 @@ class Piece:
     def done(self) -> bool:
         """Of a measurement nothing but the result is needed; of the others what they have left on this machine."""
         return (self.result if self.kind == "measurement" else self.folder.with_suffix(".done")).exists()
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it goes on where it was when it is stopped and begun again; the others are short and begin anew."""
+        return self.kind in ("cache", "expert", "training")
 
     @property
     def ruled_out(self) -> bool:

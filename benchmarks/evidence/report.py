@@ -89,7 +89,7 @@ def write_report() -> Path:
     """Write all anew from what is in results/. Returns where it is."""
     text = HEAD + "\n".join(f"| {one.name} | {one.about} | {one.best:g} |" for one in MEASURES) + "\n"
     for name, material in MATERIALS.items():
-        found = {recipe: trainings(name, recipe) for recipe in material.recipes}
+        found = {recipe: results_of(name, recipe) for recipe in material.recipes}
         found = {recipe: results for recipe, results in found.items() if results}
         text += f"\n## {name}\n\n{material.about}\n\n{experts(name)}"
         if found:
@@ -100,7 +100,7 @@ def write_report() -> Path:
     return path
 
 
-def trainings(material: str, recipe: str) -> list[dict]:
+def results_of(material: str, recipe: str) -> list[dict]:
     """What came of a recipe, of each seed that is done."""
     paths = [Piece("measurement", (material, recipe, str(seed))).result for seed in SEEDS]
     return [read_json(path) for path in paths if path.exists()]

@@ -376,7 +376,8 @@ def build_state(config: TrainConfig, contract: FeatureContract, accelerator: Acc
     if config.gradient_checkpointing:
         unet.model.enable_gradient_checkpointing()
     if config.compile:
-        unet.model.compile()
+        # In bfloat16 torch 2.13 loses the gradient at an upsampler where it may choose layouts.
+        unet.model.compile(options={"layout_optimization": False})
     make = partial(OPTIMIZERS[config.optimizer], weight_decay=config.weight_decay)
     optimizer = make(unet.parameters(), config.learning_rate, config.betas)
     ema = {name: value.clone() for name, value in unet.model.state_dict().items()}

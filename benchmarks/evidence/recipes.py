@@ -13,7 +13,7 @@ from typing import Literal
 
 from benchmarks import ROOT
 from datasets_process import SAMPLE_DIR
-from musetalk_trainer import PRESETS, TrainConfig
+from musetalk_trainer import PRESETS, TrainConfig, weights
 
 SEEDS = (1, 2, 3)  # of the weights at the start and of the samples' order
 FRAMES = 5  # in a step, as many as the small expert sees
@@ -81,28 +81,36 @@ def small(preset: str, **changes: object) -> TrainConfig:
     return replace(given, **suited | changes)
 
 
-def further(**weights: float) -> TrainConfig:
+def stage1(**losses: float) -> TrainConfig:
+    """Preset stage1 with further losses."""
+    return small("stage1", loss_weights=weights(latent_l1=1.0, pixel_l1=1.0, **losses), adaptive_every=5)
+
+
+def further(**losses: float) -> TrainConfig:
     """Preset stage1 for a UNet that is trained, with further losses."""
-    stage1 = small("stage1")
     return replace(
-        stage1,
-        loss_weights=stage1.loss_weights | weights,
+        stage1(**losses),
         pixel_every=1,
         learning_rate=1e-3,
         warmup_steps=5,
         num_steps=FURTHER_STEPS,
-        adaptive_every=5,
     )
 
 
 ADVERSARIAL = {"adv_g": 0.01, "feat_match": 0.1, "adv_g_mouth": 0.01, "feat_match_mouth": 0.1}
 SYNC = {"sync": 0.05}
 WINDOW = {"frames": FRAMES, "batch_size": 1}
+WINDOWS = WINDOW | {"batch_size": 4}
 ON_WINDOWS = {"baseline": "windows", "after": "stage1", "needs_expert": True}
+ON_FOUR_WINDOWS = ON_WINDOWS | {"baseline": "four windows"}
 RECIPES = {
     "stage1": Recipe("preset stage1: single frames, latents and pixels", small("stage1"), "stage1"),
     "original": Recipe(
         "preset original: random references, a discriminator from the first step, Adamax", small("original"), "stage1"
+    ),
+    "adamax": Recipe("stage1 with Adamax, the optimizer of original", small("stage1", optimizer="adamax"), "stage1"),
+    "discriminators": Recipe(
+        "stage1 with both discriminators and feature matching from the first step", stage1(**ADVERSARIAL), "stage1"
     ),
     "random references": Recipe(
         "stage1 with any other frame as the reference", small("stage1", references="random"), "stage1"
@@ -146,6 +154,10 @@ RECIPES = {
         "windows with the sync expert and all of adversarial, as preset stage2 does",
         replace(further(**SYNC, **ADVERSARIAL), **WINDOW),
         **ON_WINDOWS,
+    ),
+    "four windows": Recipe("windows, four of them in a step", replace(further(), **WINDOWS), **ON_FOUR_WINDOWS),
+    "four windows sync": Recipe(
+        "four windows with the sync expert", replace(further(**SYNC), **WINDOWS), **ON_FOUR_WINDOWS
     ),
 }
 MATERIALS = {

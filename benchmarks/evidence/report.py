@@ -74,8 +74,8 @@ HEAD = f"""\
 
 Written by `make evidence`; [README.md](README.md) says how it is measured. Small networks (`models/mini`), LPIPS
 at 0 in all recipes since its weights were not there, discriminators with {DISCRIMINATOR_WIDTH} channels instead of 64.
-A step has {FRAMES} frames. An untrained UNet makes {STEPS} steps, with losses on images in every {PIXEL_EVERY}th;
-a trained one another {FURTHER_STEPS}, with losses on images in each.
+A step has {FRAMES} frames, or four times as many where it has four windows. An untrained UNet makes {STEPS} steps, with
+losses on images in every {PIXEL_EVERY}th; a trained one another {FURTHER_STEPS}, with losses on images in each.
 
 A cell is the mean over the seeds and, after ±, half of the way from the lowest to the highest. **Bold** is better with
 each seed than the baseline with any, *italic* worse in the same way; what is plain is within the spread.

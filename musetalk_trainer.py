@@ -73,6 +73,7 @@ from musetalk.training import (
     TrainError,
     TrainState,
     average_gradients,
+    check_weight_decay,
     check_width,
     frozen_dtype,
     learning_rate,
@@ -142,7 +143,7 @@ class TrainConfig:
     learning_rate: Positive = 2e-5
     warmup_steps: CountOrZero = 1000  # the rate rises from 0, then falls along a cosine ...
     final_learning_rate: PositiveOrZero = 2e-5  # ... to this
-    weight_decay: PositiveOrZero = 1e-2
+    weight_decay: PositiveOrZero = 1e-2  # with adamw only
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     max_grad_norm: Positive = 1.0
     not_finite: Literal["stop", "skip"] = "stop"  # what to do in a step whose gradient is not finite
@@ -331,6 +332,7 @@ def show(state: TrainState, config: TrainConfig, validator: Validator, shown: Fa
 def check(config: TrainConfig) -> None:
     """Raises UserError for constants that cannot work."""
     check_constants(config)
+    check_weight_decay(config.optimizer, config.weight_decay)
     heard = {name for name, weight in config.loss_weights.items() if weight > 0}
     if not heard:
         raise TrainError("loss_weights must have a term with a weight over 0")

@@ -63,6 +63,7 @@ from musetalk.training import (
     OPTIMIZERS,
     TrainError,
     check_moments,
+    check_weight_decay,
     learning_rate,
     loader,
     moments,
@@ -103,7 +104,7 @@ class SyncConfig:
     learning_rate: Positive = 1e-4
     warmup_steps: CountOrZero = 1000  # the rate rises from 0, then falls along a cosine ...
     final_learning_rate: PositiveOrZero = 1e-4  # ... to this
-    weight_decay: PositiveOrZero = 0.0
+    weight_decay: PositiveOrZero = 0.0  # with adamw only
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     max_grad_norm: Positive = 1.0
 
@@ -184,6 +185,7 @@ def train(preset: str, config: SyncConfig) -> None:
     """Train until `num_steps`, going on from the newest state in the preset's folder."""
     # Check what costs nothing first: constants, then data, then the network.
     check_constants(config)
+    check_weight_decay(config.optimizer, config.weight_decay)
     if config.batch_size == 1 and config.architecture.startswith("wav2lip"):
         raise TrainError(f"batch_size must be 2 or more for {config.architecture}, whose batch norms compare windows")
     accelerator = start_processes()

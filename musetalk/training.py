@@ -303,6 +303,15 @@ def learning_rate(step: int, config: Schedule) -> float:
     return config.final_learning_rate + fall
 
 
+def check_weight_decay(optimizer: str, weight_decay: float) -> None:
+    """Raises TrainError where an optimizer would take the decay for a part of the gradient, and scale it up with it."""
+    if weight_decay and optimizer != "adamw":
+        raise TrainError(
+            f"weight_decay must be 0 with {optimizer}, which scales it up like a small gradient until it rules; "
+            "adamw keeps the two apart"
+        )
+
+
 def training_contract(name: str, cache: Cache) -> FeatureContract:
     """The cache's own rules with the model fields of a name in CONTRACTS.
 

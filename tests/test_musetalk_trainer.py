@@ -149,7 +149,8 @@ def test_files_and_records(config):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamax", "adam"])
 def test_two_steps_and_a_resume_equal_four_steps(config, tmp_path, optimizer):
-    config = replace(config, optimizer=optimizer, grad_accum_steps=2)
+    decay = 1e-2 if optimizer == "adamw" else 0.0
+    config = replace(config, optimizer=optimizer, weight_decay=decay, grad_accum_steps=2)
     train("demo", config)
     parted = replace(config, checkpoint_dir=tmp_path / "parted", log_dir=tmp_path / "parted_log")
     # The learning rate depends on num_steps, so the first half is an interruption, not a shorter run.
@@ -202,7 +203,7 @@ def test_two_steps_and_a_resume_equal_four_steps_with_every_loss(every_loss, tmp
     [
         ({"loss_weights": weights(latent_l1=1.0, pixel_l1=1.0)}, "other discriminators; set loss_weights as they were"),
         ({"adaptive_every": 0}, "another adaptive_every"),
-        ({"optimizer": "adamax"}, "optimizer 'adamw', not 'adamax'"),
+        ({"optimizer": "adamax", "weight_decay": 0.0}, "optimizer 'adamw', not 'adamax'"),
     ],
 )
 def test_a_state_of_other_losses_is_refused(every_loss, change, said):
@@ -407,6 +408,7 @@ def test_command_line():
         ({"loss_weights": {}}, TrainError, "weight over 0"),
         ({"loss_weights": {"pixel_l1": 0.0}}, TrainError, "weight over 0"),
         ({"pixel_every": 2, "loss_weights": {"pixel_l1": 1.0}}, TrainError, "pixel_every must be 1 where latent_l1"),
+        ({"optimizer": "adamax"}, TrainError, "weight_decay must be 0 with adamax"),
         ({"hdtf_samples_dir": Path("nowhere")}, CacheError, "nowhere is no cache.*datasets_process.py"),
         ({"models_dir": Path("nowhere")}, WeightsError, "nowhere/sd-vae-ft-mse/config.json is missing; get it from"),
     ],

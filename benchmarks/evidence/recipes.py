@@ -108,7 +108,11 @@ RECIPES = {
     "original": Recipe(
         "preset original: random references, a discriminator from the first step, Adamax", small("original"), "stage1"
     ),
-    "adamax": Recipe("stage1 with Adamax, the optimizer of original", small("stage1", optimizer="adamax"), "stage1"),
+    "adamax": Recipe(
+        "stage1 with Adamax, the optimizer of original, and no decay of weights",
+        small("stage1", optimizer="adamax", weight_decay=0.0),
+        "stage1",
+    ),
     "discriminators": Recipe(
         "stage1 with both discriminators and feature matching from the first step", stage1(**ADVERSARIAL), "stage1"
     ),

@@ -17,6 +17,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from hypothesis import settings
 
 from datasets_process import PrepareConfig
@@ -40,6 +41,12 @@ SMALL_FRAMES = 30
 # The same examples at every run, and no clock.
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def begin_as_a_new_process() -> None:
+    """The precision of a training holds for its process; here each test begins without one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

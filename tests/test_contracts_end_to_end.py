@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 import whisper.audio
-from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from scipy.io import wavfile
 from whisper.model import AudioEncoder as WhisperEncoder
@@ -170,7 +169,6 @@ def test_training_shows_the_unet_masked_before_reference_latents(mini, tmp_path,
         raise InterruptedError
 
     monkeypatch.setattr(UNet, "forward", look)
-    AcceleratorState._reset_state(reset_partial_state=True)
     config = replace(
         PRESETS["demo"],
         hdtf_samples_dir=tmp_path / "cache",

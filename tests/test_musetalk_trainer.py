@@ -45,7 +45,6 @@ from musetalk_trainer import (
 @pytest.fixture
 def config(sample_cache, tmp_path) -> TrainConfig:
     """Four steps of the demo, small, not validated."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # one process, several runs
     return replace(
         PRESETS["demo"],
         hdtf_samples_dir=sample_cache.folder,

@@ -40,7 +40,6 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def config(sample_cache, tmp_path, monkeypatch) -> SyncConfig:
     """Four steps of the demo, small, looked at by few windows."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # one process, several runs
     monkeypatch.setattr("musetalk.sync_check.WINDOWS", 4)
     return replace(
         PRESETS["demo"],

@@ -59,7 +59,6 @@ def make_up(random_tensors, tmp_path) -> Callable[[FeatureContract], Cache]:
 @pytest.fixture
 def cache(make_up) -> Cache:
     """That of any VAE."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # one process, several runs
     return make_up(CONTRACTS["rigid"])
 
 

@@ -270,7 +270,6 @@ def assert_same_run(config: TrainConfig, other: TrainConfig) -> None:
 def copied(trained, tmp_path) -> TrainConfig:
     """The run again in folders of its own."""
     config, _ = trained
-    AcceleratorState._reset_state(reset_partial_state=True)
     copy = replace(config, checkpoint_dir=tmp_path / "checkpoints", log_dir=tmp_path / "log")
     shutil.copytree(config.checkpoint_dir, copy.checkpoint_dir)
     shutil.copytree(config.log_dir, copy.log_dir)

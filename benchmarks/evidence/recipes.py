@@ -13,7 +13,7 @@ from typing import Literal
 
 from benchmarks import ROOT
 from datasets_process import SAMPLE_DIR
-from musetalk_trainer import PRESETS, TrainConfig, weights
+from musetalk_trainer import PRESETS, TrainConfig
 
 SEEDS = (1, 2, 3)  # of the weights at the start and of the samples' order
 FRAMES = 5  # in a step, as many as the small expert sees
@@ -83,7 +83,8 @@ def small(preset: str, **changes: object) -> TrainConfig:
 
 def stage1(**losses: float) -> TrainConfig:
     """Preset stage1 with further losses."""
-    return small("stage1", loss_weights=weights(latent_l1=1.0, pixel_l1=1.0, **losses), adaptive_every=5)
+    plain = small("stage1")
+    return replace(plain, loss_weights=plain.loss_weights | losses, adaptive_every=5)
 
 
 def further(**losses: float) -> TrainConfig:

@@ -19,13 +19,11 @@ feat_match_mouth by another one that sees mouths.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -34,25 +32,23 @@ from typing import Literal, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
-from tqdm import tqdm
 
 from losses.adversarial import Adversary
 from losses.discriminator import PatchDiscriminator
 from losses.objective import ADVERSARIAL, Decode, Objective
 from losses.pixel_branch import Terms
 from musetalk.cache import Cache
-from musetalk.checkpoint import save_state, save_unet
-from musetalk.contract import ALL_FIELDS, FeatureContract, sync_mel_frames
+from musetalk.checkpoint import save_unet
+from musetalk.contract import FeatureContract, sync_mel_frames
 from musetalk.crop import crop_mouth, to_tensor
 from musetalk.dataset import FaceDataset, split_clips
-from musetalk.files import own_folder
 from musetalk.models.syncnet import SyncNet, load_syncnet
 from musetalk.models.tiny_decoder import load_tiny_decoder
 from musetalk.models.unet import build_unet
 from musetalk.models.vae import VAE
 from musetalk.models.vgg import load_lpips
 from musetalk.pipeline import LipSyncPipeline
-from musetalk.run_log import RunLog, SilentLog
+from musetalk.run import Run, TrainError, average_gradients, open_run, start_processes
 from musetalk.script import (
     Count,
     CountOrZero,
@@ -65,24 +61,17 @@ from musetalk.script import (
     check_constants,
     parse_preset,
     run_script,
-    stop_requests,
 )
 from musetalk.sync_check import check_expert
 from musetalk.training import (
     OPTIMIZERS,
-    TrainError,
     TrainState,
-    average_gradients,
     check_weight_decay,
     check_width,
     frozen_dtype,
     learning_rate,
     load_pixel_vae,
-    loader,
     not_finite,
-    of_any_process,
-    resume,
-    start_processes,
     training_contract,
 )
 from musetalk.validation import GRID_ROWS, Validator, draw_grid
@@ -250,83 +239,58 @@ def train(preset: str, config: TrainConfig) -> None:
     held_clips = held_clips or train_clips
     validator = Validator(pipeline, cache, held_clips, config.val_frames, distance=objective.distance, expert=expert)
 
-    run_dir, log_dir = config.checkpoint_dir / preset, config.log_dir / preset
-    with ExitStack() as stack, stop_requests() as stopping:
-        if accelerator.is_main_process:  # one process writes
-            stack.enter_context(own_folder(run_dir))
-            stack.enter_context(own_folder(log_dir))
-        accelerator.wait_for_everyone()
-
-        # Go on from the newest state, or begin: with the weights of another training, and a look at the expert.
-        resumed = resume(state, run_dir, contract)
-        log = RunLog(config.log_dir, preset, state.step) if accelerator.is_main_process else SilentLog()
-        log.line(f"preset {preset}: {json.dumps(asdict(config), default=str)}")
-        if config.start_from and not resumed:
-            own = config.checkpoint_dir / config.start_from
-            log.line(state.begin(own if config.start_from in PRESETS else Path(config.start_from), contract))
-        if expert and not resumed:
-            found = check_expert(expert, cache, held_clips, config.seed)
-            log.line(str(found))
-            log.picture(0, found.draw(), "sync_check")
-            state.sync_offset = found.require(config.unfit_expert)
-        log.line(f"{len(train_clips)} clips to train on; {note}")
+    with open_run(preset, config, state, accelerator) as run:
         size = sum(parameter.numel() for parameter in state.unet.parameters())
-        where = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.mixed_precision}"
-        log.line(f"UNet of {size:,} parameters on {where}; at step {state.step}")
+        run.log.line(f"UNet of {size:,} parameters; {len(train_clips)} clips to train on; {note}")
 
-        dataset = draw(sync_offset=state.sync_offset)
-        share = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
-        steps = range(state.step, config.num_steps)
-        batches = iter(loader(dataset, steps, config.batch_size, config.num_workers, config.prefetch, **share))
-        told = {"desc": "train", "unit": "step", "disable": not accelerator.is_main_process}
-        with tqdm(total=config.num_steps, initial=state.step, **told) as bar:
-            stop = False
-            while state.step < config.num_steps and not stop:
-                # Forward, backward and update: this step's samples and chances, whatever happened before.
-                torch.manual_seed(config.seed + state.step)
-                made = optimizer_step(state, objective, batches, config, accelerator)
-                if not made.finite:
-                    terms, drawn = accelerator.reduce(made.terms, "mean"), gather_object(made.drawn)
-                    fault = not_finite(terms, drawn, state.step + 1, run_dir)
-                    if config.not_finite == "stop":
-                        raise fault
-                    log.line(f"skipped: {fault}")
-                state.step += 1
-                if accelerator.is_main_process and state.step % config.ema_every == 0:
-                    state.update_ema(config.ema_decay)
-                bar.update()
+        # Begin with the weights of another training, and a look at the expert.
+        if config.start_from and not run.resumed:
+            own = config.checkpoint_dir / config.start_from
+            run.log.line(state.begin(own if config.start_from in PRESETS else Path(config.start_from)))
+        if expert and not run.resumed:
+            found = check_expert(expert, cache, held_clips, config.seed)
+            run.log.line(str(found))
+            run.log.picture(0, found.draw(), "sync_check")
+            state.sync_offset = found.require(config.unfit_expert)
 
-                # Report.
-                last = state.step == config.num_steps
-                if last or state.step % config.log_every == 0:
-                    values = accelerator.reduce(made.terms, "mean") | {"grad_norm": made.norm}
-                    values |= {f"pull{ending}": pull for ending, pull in state.pulls.items()}
-                    log.record(state.step, {k: v.item() for k, v in values.items()} | {"learning_rate": made.rate})
+        batches = run.batches(draw(sync_offset=state.sync_offset))
+        for _ in run.steps():
+            # Forward, backward and update: this step's samples and chances, whatever happened before.
+            made = optimizer_step(state, objective, batches, config, accelerator)
+            if not made.finite:
+                terms, drawn = accelerator.reduce(made.terms, "mean"), gather_object(made.drawn)
+                fault = not_finite(terms, drawn, state.step + 1, run.folder)
+                if config.not_finite == "stop":
+                    raise fault
+                run.log.line(f"skipped: {fault}")
+            state.step += 1
+            if accelerator.is_main_process and state.step % config.ema_every == 0:
+                state.update_ema(config.ema_decay)
 
-                # Sample, validate and save, also the step after which to stop.
-                due = last or state.step % config.save_every == 0
-                if accelerator.is_main_process:
-                    show(state, config, validator, shown, log)
-                    if due:
-                        log.line(f"saved {save_unet(run_dir, state.step, state.ema, contract)}")
-                stop = of_any_process(stopping(), accelerator)
-                if accelerator.is_main_process and (due or stop):
-                    moving = state.as_dict() | {"contract": contract.as_dict(ALL_FIELDS)}
-                    save_state(run_dir, state.step, moving, config.keep_states)
+            # Report.
+            if run.due(config.log_every):
+                values = accelerator.reduce(made.terms, "mean") | {"grad_norm": made.norm}
+                values |= {f"pull{ending}": pull for ending, pull in state.pulls.items()}
+                run.log.record(state.step, {k: v.item() for k, v in values.items()} | {"learning_rate": made.rate})
 
-        if state.step < config.num_steps:
-            raise KeyboardInterrupt(f"stopped at step {state.step}, all saved; run the same command again to go on")
-        log.line(f"done at step {state.step}: weights and states in {run_dir}, pictures in {log_dir}")
+            # Sample, validate and save.
+            if accelerator.is_main_process:
+                show(run, config, validator, shown)
+                if run.due(config.save_every):
+                    run.log.line(f"saved {save_unet(run.folder, state.step, state.ema, contract)}")
+        run.log.line(
+            f"done at step {state.step}: weights and states in {run.folder}, pictures in {config.log_dir / preset}"
+        )
 
 
-def show(state: TrainState, config: TrainConfig, validator: Validator, shown: FaceDataset, log: RunLog) -> None:
+def show(run: Run, config: TrainConfig, validator: Validator, shown: FaceDataset) -> None:
     """Pictures and measures, those that are due after a step."""
-    if state.step == config.num_steps or state.step % config.sample_every == 0:
-        with state.averaged():
-            log.picture(state.step, draw_grid(validator.pipeline, shown))
-    if state.step % config.val_every == 0:
-        with state.averaged():
-            validator().report(state.step, log)
+    if run.due(config.sample_every):
+        with run.state.averaged():
+            run.log.picture(run.state.step, draw_grid(validator.pipeline, shown))
+    if run.state.step % config.val_every == 0:
+        with run.state.averaged():
+            validator().report(run.state.step, run.log)
 
 
 def check(config: TrainConfig) -> None:
@@ -394,7 +358,7 @@ def build_state(config: TrainConfig, contract: FeatureContract, accelerator: Acc
             adversaries[ending] = Adversary(network, make(network.parameters(), rate, betas))
     told = [ending for ending in adversaries if config.loss_weights.get(f"adv_g{ending}")]
     pulls = {ending: torch.zeros((), device=accelerator.device) for ending in told if config.adaptive_every}
-    return TrainState(unet, optimizer, config.optimizer, ema, adversaries, pulls)
+    return TrainState(unet, contract, optimizer, config.optimizer, ema, adversaries, pulls)
 
 
 def build_objective(

@@ -19,11 +19,10 @@ sync, hours of them, of many people, and large batches.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from reprlib import repr as short
@@ -32,16 +31,16 @@ from typing import Literal
 import cv2
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
+from accelerate.utils import gather_object
 
 from losses.sync import sync_bce
 from musetalk.cache import Cache
-from musetalk.checkpoint import GO_BACK, load_latest_state, save_state
+from musetalk.checkpoint import GO_BACK
 from musetalk.crop import to_tensor
 from musetalk.dataset import split_clips
-from musetalk.files import own_folder, write_whole
+from musetalk.files import write_whole
 from musetalk.models.syncnet import SyncNet, build_syncnet, load_syncnet, save_syncnet
-from musetalk.run_log import RunLog
+from musetalk.run import TrainError, average_gradients, open_run, start_processes
 from musetalk.script import (
     Count,
     CountOrZero,
@@ -54,22 +53,18 @@ from musetalk.script import (
     check_constants,
     parse_preset,
     run_script,
-    stop_requests,
 )
 from musetalk.sync_check import check_expert
 from musetalk.sync_dataset import SyncDataset
 from musetalk.training import (
     MAX_STEPS,
     OPTIMIZERS,
-    TrainError,
     check_moments,
     check_weight_decay,
     learning_rate,
-    loader,
     moments,
     not_finite,
     restore_moments,
-    start_processes,
 )
 from musetalk.weights import WeightsError, load_strictly
 
@@ -186,77 +181,59 @@ def train(preset: str, config: SyncConfig) -> None:
     # Check what costs nothing first: constants, then data, then the network.
     check_constants(config)
     check_weight_decay(config.optimizer, config.weight_decay)
-    if config.batch_size == 1 and config.architecture.startswith("wav2lip"):
-        raise TrainError(f"batch_size must be 2 or more for {config.architecture}, whose batch norms compare windows")
     accelerator = start_processes()
-    if accelerator.num_processes > 1:
-        raise TrainError("training on several processes is not supported yet; start it with plain python")
+    ranks = accelerator.num_processes
+    if config.batch_size * ranks == 1 and config.architecture.startswith("wav2lip"):
+        raise TrainError(f"batch_size must be 2 or more for {config.architecture}, whose batch norms compare windows")
     cache = Cache(config.hdtf_samples_dir)
     train_clips, held_clips, note = split_clips(cache, config.held_out, config.seed)
     shown = held_clips or train_clips
-    run = f"syncnet_{preset}"
-    run_dir, log_dir = config.checkpoint_dir / run, config.log_dir / run
+    name = f"syncnet_{preset}"
     if config.check_only:
-        check_only(config, cache, shown, run_dir, log_dir)
+        check_only(config, cache, shown, name)
         return
     state = build_state(config, accelerator)
-    dataset = open_dataset(config, cache, train_clips, state.expert.frames)
+    dataset = open_dataset(config, cache, train_clips, state.expert.frames, ranks)
 
-    with own_folder(run_dir), own_folder(log_dir), stop_requests() as stopping:
-        # Go on from the newest state, if there is one.
-        if found := load_latest_state(run_dir):
-            state.restore(found[1], found[0])
-        log = RunLog(config.log_dir, run, state.step)
-        log.line(f"preset {preset}: {json.dumps(asdict(config), default=str)}")
-        log.line(f"{len(train_clips)} clips to train on; {note}")
+    with open_run(name, config, state, accelerator) as run:
         size = sum(parameter.numel() for parameter in state.expert.parameters())
-        where = f"{accelerator.device}, {accelerator.mixed_precision}"
-        log.line(f"{config.architecture} of {size:,} parameters on {where}; at step {state.step}")
-        if not state.step:
-            log.line(f"before: {check_expert(state.expert, cache, shown, config.seed).summary()}")
+        run.log.line(f"{config.architecture} of {size:,} parameters; {len(train_clips)} clips to train on; {note}")
+        if not run.resumed:
+            run.log.line(f"before: {check_expert(state.expert, cache, shown, config.seed).summary()}")
 
-        steps = range(state.step, config.num_steps)
-        batches = iter(loader(dataset, steps, config.batch_size, config.num_workers, config.prefetch))
-        with tqdm(total=config.num_steps, initial=state.step, desc="train", unit="step") as bar:
-            stop = False
-            while state.step < config.num_steps and not stop:
-                # Forward, backward and update: this step's samples, the same ones whatever happened before.
-                values = optimizer_step(state, batches, config, accelerator, run_dir)
-                state.step += 1
-                bar.update()
+        batches = run.batches(dataset)
+        for _ in run.steps():
+            # Forward, backward and update: this step's samples, the same ones whatever happened before.
+            values = optimizer_step(state, batches, config, accelerator, run.folder)
+            state.step += 1
 
-                # Report, on clips held out too.
-                last, record = state.step == config.num_steps, {}
-                if last or state.step % config.log_every == 0:
-                    record = {name: value.item() for name, value in values.items()}
-                if last or state.step % config.val_every == 0:
-                    check = check_expert(state.expert, cache, shown, config.seed)
-                    record |= {"accuracy": check.accuracy, "offset": check.offset, "confidence": check.confidence}
-                    log.picture(state.step, check.draw(), "sync_check")
-                if record:
-                    log.record(state.step, record)
+            # Report, on clips held out too.
+            record = {}
+            if run.due(config.log_every):
+                values["sync_bce"] = accelerator.reduce(values["sync_bce"], "mean")
+                record = {name: float(value) for name, value in values.items()}
+            if accelerator.is_main_process and run.due(config.val_every):
+                check = check_expert(state.expert, cache, shown, config.seed)
+                record |= {"accuracy": check.accuracy, "offset": check.offset, "confidence": check.confidence}
+                run.log.picture(state.step, check.draw(), "sync_check")
+            if record:
+                run.log.record(state.step, record)
 
-                # Save, also the step after which to stop.
-                due = last or state.step % config.save_every == 0
-                if due:
-                    log.line(f"saved {save_syncnet(run_dir, state.step, state.expert, state.architecture)}")
-                stop = stopping()
-                if due or stop:
-                    save_state(run_dir, state.step, state.as_dict(), config.keep_states)
-                if last:
-                    log.line(f"{check}\n{check.fault() or f'can be used: set sync_expert to {run_dir}'}")
-
-        if state.step < config.num_steps:
-            raise KeyboardInterrupt(f"stopped at step {state.step}, all saved; run the same command again to go on")
-        log.line(f"done at step {state.step}: experts and states in {run_dir}, pictures in {log_dir / 'sync_check'}")
+            # Save.
+            if accelerator.is_main_process and run.due(config.save_every):
+                run.log.line(f"saved {save_syncnet(run.folder, state.step, state.expert, state.architecture)}")
+                if state.step == config.num_steps:
+                    run.log.line(f"{check}\n{check.fault() or f'can be used: set sync_expert to {run.folder}'}")
+        pictures = config.log_dir / name / "sync_check"
+        run.log.line(f"done at step {state.step}: experts and states in {run.folder}, pictures in {pictures}")
 
 
-def check_only(config: SyncConfig, cache: Cache, clips: list[str], run_dir: Path, log_dir: Path) -> None:
+def check_only(config: SyncConfig, cache: Cache, clips: list[str], run: str) -> None:
     """Check an expert that there is. Raises SyncError where it cannot be trusted."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = config.start_from or str(run_dir)
+    name = config.start_from or str(config.checkpoint_dir / run)
     check = check_expert(load_syncnet(config.models_dir, name, device), cache, clips, config.seed)
-    path = log_dir / "sync_check.png"
+    path = config.log_dir / run / "sync_check.png"
     write_whole(path, cv2.imencode(".png", check.draw())[1].tobytes())
     print(f"{check}\n{name}, on {len(clips)} clips of {cache.folder}; drawn in {path}")
     check.require(allow=False)
@@ -270,12 +247,17 @@ def build_state(config: SyncConfig, accelerator: Accelerator) -> SyncState:
         load_strictly(expert, trained.state_dict(), Path(config.start_from))
     make = OPTIMIZERS[config.optimizer]
     optimizer = make(expert.parameters(), config.learning_rate, config.betas, weight_decay=config.weight_decay)
-    return SyncState(accelerator.prepare(expert), config.architecture, optimizer, config.optimizer)
+    # Only its precision and place: `average_gradients` is what makes one training of several processes.
+    expert = accelerator.prepare_model(expert, evaluation_mode=True)
+    return SyncState(expert, config.architecture, optimizer, config.optimizer)
 
 
-def open_dataset(config: SyncConfig, cache: Cache, clips: list[str], frames: int) -> SyncDataset:
-    """The samples to train on. Raises TrainError where they are fewer than those of a step, CacheError for none."""
-    slots = config.batch_size * config.grad_accum_steps
+def open_dataset(config: SyncConfig, cache: Cache, clips: list[str], frames: int, ranks: int) -> SyncDataset:
+    """The samples to train on. ranks: processes.
+
+    Raises TrainError where they are fewer than those of a step, CacheError for none.
+    """
+    slots = config.batch_size * config.grad_accum_steps * ranks
     dataset = SyncDataset(
         cache,
         clips,
@@ -288,27 +270,28 @@ def open_dataset(config: SyncConfig, cache: Cache, clips: list[str], frames: int
     )
     if slots > (count := int(dataset.ends[-1])):
         raise TrainError(
-            f"batch_size x grad_accum_steps is {slots}, but {cache.folder} has {count} windows to train on"
+            f"batch_size x grad_accum_steps x processes is {slots}, but {cache.folder} has {count} windows to train on"
         )
     return dataset
 
 
 def optimizer_step(
     state: SyncState, batches: Iterator[dict], config: SyncConfig, accelerator: Accelerator, run_dir: Path
-) -> dict[str, torch.Tensor]:
+) -> dict[str, torch.Tensor | float]:
     """One update, and what there is to tell of it. Raises TrainError, without it, where a gradient is not finite."""
     loss, drawn, rate = 0, [], learning_rate(state.step, config)
     for _ in range(config.grad_accum_steps):
         batch = next(batches)
         drawn += batch["where"]
         loss = loss + sync_step(state.expert, batch, accelerator, config.grad_accum_steps)
+    average_gradients(state.expert.parameters())
     norm = accelerator.clip_grad_norm_(state.expert.parameters(), config.max_grad_norm)
     if not torch.isfinite(norm):
-        raise not_finite({"sync_bce": loss}, drawn, state.step + 1, run_dir)
+        raise not_finite({"sync_bce": accelerator.reduce(loss, "mean")}, gather_object(drawn), state.step + 1, run_dir)
     state.optimizer.param_groups[0]["lr"] = rate
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    return {"sync_bce": loss, "grad_norm": norm, "learning_rate": torch.tensor(rate)}
+    return {"sync_bce": loss, "grad_norm": norm, "learning_rate": rate}
 
 
 def sync_step(expert: SyncNet, batch: dict, accelerator: Accelerator, parts: int) -> torch.Tensor:

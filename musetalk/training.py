@@ -1,10 +1,9 @@
-"""What moves in a training and what moves it, for every trainer alike."""
+"""What moves in a training and what moves it: networks, optimizers with their moments, the average, the rate."""
 
 from __future__ import annotations
 
 import math
-import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,16 +12,15 @@ from reprlib import repr as short
 from typing import Protocol
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
 from musetalk.cache import Cache
-from musetalk.checkpoint import GO_BACK, find_unet, load_latest_state, read_unet_contract
+from musetalk.checkpoint import GO_BACK, find_unet, read_unet_contract
 from musetalk.contract import ALL_FIELDS, CACHE_FIELDS, CONTRACTS, MODEL_FIELDS, OWN_CONSTANTS, FeatureContract
 from musetalk.models.unet import UNet
-from musetalk.models.vae import VAE, knows_bfloat16, load_vae
-from musetalk.script import STOP_SIGNALS, UserError
+from musetalk.models.vae import VAE, load_vae
+from musetalk.run import TrainError
 from musetalk.sync_check import MAX_OFFSET
 from musetalk.weights import WeightsError, load_strictly, read_tensors, unwrap
 
@@ -32,10 +30,6 @@ OPTIMIZERS = {  # such that none of them makes a copy as large as the weights
     "adamax": partial(torch.optim.Adamax, foreach=False),
     "adam": partial(torch.optim.Adam, fused=True),
 }
-
-
-class TrainError(UserError):
-    """Training cannot start or go on."""
 
 
 class Schedule(Protocol):
@@ -59,6 +53,7 @@ class TrainState:
     """All that moves in training."""
 
     unet: UNet
+    contract: FeatureContract  # that it learns under
     optimizer: torch.optim.Optimizer
     optimizer_name: str  # of `OPTIMIZERS`, of the discriminators' too
     ema: dict[str, torch.Tensor]  # averaged weights under diffusers' names, in host memory
@@ -80,12 +75,19 @@ class TrainState:
             },
             "pulls": self.pulls,
             "sync_offset": self.sync_offset,
+            "contract": self.contract.as_dict(ALL_FIELDS),
         }
 
     def restore(self, saved: dict, path: Path) -> None:
-        """Go on from what `as_dict` gave, read from a file. Raises WeightsError where it is of something else."""
-        if missing := (self.as_dict().keys() | {"step", "contract"}) - saved.keys():
+        """Go on from what `as_dict` gave, read from a file.
+
+        Raises WeightsError where it is of something else, ContractError where of another contract.
+        """
+        if missing := (self.as_dict().keys() | {"step"}) - saved.keys():
             raise WeightsError(f"{path} is no training state, it lacks {', '.join(sorted(missing))}; {GO_BACK}")
+        FeatureContract.from_dict(saved["contract"], ALL_FIELDS, str(path)).require(
+            self.contract, ALL_FIELDS, str(path.parent)
+        )
         if saved["optimizer_name"] != self.optimizer_name:
             name = short(saved["optimizer_name"])
             raise WeightsError(f"{path} is of a training with the optimizer {name}, not {self.optimizer_name!r}")
@@ -122,16 +124,16 @@ class TrainState:
         if not all(isinstance(pull, torch.Tensor) and pull.shape == () for pull in pulls.values()):
             raise WeightsError(f"{path} holds no weights of discriminators; {GO_BACK}")
 
-    def begin(self, place: Path, contract: FeatureContract) -> str:
+    def begin(self, place: Path) -> str:
         """Take over weights to start from, of this project or another. Returns a sentence about them for the log.
 
         place: a file, or a folder whose newest is taken. Raises WeightsError; ContractError where they were trained
-        under another contract than the one given.
+        under another contract.
         """
         path = find_unet(place)
         own = read_unet_contract(path)
         if own:
-            own.require(contract, ALL_FIELDS, str(path))
+            own.require(self.contract, ALL_FIELDS, str(path))
         load_strictly(self.unet.model, unwrap(read_tensors(path), path), path)
         self.ema = {name: value.to("cpu", copy=True) for name, value in self.unet.model.state_dict().items()}
         return f"starts from {path}" + ("" if own else ", which carries no contract and is taken to be of this one")
@@ -187,22 +189,6 @@ def check_moments(optimizer: torch.optim.Optimizer, saved: object, path: Path) -
         raise WeightsError(f"{path} holds no state of this optimizer; {GO_BACK}")
 
 
-def resume(state: TrainState, run_dir: Path, contract: FeatureContract) -> bool:
-    """Go on from the newest state of a run, if there is one. Raises WeightsError, ContractError."""
-    found = load_latest_state(run_dir)
-    if found:
-        path, saved = found
-        state.restore(saved, path)
-        learnt = FeatureContract.from_dict(saved["contract"], ALL_FIELDS, str(path))
-        learnt.require(contract, ALL_FIELDS, str(run_dir))
-    return bool(found)
-
-
-def precision() -> str:
-    """bf16 where the device computes in it, else full float32; accelerate's word for it."""
-    return "bf16" if knows_bfloat16("cuda" if torch.cuda.is_available() else "cpu") else "no"
-
-
 def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
     """The precision of networks that are only looked through."""
     return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
@@ -212,86 +198,6 @@ def load_pixel_vae(models_dir: Path, accelerator: Accelerator) -> VAE:
     """The frozen VAE in the precision and layout in which the losses on images are fastest. Raises WeightsError."""
     layout = torch.contiguous_format if accelerator.device.type == "cpu" else torch.channels_last
     return load_vae(models_dir, accelerator.device, frozen_dtype(accelerator), layout)
-
-
-@dataclass(frozen=True)
-class SlotSampler:
-    """The items of a dataset that one of several processes reads, batch by batch: its slots of each part of each step.
-
-    A part of a step is one batch of every process, so the parts hold the same slots on any number of processes whose
-    batches are together as large.
-    """
-
-    slots: int  # samples in one optimizer step, over parts and processes
-    steps: range
-    batch_size: int  # of one process
-    rank: int = 0
-    ranks: int = 1
-
-    def __iter__(self) -> Iterator[int]:
-        for step in self.steps:
-            for begin in range(self.rank * self.batch_size, self.slots, self.ranks * self.batch_size):
-                yield from range(step * self.slots + begin, step * self.slots + begin + self.batch_size)
-
-
-def loader(
-    dataset: Dataset,
-    steps: range,
-    batch_size: int,
-    num_workers: int,
-    prefetch: int = 2,
-    *,
-    rank: int = 0,
-    ranks: int = 1,
-) -> DataLoader:
-    """Batches of some steps for one of several processes, in the order of their slots. dataset: has `slots`."""
-    return DataLoader(
-        dataset,
-        batch_size,
-        sampler=SlotSampler(dataset.slots, steps, batch_size, rank, ranks),
-        num_workers=num_workers,
-        prefetch_factor=prefetch if num_workers else None,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_stop_requests,
-    )
-
-
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Give every process the mean of all processes' gradients; nothing where there is one process."""
-    if not torch.distributed.is_initialized():
-        return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    for work in [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]:
-        work.wait()
-    for gradient in gradients:
-        gradient /= torch.distributed.get_world_size()
-
-
-def of_any_process(flag: bool, accelerator: Accelerator) -> bool:
-    """Whether the flag is set in any process. All must ask."""
-    if accelerator.num_processes == 1:
-        return flag
-    return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item() > 0
-
-
-def start_processes() -> Accelerator:
-    """Devices, precision and processes, as `python`, `torchrun` or `accelerate launch` started this one.
-
-    Raises TrainError for ways to share a training that are not supported.
-    """
-    accelerator = Accelerator(mixed_precision=precision(), cpu=not torch.cuda.is_available())
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise TrainError(
-            f"{accelerator.distributed_type.value} is not supported: start it with python, torchrun or accelerate "
-            "launch, without DeepSpeed and FSDP, so that each process has all networks"
-        )
-    return accelerator
-
-
-def ignore_stop_requests(_: int) -> None:
-    """A worker goes on through what is sent to the whole group of processes: the step at hand needs it."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def learning_rate(step: int, config: Schedule) -> float:

@@ -1,11 +1,14 @@
-"""Run by test_processes.py, alone or as one of several: a few steps of a small training, what moves saved by the first.
+"""Run by test_processes.py, alone or as one of several: a small training that the first process is asked to stop.
 
-python -m tests.processes <cache> <folder> <batch size> <steps> <precision>
+python -m tests.processes <unet | name of a sync expert> <cache> <folder> <batch size> <steps until then> <precision>
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,28 +17,28 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+import musetalk_trainer
+import syncnet_trainer
 from losses.discriminator import PatchDiscriminator
 from losses.objective import Objective
-from musetalk import training
+from musetalk import run
 from musetalk.cache import Cache
-from musetalk.checkpoint import save_state
-from musetalk.contract import ALL_FIELDS
 from musetalk.crop import to_tensor
 from musetalk.models.unet import UNet
-from musetalk.training import TrainState, loader, resume, start_processes
+from musetalk.run import open_run, start_processes
 from musetalk_trainer import VIEWS, TrainConfig, build_state, open_dataset, optimizer_step, weights
+from syncnet_trainer import SyncConfig
 
 HEARD = {"latent_l1": 1.0, "pixel_l1": 1.0, "adv_g": 0.1, "feat_match": 0.1, "adv_g_mouth": 0.1}
+ALIKE = {"grad_accum_steps": 2, "num_workers": 0, "warmup_steps": 1, "learning_rate": 1e-3, "num_steps": 100}
 CONFIG = TrainConfig(
+    **ALIKE,
     loss_weights=weights(**HEARD),
-    grad_accum_steps=2,
     adaptive_every=1,
     chunk_size=1,
-    warmup_steps=1,
-    learning_rate=1e-3,
     discriminator_learning_rate=1e-3,
-    num_steps=100,
 )
+SYNC_CONFIG = SyncConfig(**ALIKE, held_out=0.25, gaps=(9, 3), other_clips=0.5)
 
 
 def small_unet(width: int) -> UNet:
@@ -56,23 +59,23 @@ def small_unet(width: int) -> UNet:
     return UNet(model, positional_encoding=True)
 
 
-def main(cache_dir: str, folder: str, batch_size: str, steps: str, dtype: str) -> None:
-    training.precision = lambda: "no"
-    torch.set_default_dtype(getattr(torch, dtype))
-    torch.set_num_threads(1)
-    import musetalk_trainer
+@contextmanager
+def asked_after(steps: int) -> Iterator[Callable[[], bool]]:
+    """As `stop_requests`, where the first process, and no other, is asked to stop after some steps."""
+    turns = iter(range(1, 10**9))
+    yield lambda: next(turns) >= steps and int(os.environ.get("RANK", 0)) == 0
 
-    cache = Cache(Path(cache_dir))
+
+def train_unet(cache: Cache, config: TrainConfig) -> None:
+    """As the trainer does, but for the networks, which are small, and validation."""
     width = next(iter(cache.clips.values())).tensor("audio_features", 0, 1).shape[-1]
     musetalk_trainer.build_unet = lambda *_: small_unet(width)
     musetalk_trainer.PatchDiscriminator = partial(PatchDiscriminator, width=4, layers=2)
-
     accelerator = start_processes()
-    config = replace(CONFIG, batch_size=int(batch_size))
     dataset = open_dataset(
         config, cache, sorted(cache.clips), cache.contract, ranks=accelerator.num_processes, sync_offset=0
     )
-    state: TrainState = build_state(config, cache.contract, accelerator)
+    state = build_state(config, cache.contract, accelerator)
     torch.manual_seed(1)
     decoder = nn.Sequential(nn.Conv2d(4, 3, 3, padding=1), nn.Upsample(scale_factor=8), nn.Tanh()).requires_grad_(False)
     objective = Objective(
@@ -84,16 +87,28 @@ def main(cache_dir: str, folder: str, batch_size: str, steps: str, dtype: str) -
         views={ending: VIEWS[ending] for ending in state.adversaries},
         pulls=state.pulls,
     )
-    resume(state, Path(folder), cache.contract)
-    share = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
-    batches = iter(loader(dataset, range(state.step, int(steps)), config.batch_size, 0, **share))
-    while state.step < int(steps):
-        assert optimizer_step(state, objective, batches, config, accelerator).finite
-        state.step += 1
-    if accelerator.is_main_process:
-        moving = state.as_dict() | {"contract": cache.contract.as_dict(ALL_FIELDS)}
-        save_state(Path(folder), state.step, moving, keep=9)
-    accelerator.end_training()
+    with open_run("unet", config, state, accelerator) as going:
+        batches = going.batches(dataset)
+        for _ in going.steps():
+            assert optimizer_step(state, objective, batches, config, accelerator).finite
+            state.step += 1
+
+
+def main(what: str, cache: str, folder: str, batch_size: str, steps: str, dtype: str) -> None:
+    run.precision = lambda: "no"
+    run.stop_requests = partial(asked_after, int(steps))
+    torch.set_default_dtype(getattr(torch, dtype))
+    torch.Tensor.float = lambda tensor: tensor.to(torch.get_default_dtype())  # where the code asks for float32
+    torch.set_num_threads(1)
+    places = {"checkpoint_dir": Path(folder), "log_dir": Path(folder) / "log", "batch_size": int(batch_size)}
+    with suppress(KeyboardInterrupt):
+        if what == "unet":
+            train_unet(Cache(Path(cache)), replace(CONFIG, **places))
+        else:
+            places |= {"hdtf_samples_dir": Path(cache), "architecture": what}
+            syncnet_trainer.train("demo", replace(SYNC_CONFIG, **places))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from musetalk.contract import LATENT_CHANNELS, LATENT_SIZE, RIGID, WINDOW_STEPS
 from musetalk.models.vae import load_vae
-from musetalk.training import TrainError
+from musetalk.run import TrainError
 from musetalk_trainer import PRESETS, TrainConfig, build_objective, build_state, check, training_step, weights
 
 # The least that has what a UNet is made of: attention to sound, a way down and up again.

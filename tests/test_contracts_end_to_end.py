@@ -42,8 +42,9 @@ from musetalk.models.audio_encoder import load_audio_encoder
 from musetalk.models.unet import UNet, build_unet
 from musetalk.models.vae import load_vae, posterior_noise
 from musetalk.pipeline import LipSyncPipeline
+from musetalk.run import resume
 from musetalk.sample import clip_script, render_frames
-from musetalk.training import TrainState, resume, training_contract
+from musetalk.training import TrainState, training_contract
 from musetalk.video import forth_and_back_index, read_frames, write_video
 from musetalk_trainer import PRESETS, train
 
@@ -288,8 +289,10 @@ def made(mini, tmp_path_factory, random_tensors) -> tuple[Path, FeatureContract,
     contract = replace(MUSETALK_V15, margins=(0, 10), vae="one", audio_encoder="two", face_backend="mediapipe")
     CacheWriter(folder, contract).write("a", random_tensors(12, variants=2), ABOUT)
     unet = build_unet(mini, 0, True)
-    state = TrainState(unet, torch.optim.AdamW(unet.parameters()), "adamw", copy.deepcopy(unet.model.state_dict()))
-    save_state(folder, 1, state.as_dict() | {"contract": contract.as_dict(ALL_FIELDS)}, keep=1)
+    state = TrainState(
+        unet, contract, torch.optim.AdamW(unet.parameters()), "adamw", copy.deepcopy(unet.model.state_dict())
+    )
+    save_state(folder, 1, state.as_dict(), keep=1)
     save_unet(folder, 1, unet.model.state_dict(), contract)
     return folder, contract, state
 
@@ -301,8 +304,8 @@ def borders(folder: Path, models_dir: Path, state: TrainState) -> dict[str, Call
     return {
         "the cache goes on": lambda wanted: CacheWriter(folder, wanted),
         "a dataset reads the cache": lambda wanted: FaceDataset(cache, ["a"], wanted, seed=0, slots=1),
-        "a training goes on": lambda wanted: resume(state, folder, wanted),
-        "a training begins with the weights": lambda wanted: state.begin(folder, wanted),
+        "a training goes on": lambda wanted: resume(replace(state, contract=wanted), folder),
+        "a training begins with the weights": lambda wanted: replace(state, contract=wanted).begin(folder),
         "the weights are used": lambda wanted: load_trained_unet(weights, models_dir, wanted),
     }
 

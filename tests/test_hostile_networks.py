@@ -21,7 +21,8 @@ from musetalk.contract import ALL_FIELDS, FeatureContract
 from musetalk.models.audio_encoder import load_audio_encoder
 from musetalk.models.unet import UNet, build_unet
 from musetalk.models.vae import load_vae
-from musetalk.training import OPTIMIZERS, TrainState, resume
+from musetalk.run import resume
+from musetalk.training import OPTIMIZERS, TrainState
 
 CPU = torch.device("cpu")
 MINI = Path(__file__).parents[1] / "models" / "mini"
@@ -234,7 +235,7 @@ class Training:
         )
         unet = UNet(model, False)
         ema = {name: value.clone() for name, value in model.state_dict().items()}
-        self.state = TrainState(unet, OPTIMIZERS[optimizer](unet.parameters()), optimizer, ema)
+        self.state = TrainState(unet, CONTRACT, OPTIMIZERS[optimizer](unet.parameters()), optimizer, ema)
         self.go_on()
 
     def go_on(self) -> None:
@@ -247,10 +248,10 @@ class Training:
             pass
 
     def saved(self, **changes: object) -> dict:
-        return self.state.as_dict() | {"contract": CONTRACT.as_dict(ALL_FIELDS)} | changes
+        return self.state.as_dict() | changes
 
     def resume(self, folder: Path) -> None:
-        resume(self.state, folder, CONTRACT)
+        resume(self.state, folder)
         self.go_on()
 
 

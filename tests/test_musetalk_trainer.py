@@ -19,9 +19,8 @@ from safetensors.torch import load_file
 
 import musetalk_trainer
 from losses.discriminator import PatchDiscriminator
-from musetalk import training
 from musetalk.cache import Cache, CacheError
-from musetalk.checkpoint import save_unet
+from musetalk.checkpoint import save_state, save_unet
 from musetalk.contract import CONTRACTS, ContractError
 from musetalk.models.syncnet import build_syncnet, save_syncnet
 from musetalk.models.unet import build_unet
@@ -154,7 +153,7 @@ def test_two_steps_and_a_resume_equal_four_steps(config, tmp_path, optimizer):
     parted = replace(config, checkpoint_dir=tmp_path / "parted", log_dir=tmp_path / "parted_log")
     # The learning rate depends on num_steps, so the first half is an interruption, not a shorter run.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(musetalk_trainer, "save_state", interrupt_after(musetalk_trainer.save_state))
+        patch.setattr("musetalk.run.save_state", interrupt_after(save_state))
         with pytest.raises(KeyboardInterrupt):
             train("demo", parted)
     assert not (parted.checkpoint_dir / "demo" / "training-state-0000004.pt").exists()
@@ -171,7 +170,7 @@ def test_two_steps_and_a_resume_equal_four_steps_with_every_loss(every_loss, tmp
     train("demo", every_loss)
     parted = replace(every_loss, checkpoint_dir=tmp_path / "parted", log_dir=tmp_path / "parted_log")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(musetalk_trainer, "save_state", interrupt_after(musetalk_trainer.save_state))
+        patch.setattr("musetalk.run.save_state", interrupt_after(save_state))
         with pytest.raises(KeyboardInterrupt):
             train("demo", parted)
     train("demo", parted)
@@ -316,7 +315,7 @@ def test_accumulation_equals_one_large_batch(config, monkeypatch):
             num_steps=1,
         )
         AcceleratorState._reset_state(reset_partial_state=True)
-        monkeypatch.setattr(training, "precision", lambda: "no")
+        monkeypatch.setattr("musetalk.run.precision", lambda: "no")
         train("demo", run)
         states.append(torch.load(run.checkpoint_dir / "demo" / "training-state-0000001.pt", weights_only=True))
     moments = [flat(state["optimizer"]["state"]) for state in states]
@@ -482,7 +481,7 @@ UNFIT = {
 def test_an_unfit_constant_is_refused_by_name_before_anything_is_done(name, tmp_path, monkeypatch):
     """A constant without an entry in UNFIT fails."""
     monkeypatch.chdir(tmp_path)
-    for stage in ("start_processes", "Cache", "load_pixel_vae", "build_unet", "own_folder", "RunLog"):
+    for stage in ("start_processes", "Cache", "load_pixel_vae", "build_unet", "open_run"):
         monkeypatch.setattr(musetalk_trainer, stage, lambda *_, **__: pytest.fail("it went on"))
     for preset, config in PRESETS.items():
         for value in UNFIT[name]:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from musetalk.training import SlotSampler
+from musetalk.run import SlotSampler, TrainError, start_processes
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,8 +48,10 @@ def run(processes: int, *arguments: object) -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-def state(folder: Path, step: int) -> dict:
-    return torch.load(folder / f"training-state-{step:07d}.pt", weights_only=True)
+def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """All tensors of the one training state in a folder."""
+    (path,) = folder.rglob(f"training-state-{step:07d}.pt")
+    return tensors(torch.load(path, weights_only=True))
 
 
 def tensors(value: object, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -58,12 +60,14 @@ def tensors(value: object, prefix: str = "") -> dict[str, torch.Tensor]:
     return {prefix: value} if isinstance(value, torch.Tensor) else {}
 
 
-def test_two_processes_equal_one_also_resumed_on_another_number(sample_cache, tmp_path):
-    """In float64: three steps with discriminators, adaptive weights and accumulation."""
-    run(1, sample_cache.folder, tmp_path / "one", 4, 3, "float64")
-    run(2, sample_cache.folder, tmp_path / "two", 2, 2, "float64")
-    run(1, sample_cache.folder, tmp_path / "two", 4, 3, "float64")
-    one, two = (tensors(state(tmp_path / name, 3)) for name in ("one", "two"))
+@pytest.mark.parametrize("what", ["unet", "wav2lip_narrow", "latentsync_narrow"])
+def test_two_processes_equal_one_also_resumed_on_another_number(sample_cache, tmp_path, what):
+    """In float64: three steps with accumulation; of a UNet with discriminators and adaptive weights, of a sync expert
+    with what its batch norms gather. Asked to stop is the first of the processes alone."""
+    run(1, what, sample_cache.folder, tmp_path / "one", 4, 3, "float64")
+    run(2, what, sample_cache.folder, tmp_path / "two", 2, 2, "float64")
+    run(1, what, sample_cache.folder, tmp_path / "two", 4, 1, "float64")
+    one, two = (state(tmp_path / name, 3) for name in ("one", "two"))
     assert one.keys() == two.keys() and len(one) > 100
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-9, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
@@ -71,10 +75,8 @@ def test_two_processes_equal_one_also_resumed_on_another_number(sample_cache, tm
 
 def test_gradients_of_two_processes_are_those_of_one_in_float32(sample_cache, tmp_path):
     for processes in (1, 2):
-        run(processes, sample_cache.folder, tmp_path / str(processes), 4 // processes, 1, "float32")
-    one, two = (
-        {name: x for name, x in tensors(state(tmp_path / name, 1)).items() if name.endswith("exp_avg")} for name in "12"
-    )
+        run(processes, "unet", sample_cache.folder, tmp_path / str(processes), 4 // processes, 1, "float32")
+    one, two = ({name: x for name, x in state(tmp_path / name, 1).items() if name.endswith("exp_avg")} for name in "12")
     assert one.keys() == two.keys() and len(one) > 50
     size = torch.cat([value.flatten() for value in one.values()]).norm()
     apart = torch.cat([(two[name] - value).flatten() for name, value in one.items()]).norm()
@@ -85,11 +87,9 @@ def test_gradients_of_two_processes_are_those_of_one_in_float32(sample_cache, tm
 def test_other_ways_to_share_a_training_are_refused(monkeypatch, name):
     from accelerate import DistributedType
 
-    from musetalk import training
-
     class Shared:
         distributed_type = DistributedType[name]
 
-    monkeypatch.setattr(training, "Accelerator", lambda **_: Shared())
-    with pytest.raises(training.TrainError, match=f"^{name} is not supported: start it with python, torchrun or accel"):
-        training.start_processes()
+    monkeypatch.setattr("musetalk.run.Accelerator", lambda **_: Shared())
+    with pytest.raises(TrainError, match=f"^{name} is not supported: start it with python, torchrun or accel"):
+        start_processes()

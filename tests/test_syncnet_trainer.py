@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import syncnet_trainer
 from musetalk.cache import CacheError
+from musetalk.checkpoint import save_state
 from musetalk.models.syncnet import (
     ARCHITECTURES,
     PUBLISHED,
@@ -27,10 +28,11 @@ from musetalk.models.syncnet import (
     load_syncnet,
     save_syncnet,
 )
+from musetalk.run import TrainError
 from musetalk.script import UserError
 from musetalk.sync_check import SyncError, check_expert
 from musetalk.sync_dataset import SyncDataset
-from musetalk.training import OPTIMIZERS, TrainError
+from musetalk.training import OPTIMIZERS
 from musetalk.weights import WeightsError
 from syncnet_trainer import PRESETS, SyncConfig, parse, sync_step, train
 
@@ -116,7 +118,7 @@ def test_two_steps_and_a_resume_equal_four_steps(config, tmp_path, optimizer):
     parted = replace(config, checkpoint_dir=tmp_path / "parted", log_dir=tmp_path / "parted_log")
     # Rate and gaps depend on num_steps, so the first half is an interruption, not a shorter run.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(syncnet_trainer, "save_state", interrupt_after(syncnet_trainer.save_state))
+        patch.setattr("musetalk.run.save_state", interrupt_after(save_state))
         with pytest.raises(KeyboardInterrupt):
             train("demo", parted)
     assert not (parted.checkpoint_dir / "syncnet_demo/training-state-0000004.pt").exists()
@@ -157,7 +159,7 @@ def test_it_learns_windows_by_heart(config):
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = syncnet_trainer.Accelerator(mixed_precision="no")
     state = syncnet_trainer.build_state(config, accelerator)
-    data = syncnet_trainer.open_dataset(config, syncnet_trainer.Cache(config.hdtf_samples_dir), ["sample_00"], 5)
+    data = syncnet_trainer.open_dataset(config, syncnet_trainer.Cache(config.hdtf_samples_dir), ["sample_00"], 5, 1)
     batch = torch.utils.data.default_collate([data[index] for index in range(4)])
     losses = []
     for _ in range(40):
@@ -261,7 +263,7 @@ def test_it_starts_from_a_published_one(config, models):
 
 def test_a_check_alone_trains_nothing(config, models, capsys, monkeypatch):
     """An untrained expert is refused when its table has been shown."""
-    for stage in ("build_state", "RunLog", "save_state", "save_syncnet"):
+    for stage in ("build_state", "open_run", "save_syncnet"):
         monkeypatch.setattr(syncnet_trainer, stage, lambda *_: pytest.fail("it trained"))
     run = replace(config, check_only=True, models_dir=models, start_from="syncnet/lipsync_expert.pth")
     with pytest.raises(SyncError, match="cannot be trusted on these faces"):
@@ -449,7 +451,7 @@ UNFIT = {
 def test_an_unfit_constant_is_refused_by_name_before_anything_is_done(name, tmp_path, monkeypatch):
     """A constant without an entry in UNFIT fails."""
     monkeypatch.chdir(tmp_path)
-    for stage in ("start_processes", "Cache", "build_syncnet", "load_syncnet", "own_folder", "RunLog"):
+    for stage in ("start_processes", "Cache", "build_syncnet", "load_syncnet", "open_run"):
         monkeypatch.setattr(syncnet_trainer, stage, lambda *_, **__: pytest.fail("it went on"))
     for preset, config in PRESETS.items():
         for value in UNFIT[name]:
@@ -465,7 +467,7 @@ def test_an_unfit_constant_is_refused_by_name_before_anything_is_done(name, tmp_
         ({"start_from": "nowhere"}, WeightsError, "nowhere is no sync expert"),
         ({"weight_decay": 1e-2}, TrainError, "weight_decay must be 0 with adam,"),
         ({"batch_size": 1}, TrainError, "batch_size must be 2 or more for wav2lip_narrow"),
-        ({"batch_size": 53}, TrainError, "batch_size x grad_accum_steps is 53, but .* has 52 windows to train on"),
+        ({"batch_size": 53}, TrainError, "batch_size x grad_accum_steps x processes is 53, but .* has 52 windows"),
         ({"gaps": (15, 13)}, CacheError, "mel 13 frames away from any"),
     ],
 )

@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 
 import musetalk_trainer
 from musetalk.cache import Cache, CacheWriter
+from musetalk.checkpoint import save_state
 from musetalk.contract import CONTRACTS, ContractError, FeatureContract
 from musetalk.models.tiny_decoder import TAESD_WIDTH, TinyDecoder, load_tiny_decoder, save_tiny_decoder
 from musetalk.models.vae import VAE, load_vae
@@ -250,7 +251,7 @@ def test_a_resumed_training_takes_the_same_turns(config, decoded, tmp_path):
     decoded.clear()
     parted = replace(config, checkpoint_dir=tmp_path / "parted", log_dir=tmp_path / "parted_log")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(musetalk_trainer, "save_state", partial(save_and_interrupt, musetalk_trainer.save_state))
+        patch.setattr("musetalk.run.save_state", partial(save_and_interrupt, save_state))
         train("demo", parted)
     train("demo", parted)
     assert decoded == whole and whole[:3] == ["tiny", "tiny", "full"]

@@ -34,8 +34,9 @@ from musetalk.files import write_whole
 from musetalk.metrics import psnr
 from musetalk.models.tiny_decoder import TAESD_WIDTH, TinyDecoder, Width, load_tiny_decoder, save_tiny_decoder
 from musetalk.models.vae import VAE
+from musetalk.run import loader, start_processes
 from musetalk.script import Count, Positive, PositiveOrZero, Seed, Share, Workers, check_constants, run_script
-from musetalk.training import learning_rate, load_pixel_vae, loader, start_processes
+from musetalk.training import learning_rate, load_pixel_vae
 
 SHOWN = 8  # faces in the picture
 

@@ -108,6 +108,43 @@ def _unit(encoder: nn.Module, values: torch.Tensor) -> torch.Tensor:
 # Wav2Lip's.
 
 
+class MeanOverProcesses(torch.autograd.Function):
+    """The mean of every process's tensor, which the gradients of all of them go back through."""
+
+    @staticmethod
+    def forward(_, values: torch.Tensor) -> torch.Tensor:
+        values = values.contiguous().clone()
+        torch.distributed.all_reduce(values)
+        return values / torch.distributed.get_world_size()
+
+    @staticmethod
+    def backward(_, gradient: torch.Tensor) -> torch.Tensor:
+        return MeanOverProcesses.apply(gradient)
+
+
+class SharedBatchNorm(nn.BatchNorm2d):
+    """A batch norm for which the batches of all processes, all as large, are one while it is trained.
+
+    torch's SyncBatchNorm does so too, on GPUs alone.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        if not (self.training and torch.distributed.is_initialized()):
+            return super().forward(x)
+        count = x.numel() // x.shape[1] * torch.distributed.get_world_size()
+        values = x.to(self.weight.dtype)
+        mean = MeanOverProcesses.apply(values.mean((0, 2, 3), keepdim=True))  # (1, C, 1, 1)
+        centred = values - mean
+        variance = MeanOverProcesses.apply(centred.square().mean((0, 2, 3), keepdim=True))
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
+            self.running_var.lerp_(variance.flatten() * (count / (count - 1)), self.momentum)
+        scale = self.weight[:, None, None] * (variance + self.eps).rsqrt()
+        return (centred * scale + self.bias[:, None, None]).to(x.dtype)
+
+
 class ConvBlock(nn.Module):
     """Convolution, batch norm, ReLU; its input is added before the ReLU where it is residual."""
 
@@ -116,7 +153,7 @@ class ConvBlock(nn.Module):
     ) -> None:
         super().__init__()
         convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding)
-        self.conv_block = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+        self.conv_block = nn.Sequential(convolution, SharedBatchNorm(outputs))
         self.residual = residual
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

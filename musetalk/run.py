@@ -1,0 +1,221 @@
+"""A run of a trainer: its processes, its folders and log, its batches and steps; gone on with, saved and stopped.
+
+One process trains, or several of one machine or more as one: all networks are in each of them, samples are shared out,
+gradients averaged. One of them writes.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from musetalk.checkpoint import load_latest_state, save_state
+from musetalk.files import own_folder
+from musetalk.models.vae import knows_bfloat16
+from musetalk.run_log import RunLog, SilentLog
+from musetalk.script import STOP_SIGNALS, UserError, stop_requests
+
+
+class TrainError(UserError):
+    """Training cannot start or go on."""
+
+
+class RunConfig(Protocol):
+    """The constants of a run, whatever is trained: a dataclass."""
+
+    checkpoint_dir: Path
+    log_dir: Path
+    batch_size: int
+    num_workers: int
+    prefetch: int
+    num_steps: int
+    save_every: int
+    keep_states: int
+    seed: int
+
+
+class State(Protocol):
+    """All that moves in a training."""
+
+    step: int  # optimizer updates made
+
+    def as_dict(self) -> dict: ...
+
+    def restore(self, saved: dict, path: Path) -> None: ...
+
+
+@dataclass
+class Run:
+    """A run that is going on: `open_run` begins it."""
+
+    config: RunConfig
+    state: State
+    accelerator: Accelerator
+    folder: Path  # of its states and weights
+    log: RunLog | SilentLog
+    resumed: bool  # whether it goes on from a state
+    stopping: Callable[[], bool]  # whether this process was asked to stop
+    open: ExitStack  # what ends with it
+
+    def batches(self, dataset: Dataset) -> Iterator[dict]:
+        """This process's batches of all steps that are left, the same whatever happened before."""
+        config = self.config
+        share = {"rank": self.accelerator.process_index, "ranks": self.accelerator.num_processes}
+        steps = range(self.state.step, config.num_steps)
+        return iter(loader(dataset, steps, config.batch_size, config.num_workers, config.prefetch, **share))
+
+    def steps(self) -> Iterator[None]:
+        """A turn for each step that is left: the caller makes it and counts it in the state, which is saved when due.
+
+        A step begins with the same random numbers whatever happened before. Raises KeyboardInterrupt, with all saved,
+        where a process was asked to stop before the last.
+        """
+        config, state = self.config, self.state
+        told = {"desc": "train", "unit": "step", "disable": not self.accelerator.is_main_process}
+        bar = self.open.enter_context(tqdm(total=config.num_steps, initial=state.step, **told))
+        stop = False
+        while state.step < config.num_steps and not stop:
+            torch.manual_seed(config.seed + state.step)
+            yield
+            bar.update()
+            stop = of_any_process(self.stopping(), self.accelerator)
+            if self.accelerator.is_main_process and (stop or self.due(config.save_every)):
+                save_state(self.folder, state.step, state.as_dict(), config.keep_states)
+        if state.step < config.num_steps:
+            raise KeyboardInterrupt(f"stopped at step {state.step}, all saved; run the same command again to go on")
+
+    def due(self, every: int) -> bool:
+        """Whether what is done every so many steps, and after the last, is to be done after this one."""
+        return self.state.step == self.config.num_steps or self.state.step % every == 0
+
+
+@contextmanager
+def open_run(name: str, config: RunConfig, state: State, accelerator: Accelerator) -> Iterator[Run]:
+    """A run of a name, gone on with from its newest state if there is one.
+
+    Within it Ctrl-C and SIGTERM end it after the step at hand. Raises UserError where another process has its folders;
+    WeightsError, ContractError where the state is not of this training.
+    """
+    folder, log_dir = config.checkpoint_dir / name, config.log_dir / name
+    with ExitStack() as stack, stop_requests() as stopping:
+        if accelerator.is_main_process:
+            stack.enter_context(own_folder(folder))
+            stack.enter_context(own_folder(log_dir))
+        accelerator.wait_for_everyone()
+        resumed = resume(state, folder)
+        log = RunLog(config.log_dir, name, state.step) if accelerator.is_main_process else SilentLog()
+        log.line(f"{name}: {json.dumps(asdict(config), default=str)}")
+        where = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.mixed_precision}"
+        log.line(f"on {where}; at step {state.step}")
+        yield Run(config, state, accelerator, folder, log, resumed, stopping, stack)
+
+
+def resume(state: State, folder: Path) -> bool:
+    """Go on from the newest state in a folder, if there is one. Raises WeightsError, ContractError."""
+    found = load_latest_state(folder)
+    if found:
+        path, saved = found
+        state.restore(saved, path)
+    return found is not None
+
+
+# Processes.
+
+
+def start_processes() -> Accelerator:
+    """Devices, precision and processes, as `python`, `torchrun` or `accelerate launch` started this one.
+
+    Raises TrainError for ways to share a training that are not supported.
+    """
+    accelerator = Accelerator(mixed_precision=precision(), cpu=not torch.cuda.is_available())
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise TrainError(
+            f"{accelerator.distributed_type.value} is not supported: start it with python, torchrun or accelerate "
+            "launch, without DeepSpeed and FSDP, so that each process has all networks"
+        )
+    return accelerator
+
+
+def precision() -> str:
+    """bf16 where the device computes in it, else full float32; accelerate's word for it."""
+    return "bf16" if knows_bfloat16("cuda" if torch.cuda.is_available() else "cpu") else "no"
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Give every process the mean of all processes' gradients; nothing where there is one process."""
+    if not torch.distributed.is_initialized():
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for work in [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]:
+        work.wait()
+    for gradient in gradients:
+        gradient /= torch.distributed.get_world_size()
+
+
+def of_any_process(flag: bool, accelerator: Accelerator) -> bool:
+    """Whether the flag is set in any process. All must ask."""
+    if accelerator.num_processes == 1:
+        return flag
+    return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item() > 0
+
+
+# Batches.
+
+
+@dataclass(frozen=True)
+class SlotSampler:
+    """The items of a dataset that one of several processes reads, batch by batch: its slots of each part of each step.
+
+    A part of a step is one batch of every process, so the parts hold the same slots on any number of processes whose
+    batches are together as large.
+    """
+
+    slots: int  # samples in one optimizer step, over parts and processes
+    steps: range
+    batch_size: int  # of one process
+    rank: int = 0
+    ranks: int = 1
+
+    def __iter__(self) -> Iterator[int]:
+        for step in self.steps:
+            for begin in range(self.rank * self.batch_size, self.slots, self.ranks * self.batch_size):
+                yield from range(step * self.slots + begin, step * self.slots + begin + self.batch_size)
+
+
+def loader(
+    dataset: Dataset,
+    steps: range,
+    batch_size: int,
+    num_workers: int,
+    prefetch: int = 2,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+) -> DataLoader:
+    """Batches of some steps for one of several processes, in the order of their slots. dataset: has `slots`."""
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=SlotSampler(dataset.slots, steps, batch_size, rank, ranks),
+        num_workers=num_workers,
+        prefetch_factor=prefetch if num_workers else None,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_stop_requests,
+    )
+
+
+def ignore_stop_requests(_: int) -> None:
+    """A worker goes on through what is sent to the whole group of processes: the step at hand needs it."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -25,7 +25,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from reprlib import repr as short
 from typing import Literal
 
 import cv2
@@ -35,7 +34,6 @@ from accelerate.utils import gather_object
 
 from losses.sync import sync_bce
 from musetalk.cache import Cache
-from musetalk.checkpoint import GO_BACK
 from musetalk.crop import to_tensor
 from musetalk.dataset import split_clips
 from musetalk.files import write_whole
@@ -57,16 +55,13 @@ from musetalk.script import (
 from musetalk.sync_check import check_expert
 from musetalk.sync_dataset import SyncDataset
 from musetalk.training import (
-    MAX_STEPS,
     OPTIMIZERS,
-    check_moments,
+    NetworkState,
     check_weight_decay,
     learning_rate,
-    moments,
     not_finite,
-    restore_moments,
 )
-from musetalk.weights import WeightsError, load_strictly
+from musetalk.weights import load_strictly
 
 
 @dataclass
@@ -141,41 +136,6 @@ PRESETS = {
 }
 
 
-@dataclass
-class SyncState:
-    """All that moves in training."""
-
-    expert: SyncNet
-    architecture: str  # of syncnet.ARCHITECTURES
-    optimizer: torch.optim.Optimizer
-    optimizer_name: str  # of `OPTIMIZERS`
-    step: int = 0  # optimizer updates made
-
-    def as_dict(self) -> dict:
-        """For the training state file."""
-        return {
-            "expert": self.expert.state_dict(),
-            "architecture": self.architecture,
-            "optimizer": moments(self.optimizer),
-            "optimizer_name": self.optimizer_name,
-        }
-
-    def restore(self, saved: dict, path: Path) -> None:
-        """Go on from what `as_dict` gave, read from a file. Raises WeightsError where it is of something else."""
-        if missing := (self.as_dict().keys() | {"step"}) - saved.keys():
-            raise WeightsError(f"{path} is no state of a sync expert, it lacks {', '.join(sorted(missing))}; {GO_BACK}")
-        for name in ("architecture", "optimizer_name"):
-            if saved[name] != getattr(self, name):
-                what = f"{name} {short(saved[name])}, not {getattr(self, name)!r}"
-                raise WeightsError(f"{path} is of a training with the {what}; set it so, or another checkpoint_dir")
-        if type(saved["step"]) is not int or not 0 <= saved["step"] < MAX_STEPS:
-            raise WeightsError(f"{path} holds no step of a training; {GO_BACK}")
-        check_moments(self.optimizer, saved["optimizer"], path)
-        load_strictly(self.expert, saved["expert"], path)
-        restore_moments(self.optimizer, saved["optimizer"])
-        self.step = saved["step"]
-
-
 def train(preset: str, config: SyncConfig) -> None:
     """Train until `num_steps`, going on from the newest state in the preset's folder."""
     # Check what costs nothing first: constants, then data, then the network.
@@ -193,13 +153,13 @@ def train(preset: str, config: SyncConfig) -> None:
         check_only(config, cache, shown, name)
         return
     state = build_state(config, accelerator)
-    dataset = open_dataset(config, cache, train_clips, state.expert.frames, ranks)
+    dataset = open_dataset(config, cache, train_clips, state.network.frames, ranks)
 
     with open_run(name, config, state, accelerator) as run:
-        size = sum(parameter.numel() for parameter in state.expert.parameters())
+        size = sum(parameter.numel() for parameter in state.network.parameters())
         run.log.line(f"{config.architecture} of {size:,} parameters; {len(train_clips)} clips to train on; {note}")
         if not run.resumed:
-            run.log.line(f"before: {check_expert(state.expert, cache, shown, config.seed).summary()}")
+            run.log.line(f"before: {check_expert(state.network, cache, shown, config.seed).summary()}")
 
         batches = run.batches(dataset)
         for _ in run.steps():
@@ -213,7 +173,7 @@ def train(preset: str, config: SyncConfig) -> None:
                 values["sync_bce"] = accelerator.reduce(values["sync_bce"], "mean")
                 record = {name: float(value) for name, value in values.items()}
             if accelerator.is_main_process and run.due(config.val_every):
-                check = check_expert(state.expert, cache, shown, config.seed)
+                check = check_expert(state.network, cache, shown, config.seed)
                 record |= {"accuracy": check.accuracy, "offset": check.offset, "confidence": check.confidence}
                 run.log.picture(state.step, check.draw(), "sync_check")
             if record:
@@ -221,7 +181,7 @@ def train(preset: str, config: SyncConfig) -> None:
 
             # Save.
             if accelerator.is_main_process and run.due(config.save_every):
-                run.log.line(f"saved {save_syncnet(run.folder, state.step, state.expert, state.architecture)}")
+                run.log.line(f"saved {save_syncnet(run.folder, state.step, state.network, config.architecture)}")
                 if state.step == config.num_steps:
                     run.log.line(f"{check}\n{check.fault() or f'can be used: set sync_expert to {run.folder}'}")
         pictures = config.log_dir / name / "sync_check"
@@ -239,7 +199,7 @@ def check_only(config: SyncConfig, cache: Cache, clips: list[str], run: str) -> 
     check.require(allow=False)
 
 
-def build_state(config: SyncConfig, accelerator: Accelerator) -> SyncState:
+def build_state(config: SyncConfig, accelerator: Accelerator) -> NetworkState:
     """An expert, untrained or as it was trained before, with its optimizer. Raises WeightsError."""
     expert = build_syncnet(config.architecture, config.seed)
     if config.start_from:
@@ -249,7 +209,7 @@ def build_state(config: SyncConfig, accelerator: Accelerator) -> SyncState:
     optimizer = make(expert.parameters(), config.learning_rate, config.betas, weight_decay=config.weight_decay)
     # Only its precision and place: `average_gradients` is what makes one training of several processes.
     expert = accelerator.prepare_model(expert, evaluation_mode=True)
-    return SyncState(expert, config.architecture, optimizer, config.optimizer)
+    return NetworkState(expert, optimizer, {"architecture": config.architecture, "optimizer_name": config.optimizer})
 
 
 def open_dataset(config: SyncConfig, cache: Cache, clips: list[str], frames: int, ranks: int) -> SyncDataset:
@@ -276,16 +236,16 @@ def open_dataset(config: SyncConfig, cache: Cache, clips: list[str], frames: int
 
 
 def optimizer_step(
-    state: SyncState, batches: Iterator[dict], config: SyncConfig, accelerator: Accelerator, run_dir: Path
+    state: NetworkState, batches: Iterator[dict], config: SyncConfig, accelerator: Accelerator, run_dir: Path
 ) -> dict[str, torch.Tensor | float]:
     """One update, and what there is to tell of it. Raises TrainError, without it, where a gradient is not finite."""
     loss, drawn, rate = 0, [], learning_rate(state.step, config)
     for _ in range(config.grad_accum_steps):
         batch = next(batches)
         drawn += batch["where"]
-        loss = loss + sync_step(state.expert, batch, accelerator, config.grad_accum_steps)
-    average_gradients(state.expert.parameters())
-    norm = accelerator.clip_grad_norm_(state.expert.parameters(), config.max_grad_norm)
+        loss = loss + sync_step(state.network, batch, accelerator, config.grad_accum_steps)
+    average_gradients(state.network.parameters())
+    norm = accelerator.clip_grad_norm_(state.network.parameters(), config.max_grad_norm)
     if not torch.isfinite(norm):
         raise not_finite({"sync_bce": accelerator.reduce(loss, "mean")}, gather_object(drawn), state.step + 1, run_dir)
     state.optimizer.param_groups[0]["lr"] = rate

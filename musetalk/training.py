@@ -49,8 +49,38 @@ class Opponent(Protocol):
 
 
 @dataclass
+class NetworkState:
+    """All that moves in the training of one network alone."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    fixed: dict[str, str | int]  # what must be as it was to go on, under names other than those here
+    step: int = 0  # optimizer updates made
+
+    def as_dict(self) -> dict:
+        """For the training state file."""
+        return {"network": self.network.state_dict(), "optimizer": moments(self.optimizer)} | self.fixed
+
+    def restore(self, saved: dict, path: Path) -> None:
+        """Go on from what `as_dict` gave, read from a file. Raises WeightsError where it is of something else."""
+        if missing := (self.as_dict().keys() | {"step"}) - saved.keys():
+            raise WeightsError(
+                f"{path} is no state of a training of one network, it lacks {', '.join(sorted(missing))}; {GO_BACK}"
+            )
+        for name, value in self.fixed.items():
+            if saved[name] != value:
+                what = f"{name} {short(saved[name])}, not {value!r}"
+                raise WeightsError(f"{path} is of a training with the {what}; set it so, or another checkpoint_dir")
+        check_number(saved, "step", 0, MAX_STEPS, path)
+        check_moments(self.optimizer, saved["optimizer"], path)
+        load_strictly(self.network, saved["network"], path)
+        restore_moments(self.optimizer, saved["optimizer"])
+        self.step = saved["step"]
+
+
+@dataclass
 class TrainState:
-    """All that moves in training."""
+    """All that moves in the training of a UNet."""
 
     unet: UNet
     contract: FeatureContract  # that it learns under
@@ -91,9 +121,8 @@ class TrainState:
         if saved["optimizer_name"] != self.optimizer_name:
             name = short(saved["optimizer_name"])
             raise WeightsError(f"{path} is of a training with the optimizer {name}, not {self.optimizer_name!r}")
-        for name, least, most in (("step", 0, MAX_STEPS), ("sync_offset", -MAX_OFFSET, MAX_OFFSET)):
-            if type(saved[name]) is not int or not least <= saved[name] <= most:
-                raise WeightsError(f"{path} holds no {name} of a training; {GO_BACK}")
+        check_number(saved, "step", 0, MAX_STEPS, path)
+        check_number(saved, "sync_offset", -MAX_OFFSET, MAX_OFFSET, path)
         self._check_adversaries(saved, path)
         check_moments(self.optimizer, saved["optimizer"], path)
         load_strictly(self.unet.model, saved["ema"], path)
@@ -157,6 +186,12 @@ class TrainState:
         self.unet.model.load_state_dict(self.ema)
         yield
         self.unet.model.load_state_dict(own)
+
+
+def check_number(saved: dict, name: str, least: int, most: int, path: Path) -> None:
+    """Raises WeightsError where what was saved under a name is no whole number from the least to the most."""
+    if type(saved[name]) is not int or not least <= saved[name] <= most:
+        raise WeightsError(f"{path} holds no {name} of a training; {GO_BACK}")
 
 
 def moments(optimizer: torch.optim.Optimizer) -> dict:

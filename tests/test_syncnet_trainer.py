@@ -104,7 +104,7 @@ def test_files_and_records(config):
 
     # An expert to use: what moved and what its batch norms gathered, and its architecture in the one metadata key.
     path = run_dir / "syncnet-0000004.safetensors"
-    assert_equal(*(dict(sorted(x.items())) for x in (load_file(path), state_of(config, 4)["expert"])))
+    assert_equal(*(dict(sorted(x.items())) for x in (load_file(path), state_of(config, 4)["network"])))
     with safetensors.safe_open(path, framework="pt") as file:
         assert file.metadata() == {"architecture": "wav2lip_narrow"}
     norm = "face_encoder.0.conv_block.1"
@@ -163,7 +163,7 @@ def test_it_learns_windows_by_heart(config):
     batch = torch.utils.data.default_collate([data[index] for index in range(4)])
     losses = []
     for _ in range(40):
-        losses.append(sync_step(state.expert, batch, accelerator, 1).item())
+        losses.append(sync_step(state.network, batch, accelerator, 1).item())
         state.optimizer.step()
         state.optimizer.zero_grad()
     assert losses[0] > 0.6 and losses[-1] < 0.3
@@ -216,7 +216,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(config, m
     with pytest.raises(TrainError, match=r"step 3: .*not finite .*sample_0\d, frame \d+; .*") as error:
         train("demo", config)
     assert str(config.checkpoint_dir) in str(error.value)
-    assert all(value.isfinite().all() for value in state_of(config, 2)["expert"].values())
+    assert all(value.isfinite().all() for value in state_of(config, 2)["network"].values())
     monkeypatch.undo()
     train("demo", config)  # and it goes on from there
     assert state_of(config, 4)["step"] == 4
@@ -239,7 +239,7 @@ def test_it_starts_from_an_expert_of_its_own(config, tmp_path):
     save_syncnet(tmp_path / "before", 7, begin, "wav2lip_narrow")
     run = replace(config, start_from=str(tmp_path / "before"), num_steps=1, learning_rate=1e-12)
     train("demo", run)
-    weights = state_of(run, 1)["expert"]
+    weights = state_of(run, 1)["network"]
     name = "face_encoder.0.conv_block.0.weight"
     torch.testing.assert_close(weights[name], begin.state_dict()[name])
     assert not torch.equal(weights[name], build_syncnet("wav2lip_narrow", run.seed).state_dict()[name])
@@ -255,7 +255,7 @@ def test_it_starts_from_a_published_one(config, models):
     )
     train("demo", replace(run, num_steps=1))
     name = "audio_encoder.13.conv_block.0.weight"
-    torch.testing.assert_close(state_of(run, 1)["expert"][name], build_syncnet("wav2lip", 5).state_dict()[name])
+    torch.testing.assert_close(state_of(run, 1)["network"][name], build_syncnet("wav2lip", 5).state_dict()[name])
 
 
 # The check alone.
@@ -373,14 +373,14 @@ def test_what_is_no_trained_expert_is_refused_in_a_sentence(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda s: s.pop("optimizer"), "is no state of a sync expert, it lacks optimizer; delete it"),
+        (lambda s: s.pop("optimizer"), "is no state of a training of one network, it lacks optimizer; delete it"),
         (lambda s: s.update(architecture="latentsync"), "the architecture 'latentsync', not 'wav2lip_narrow'"),
         (lambda s: s.update(optimizer_name="sgd"), "the optimizer_name 'sgd', not 'adam'"),
         (lambda s: s.update(step=-1), "holds no step of a training"),
         (lambda s: s.update(step=True), "holds no step of a training"),
         (lambda s: s.update(optimizer={"state": {0: 1}}), "holds no state of this optimizer"),
-        (lambda s: s["expert"].popitem(), "does not fit ColourSyncNet: 1 missing"),
-        (lambda s: s.update(expert=[1]), "holds no weights by name but a list"),
+        (lambda s: s["network"].popitem(), "does not fit ColourSyncNet: 1 missing"),
+        (lambda s: s.update(network=[1]), "holds no weights by name but a list"),
     ],
     ids=["missing", "architecture", "optimizer", "negative", "bool", "moments", "weights", "list"],
 )

@@ -165,40 +165,60 @@ def test_a_file_that_is_missing_or_no_safetensors_is_refused(vae, tmp_path):
 # The tool.
 
 
-def distil(cache: Cache, models_dir: Path, output: Path, num_steps: int) -> DistilConfig:
+def distil(cache: Cache, models_dir: Path, folder: Path, num_steps: int) -> DistilConfig:
     """A few steps of a narrow decoder by the real main."""
-    small = DistilConfig(cache.folder, models_dir, output, width=4, batch_size=1, measured=2, held_out=0.5)
-    config = replace(small, num_steps=num_steps, warmup_steps=1, learning_rate=1e-2)
+    places = DistilConfig(cache.folder, models_dir, folder, folder / "log", held_out=0.5, measured=2)
+    small = replace(places, width=4, batch_size=1, warmup_steps=1, learning_rate=1e-2)
+    config = replace(small, num_steps=num_steps, log_every=1, save_every=2)
     AcceleratorState._reset_state(reset_partial_state=True)
     distil_decoder.main(config)
     return config
 
 
+def records(config: DistilConfig) -> list[dict]:
+    return [json.loads(line) for line in (config.log_dir / "tiny_decoder/stats.jsonl").read_text().splitlines()]
+
+
 def test_it_is_distilled_from_a_cache(cache, mini, vae, tmp_path, capsys):
     heard = []
     for num_steps in (1, 12):
-        distil(cache, mini, tmp_path / str(num_steps), num_steps)
-        told = capsys.readouterr().out
-        assert "held out 1 of 2 clips" in told
-        heard.append(float(re.search(r"PSNR of both +(\S+) dB", told)[1]))
-        assert -1 <= float(re.search(r"cosine of the gradients of pixel_l1 +(\S+)", told)[1]) <= 1
+        config = distil(cache, mini, tmp_path / str(num_steps), num_steps)
+        assert "held out 1 of 2 clips" in capsys.readouterr().out
+        *steps, measured = records(config)
+        assert [record["step"] for record in steps] == list(range(1, num_steps + 1)) and "loss" in steps[0]
+        assert measured.keys() == {"step", "psnr_own", "psnr_tiny", "psnr", "gradient_cosine"}
+        assert -1 <= measured["gradient_cosine"] <= 1
+        heard.append(measured["psnr"])
     assert heard[1] > heard[0] + 1
-    assert {path.name for path in (tmp_path / "12").iterdir()} == {"tiny_decoder.safetensors", "tiny_decoder.png"}
-    assert cv2.imread(str(tmp_path / "12/tiny_decoder.png")).shape == (3 * 256, 2 * 256, 3)
+    assert sorted(path.name for path in (tmp_path / "12").rglob("*.*t*") if "tfevents" not in path.name) == [
+        "tiny_decoder.safetensors",
+        "training-state-0000010.pt",
+        "training-state-0000012.pt",
+    ]
+    faces = cv2.imread(str(tmp_path / "12/log/tiny_decoder/faces/0000012.png"))
+    assert faces.shape == (3 * 256, 2 * 256, 3)
     assert load_tiny_decoder(tmp_path / "12/tiny_decoder.safetensors", vae).width == 4
 
 
-def test_the_same_distillation_gives_the_same_bytes(cache, mini, tmp_path):
-    for name in ("one", "two"):
-        distil(cache, mini, tmp_path / name, 2)
-    one, two = ((tmp_path / name / "tiny_decoder.safetensors").read_bytes() for name in ("one", "two"))
-    assert one == two
+def test_two_steps_and_a_resume_equal_four_steps(cache, mini, tmp_path):
+    whole = distil(cache, mini, tmp_path / "whole", 4)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("musetalk.run.save_state", partial(save_and_interrupt, save_state))
+        distil(cache, mini, tmp_path / "parted", 4)
+    assert not (tmp_path / "parted/tiny_decoder.safetensors").exists()
+    parted = distil(cache, mini, tmp_path / "parted", 4)
+    assert records(parted) == records(whole)
+    for name in ("tiny_decoder.safetensors", "log/tiny_decoder/faces/0000004.png"):
+        assert (tmp_path / "parted" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    with pytest.raises(WeightsError, match="of a training with the width 4, not 5; set it so, or"):
+        distil_decoder.main(replace(parted, width=5))
 
 
 def test_constants_that_cannot_work_are_refused(cache, mini, tmp_path):
+    config = DistilConfig(cache.folder, mini, tmp_path / "output", tmp_path / "output")
     for change in ({"width": TAESD_WIDTH + 1}, {"width": 0}, {"noise": -0.1}, {"num_steps": 0}, {"held_out": 1.0}):
         with pytest.raises(UserError, match=rf"^{next(iter(change))} must "):
-            distil_decoder.main(replace(DistilConfig(cache.folder, mini, tmp_path / "output"), **change))
+            distil_decoder.main(replace(config, **change))
     assert not (tmp_path / "output").exists()
 
 

@@ -145,7 +145,8 @@ def make_decoder(folder: Path, material: str) -> None:
     config = DistilConfig(
         cache=Piece("cache", (material, "rigid")).folder,
         models_dir=models_folder(material),
-        output=folder,
+        checkpoint_dir=folder,
+        log_dir=folder,
         width=DECODER_WIDTH,
         num_steps=DECODER_STEPS,
         batch_size=2,

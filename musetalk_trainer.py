@@ -275,7 +275,7 @@ def train(preset: str, config: TrainConfig) -> None:
 
             # Sample, validate and save.
             if accelerator.is_main_process:
-                show(run, config, validator, shown)
+                show(run, state, config, validator, shown)
                 if run.due(config.save_every):
                     run.log.line(f"saved {save_unet(run.folder, state.step, state.ema, contract)}")
         run.log.line(
@@ -283,14 +283,14 @@ def train(preset: str, config: TrainConfig) -> None:
         )
 
 
-def show(run: Run, config: TrainConfig, validator: Validator, shown: FaceDataset) -> None:
+def show(run: Run, state: TrainState, config: TrainConfig, validator: Validator, shown: FaceDataset) -> None:
     """Pictures and measures, those that are due after a step."""
     if run.due(config.sample_every):
-        with run.state.averaged():
-            run.log.picture(run.state.step, draw_grid(validator.pipeline, shown))
-    if run.state.step % config.val_every == 0:
-        with run.state.averaged():
-            validator().report(run.state.step, run.log)
+        with state.averaged():
+            run.log.picture(state.step, draw_grid(validator.pipeline, shown))
+    if state.step % config.val_every == 0:
+        with state.averaged():
+            validator().report(state.step, run.log)
 
 
 def check(config: TrainConfig) -> None:

@@ -66,7 +66,7 @@ class Run:
     log: RunLog | SilentLog
     resumed: bool  # whether it goes on from a state
     stopping: Callable[[], bool]  # whether this process was asked to stop
-    open: ExitStack  # what ends with it
+    stack: ExitStack  # of what ends with it
 
     def batches(self, dataset: Dataset) -> Iterator[dict]:
         """This process's batches of all steps that are left, the same whatever happened before."""
@@ -83,7 +83,7 @@ class Run:
         """
         config, state = self.config, self.state
         told = {"desc": "train", "unit": "step", "disable": not self.accelerator.is_main_process}
-        bar = self.open.enter_context(tqdm(total=config.num_steps, initial=state.step, **told))
+        bar = self.stack.enter_context(tqdm(total=config.num_steps, initial=state.step, **told))
         stop = False
         while state.step < config.num_steps and not stop:
             torch.manual_seed(config.seed + state.step)

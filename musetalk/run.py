@@ -119,6 +119,7 @@ def open_run(name: str, config: RunConfig, state: State, accelerator: Accelerato
         where = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.mixed_precision}"
         log.line(f"on {where}; at step {state.step}")
         yield Run(config, state, accelerator, folder, log, resumed, stopping, stack)
+        accelerator.end_training()
 
 
 def resume(state: State, folder: Path) -> bool:

@@ -107,8 +107,6 @@ def main(what: str, cache: str, folder: str, batch_size: str, steps: str, dtype:
         else:
             places |= {"hdtf_samples_dir": Path(cache), "architecture": what}
             syncnet_trainer.train("demo", replace(SYNC_CONFIG, **places))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

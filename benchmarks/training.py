@@ -110,7 +110,7 @@ def training(config: TrainConfig) -> Iterator[Training]:
     """
     untrained = {
         "load_lpips": lambda _, device, dtype: LPIPS(VGG16().to(device, dtype), Heads().to(device)),
-        "load_tiny_decoder": lambda *_: freeze(TinyDecoder()).to(torch.bfloat16),
+        "load_tiny_decoder": lambda _, vae: freeze(TinyDecoder()).to(vae.autoencoder.device, torch.bfloat16),
         "load_syncnet": lambda _, __, device, dtype: freeze(StableSyncNet(PIXEL)).to(device, dtype),
     }
     AcceleratorState._reset_state(reset_partial_state=True)  # it is one for all of a process, and may be another
@@ -121,7 +121,7 @@ def training(config: TrainConfig) -> Iterator[Training]:
             state.ema.clear()  # is in host memory
             autoencoder = AutoencoderKL.from_config(read_json(config.models_dir / "sd-vae-ft-mse/config.json"))
             with patch("musetalk.models.vae.fingerprint", return_value=""):
-                vae = VAE(nn.Module.to(autoencoder, torch.bfloat16))
+                vae = VAE(nn.Module.to(autoencoder, accelerator.device, torch.bfloat16))
             objective, _ = build_objective(config, state, vae, accelerator)
             run = Training(config, accelerator, state, objective)
             run.begin()

@@ -245,7 +245,7 @@ class DWPose:
             points[index] = points[index] / (INPUT_WIDTH, INPUT_HEIGHT) * size + centre - 0.5 * size  # float64
         return points, scores
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _simcc(self, views: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """B views as `warp` gives them -> columns (B, 133, 576), rows (B, 133, 768), meant with those of the mirror."""
         images = torch.from_numpy(np.stack(views)).to(next(self.network.parameters()).device)

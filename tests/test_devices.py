@@ -1,0 +1,138 @@
+"""Nothing on the way mixes devices: what runs on a GPU, tried without one.
+
+Tensors without contents may be said to be on a device that is not there, and torch refuses to mix them with those of
+the CPU as it does on a GPU. They are said to be on "meta" here, since a CPU build of torch knows no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch._functorch.config
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorDeviceMismatchError
+
+import syncnet_trainer
+from benchmarks import ROOT
+from benchmarks.counts import STAGE2, TINY_DECODER
+from benchmarks.training import made_up_batch, training, without_contents
+from benchmarks.workplace import WHISPER_TINY
+from musetalk.audio import audio_features
+from musetalk.contract import IMAGE_SIZE, RIGID, SYNC_MEL_BINS
+from musetalk.face.dwpose import DWPose, RTMPose
+from musetalk.files import read_json
+from musetalk.models.audio_encoder import AudioEncoder, build_encoder
+from musetalk.models.face_parser import BiSeNet, FaceParser
+from musetalk.models.tiny_decoder import TinyDecoder
+from musetalk.models.unet import build_unet
+from musetalk.models.vae import VAE
+from musetalk.pipeline import LipSyncPipeline
+from musetalk.sync_check import offset_sweep
+from musetalk.training import OPTIMIZERS, NetworkState
+from tools import distil_decoder
+
+ELSEWHERE = torch.device("meta")
+MINI = ROOT / "models" / "mini"
+
+
+@pytest.fixture
+def elsewhere(monkeypatch) -> Iterator[None]:
+    """Within it the device of a training is one that is not there."""
+    for name in ("adamw", "adam"):  # their fused kernels ask for a device that is there
+        monkeypatch.setitem(OPTIMIZERS, name, {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name])
+    monkeypatch.setattr(Accelerator, "device", ELSEWHERE)
+    # What comes back to the host is an array of the same shape.
+    to_numpy = torch.Tensor.numpy
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda x: empty_array(x) if isinstance(x, FakeTensor) else to_numpy(x))
+    with torch._functorch.config.patch(fake_tensor_allow_meta=True), without_contents():
+        yield
+
+
+def empty_array(tensor: torch.Tensor) -> np.ndarray:
+    assert tensor.device.type == "cpu"
+    return np.zeros(tensor.shape, str(tensor.dtype).removeprefix("torch."))
+
+
+def test_devices_are_not_mixed_unseen(elsewhere):
+    with pytest.raises(FakeTensorDeviceMismatchError):
+        torch.zeros(2, device=ELSEWHERE) + torch.zeros(2)
+
+
+@pytest.mark.parametrize("config", [STAGE2, replace(TINY_DECODER, full_decoder_every=2)], ids=["stage2", "tiny"])
+def test_a_training_step(elsewhere, config):
+    """Of both networks' optimizers, with every loss; averaging, saving and looking at the average are part of it."""
+    config = replace(config, models_dir=MINI)
+    with training(config) as run:
+        made = run.step(2)
+        state = run.state
+        state.ema = {name: torch.zeros_like(value, device="cpu") for name, value in state.unet.state_dict().items()}
+        state.ema = {name.removeprefix("model."): value for name, value in state.ema.items()}
+        state.update_ema(0.9)
+        with state.averaged():
+            moved = state.as_dict()
+    assert {value.device for value in (*made.terms.values(), made.norm, *moved["unet"].values())} == {ELSEWHERE}
+    assert {value.device.type for value in moved["ema"].values()} == {"cpu"}
+    assert made.terms.keys() >= {name for name, weight in config.loss_weights.items() if weight} and made.finite
+
+
+@pytest.mark.parametrize("architecture", ["wav2lip_narrow", "latentsync_narrow"])
+def test_a_step_and_a_check_of_a_sync_expert(elsewhere, architecture):
+    config = syncnet_trainer.SyncConfig(architecture=architecture, grad_accum_steps=2)
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    state = syncnet_trainer.build_state(config, accelerator)
+    frames, mel_frames = state.network.frames, state.network.mel_frames
+    mel = torch.zeros(2, mel_frames, SYNC_MEL_BINS).half()
+    images = torch.zeros(2, frames, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8)
+    batch = {"images": images, "mel": mel, "other_mel": mel, "where": ["", ""]}
+    told = syncnet_trainer.optimizer_step(state, iter([batch, batch]), config, accelerator, MINI)
+    assert told["sync_bce"].device == told["grad_norm"].device == ELSEWHERE
+    seen = np.zeros((frames + 1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    assert offset_sweep(state.network, seen, np.zeros((400, SYNC_MEL_BINS), np.float32)).shape == (31,)
+
+
+@pytest.fixture
+def vae(elsewhere, monkeypatch) -> VAE:
+    monkeypatch.setattr("musetalk.models.vae.fingerprint", lambda _: "")
+    monkeypatch.setattr("musetalk.models.vae.ENCODE_BATCH", {ELSEWHERE.type: 2})
+    autoencoder = AutoencoderKL.from_config(read_json(MINI / "sd-vae-ft-mse/config.json"))
+    return VAE(nn.Module.to(autoencoder, ELSEWHERE))
+
+
+def test_a_step_and_the_measures_of_a_distillation(vae):
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    decoder = TinyDecoder(4).to(accelerator.device)
+    state = NetworkState(decoder, torch.optim.AdamW(decoder.parameters()), {})
+    config = distil_decoder.DistilConfig()
+    batch = made_up_batch(replace(TINY_DECODER, frames=1), 1, 4)
+    loss = distil_decoder.optimizer_step(state, vae, batch, config, accelerator)
+    assert loss.device == ELSEWHERE
+    alike, faces = distil_decoder.compare(decoder, vae, [batch], config.noise)
+    assert "psnr" in alike and faces.shape == (3 * IMAGE_SIZE, IMAGE_SIZE, 3)
+
+
+@pytest.mark.parametrize("posterior", ["mode", "sample"])
+def test_preparing(vae, monkeypatch, posterior):
+    """Landmarks, latents, also of frames without a face, and audio features."""
+    assert DWPose(RTMPose().to(ELSEWHERE)).points([np.zeros((60, 80, 3), np.uint8)])[0].shape == (1, 133, 2)
+    crops = [[np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)], None, [np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)]]
+    contract = replace(RIGID, posterior=posterior)
+    assert [latents.shape for latents in vae.encode_clip("clip", crops, contract)] == [(3, 1, 4, 32, 32)] * 2
+    monkeypatch.setattr("musetalk.models.audio_encoder.fingerprint", lambda _: "")
+    encoder = AudioEncoder(build_encoder(WHISPER_TINY).to(ELSEWHERE))
+    assert audio_features(np.zeros(32_000, np.float32), encoder, contract).shape == (100, 5, 384)
+
+
+def test_inference(vae):
+    unet = build_unet(MINI, 0, True).to(ELSEWHERE)
+    pipeline = LipSyncPipeline(unet, vae, RIGID, MINI)
+    latents = np.zeros((2, 4, 32, 32), np.float16)
+    windows = np.zeros((2, 50, unet.model.config.cross_attention_dim), np.float16)
+    assert pipeline.generate(latents, latents, windows).shape == (2, IMAGE_SIZE, IMAGE_SIZE, 3)
+    classes = FaceParser(BiSeNet().to(ELSEWHERE))(torch.zeros(1, 3, 64, 64))
+    assert classes.device == ELSEWHERE and classes.shape == (1, 512, 512)

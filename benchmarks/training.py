@@ -45,27 +45,22 @@ STATES = 5  # of Whisper tiny's encoder
 
 
 class HostReads(TorchDispatchMode):
-    """Within it every number that the host asks of a tensor is a 1; `storages` has where it was asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: list[int] = []  # addresses
+    """Within it every number that the host asks of a tensor is a 1."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
-            self.storages.append(args[0].untyped_storage()._cdata)
             return 1
         return func(*args, **kwargs or {})
 
 
 @contextmanager
-def without_contents() -> Iterator[HostReads]:
+def without_contents() -> Iterator[None]:
     """Within it tensors are made without contents. Where the host would read a number of them, it reads a 1."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # Without the weak references that it keeps to tensors, for which nn.Module could not move to a device or a dtype.
     mode.fake_tensor_converter.set_tensor_memo = lambda *_: None
-    with mode, HostReads() as reads:
-        yield reads
+    with mode, HostReads():
+        yield
 
 
 @dataclass
@@ -95,11 +90,6 @@ class Training:
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             optimizer.zero_grad()
-
-    def counters(self) -> set[int]:
-        """Addresses of the optimizers' counts of their steps, which are in host memory anyway."""
-        moments = [moment for optimizer in self.optimizers for moment in optimizer.state.values()]
-        return {moment["step"].untyped_storage()._cdata for moment in moments}
 
 
 @contextmanager

@@ -219,8 +219,9 @@ def crop_mouth(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     """
     height, width = MOUTH_SIZE
     x1, y1, x2, y2 = boxes.to(images).T[..., None]  # (N, 1) each
-    x = torch.lerp(x1, x2, (torch.arange(width).to(images) + 0.5) / width)[:, None, :]  # of the middles of the pixels
-    y = torch.lerp(y1, y2, (torch.arange(height).to(images) + 0.5) / height)[:, :, None]
+    across, down = (torch.arange(n, dtype=images.dtype, device=images.device) for n in (width, height))
+    x = torch.lerp(x1, x2, (across + 0.5) / width)[:, None, :]  # of the middles of the pixels
+    y = torch.lerp(y1, y2, (down + 0.5) / height)[:, :, None]
     grid = torch.stack(torch.broadcast_tensors(x, y), dim=-1)  # (N, 64, 128, 2)
     return functional.grid_sample(images, 2 * grid / IMAGE_SIZE - 1, "bilinear", "border", align_corners=False)
 

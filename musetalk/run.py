@@ -65,7 +65,7 @@ class Run:
     folder: Path  # of its states and weights
     log: RunLog | SilentLog
     resumed: bool  # whether it goes on from a state
-    stopping: Callable[[], bool]  # whether this process was asked to stop
+    stopping: Callable[[], bool]  # whether any process was asked to stop; all must ask
     stack: ExitStack  # of what ends with it
 
     def batches(self, dataset: Dataset) -> Iterator[dict]:
@@ -89,9 +89,10 @@ class Run:
             torch.manual_seed(config.seed + state.step)
             yield
             bar.update()
-            stop = of_any_process(self.stopping(), self.accelerator)
+            stop = self.stopping()
             if self.accelerator.is_main_process and (stop or self.due(config.save_every)):
                 save_state(self.folder, state.step, state.as_dict(), config.keep_states)
+        self.accelerator.end_training()  # here the processes part
         if state.step < config.num_steps:
             raise KeyboardInterrupt(f"stopped at step {state.step}, all saved; run the same command again to go on")
 
@@ -118,8 +119,7 @@ def open_run(name: str, config: RunConfig, state: State, accelerator: Accelerato
         log.line(f"{name}: {json.dumps(asdict(config), default=str)}")
         where = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.mixed_precision}"
         log.line(f"on {where}; at step {state.step}")
-        yield Run(config, state, accelerator, folder, log, resumed, stopping, stack)
-        accelerator.end_training()
+        yield Run(config, state, accelerator, folder, log, resumed, of_any_process(stopping), stack)
 
 
 def resume(state: State, folder: Path) -> bool:
@@ -164,11 +164,18 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         gradient /= torch.distributed.get_world_size()
 
 
-def of_any_process(flag: bool, accelerator: Accelerator) -> bool:
-    """Whether the flag is set in any process. All must ask."""
-    if accelerator.num_processes == 1:
+def of_any_process(flag: Callable[[], bool]) -> Callable[[], bool]:
+    """Whether a flag is set in any process, which all must ask. They agree on it apart from the GPUs' work."""
+    if not torch.distributed.is_initialized():
         return flag
-    return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item() > 0
+    hosts = torch.distributed.new_group(backend="gloo")
+
+    def of_any() -> bool:
+        flags = torch.tensor(int(flag()))
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, hosts)
+        return bool(flags)
+
+    return of_any
 
 
 # Batches.

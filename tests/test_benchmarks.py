@@ -79,17 +79,6 @@ def test_the_bytes_and_files_of_a_cache_are_those_of_its_clips(cache, tmp_path):
     assert counts.cache_files_per_clip(place).value == 2
 
 
-def test_the_host_reads_one_number_in_a_step_with_every_loss():
-    config = replace(PRESETS["stage2"], models_dir=ROOT / "models" / "mini", grad_accum_steps=1)
-    with without_contents() as reads, training(config) as run:
-        reads.storages.clear()
-        made = run.step(1)
-        waited = [storage for storage in reads.storages if storage not in run.counters()]
-    assert made.finite
-    assert made.terms.keys() == config.loss_weights.keys() | {"adv_d", "adv_d_mouth"}
-    assert len(waited) == 1
-
-
 # What they are measured with.
 
 

@@ -1,4 +1,4 @@
-"""Nothing on the way mixes devices: what runs on a GPU, tried without one.
+"""Nothing on the way mixes devices, and nothing waits for a GPU but where it must: tried without one.
 
 Tensors without contents may be said to be on a device that is not there, and torch refuses to mix them with those of
 the CPU as it does on a GPU. They are said to be on "meta" here, since a CPU build of torch knows no GPU.
@@ -7,6 +7,7 @@ the CPU as it does on a GPU. They are said to be on "meta" here, since a CPU bui
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,8 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorDeviceMismatchError
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncnet_trainer
 from benchmarks import ROOT
@@ -54,28 +57,74 @@ def elsewhere(monkeypatch) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def host_waits() -> Iterator[list[str]]:
+    """What the host does within it that waits for the device: what it reads of it, and sends without non_blocking."""
+    found = []
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **kwargs or {})
+            if func is torch.ops.aten._local_scalar_dense.default and args[0].device == ELSEWHERE:
+                found.append("a number is read")
+            if func is torch.ops.aten._to_copy.default and args[0].device != made.device:
+                if not (kwargs or {}).get("non_blocking"):
+                    found.append(f"{tuple(args[0].shape)} is copied from {args[0].device}")
+            return made
+
+    class Constants(TorchFunctionMode):  # whose copy is no operation
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **kwargs or {})
+            if func in (torch.tensor, torch.Tensor.new_tensor) and made.device == ELSEWHERE:
+                found.append(f"a constant is sent by {func.__name__}")
+            return made
+
+    with Operations(), Constants():
+        yield found
+
+
 def empty_array(tensor: torch.Tensor) -> np.ndarray:
     assert tensor.device.type == "cpu"
     return np.zeros(tensor.shape, str(tensor.dtype).removeprefix("torch."))
 
 
-def test_devices_are_not_mixed_unseen(elsewhere):
+def test_what_goes_wrong_is_seen(elsewhere):
+    there = torch.zeros(2, device=ELSEWHERE)
     with pytest.raises(FakeTensorDeviceMismatchError):
-        torch.zeros(2, device=ELSEWHERE) + torch.zeros(2)
+        there + torch.zeros(2)
+    with host_waits() as found:
+        torch.zeros(2).to(ELSEWHERE, non_blocking=True)
+        assert not found
+        (
+            torch.zeros(2).to(ELSEWHERE),
+            torch.tensor(1, device=ELSEWHERE),
+            there.new_tensor([1.0]),
+            there[0].item(),
+            there.cpu(),
+        )
+    assert found == [
+        "(2,) is copied from cpu",
+        "a constant is sent by tensor",
+        "a constant is sent by new_tensor",
+        "a number is read",
+        "(2,) is copied from meta",
+    ]
 
 
 @pytest.mark.parametrize("config", [STAGE2, replace(TINY_DECODER, full_decoder_every=2)], ids=["stage2", "tiny"])
 def test_a_training_step(elsewhere, config):
-    """Of both networks' optimizers, with every loss; averaging, saving and looking at the average are part of it."""
+    """With every loss the host waits once; averaging, saving and looking at the average are tried too."""
     config = replace(config, models_dir=MINI)
     with training(config) as run:
-        made = run.step(2)
+        with host_waits() as found:
+            made = run.step(2)
         state = run.state
         state.ema = {name: torch.zeros_like(value, device="cpu") for name, value in state.unet.state_dict().items()}
         state.ema = {name.removeprefix("model."): value for name, value in state.ema.items()}
         state.update_ema(0.9)
         with state.averaged():
             moved = state.as_dict()
+    assert found == ["a number is read"]  # whether the gradients are finite
     assert {value.device for value in (*made.terms.values(), made.norm, *moved["unet"].values())} == {ELSEWHERE}
     assert {value.device.type for value in moved["ema"].values()} == {"cpu"}
     assert made.terms.keys() >= {name for name, weight in config.loss_weights.items() if weight} and made.finite
@@ -90,7 +139,9 @@ def test_a_step_and_a_check_of_a_sync_expert(elsewhere, architecture):
     mel = torch.zeros(2, mel_frames, SYNC_MEL_BINS).half()
     images = torch.zeros(2, frames, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8)
     batch = {"images": images, "mel": mel, "other_mel": mel, "where": ["", ""]}
-    told = syncnet_trainer.optimizer_step(state, iter([batch, batch]), config, accelerator, MINI)
+    with host_waits() as found:
+        told = syncnet_trainer.optimizer_step(state, iter([batch, batch]), config, accelerator, MINI)
+    assert found == ["a number is read"]
     assert told["sync_bce"].device == told["grad_norm"].device == ELSEWHERE
     seen = np.zeros((frames + 1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     assert offset_sweep(state.network, seen, np.zeros((400, SYNC_MEL_BINS), np.float32)).shape == (31,)
@@ -110,8 +161,9 @@ def test_a_step_and_the_measures_of_a_distillation(vae):
     state = NetworkState(decoder, torch.optim.AdamW(decoder.parameters()), {})
     config = distil_decoder.DistilConfig()
     batch = made_up_batch(replace(TINY_DECODER, frames=1), 1, 4)
-    loss = distil_decoder.optimizer_step(state, vae, batch, config, accelerator)
-    assert loss.device == ELSEWHERE
+    with host_waits() as found:
+        loss = distil_decoder.optimizer_step(state, vae, batch, config, accelerator)
+    assert loss.device == ELSEWHERE and not found
     alike, faces = distil_decoder.compare(decoder, vae, [batch], config.noise)
     assert "psnr" in alike and faces.shape == (3 * IMAGE_SIZE, IMAGE_SIZE, 3)
 

@@ -111,7 +111,7 @@ def optimizer_step(
     state: NetworkState, vae: VAE, batch: dict, config: DistilConfig, accelerator: Accelerator
 ) -> torch.Tensor:
     """One update on the absolute difference from what the VAE's own decoder makes, which is returned."""
-    latents = between(batch, config.noise).to(accelerator.device)
+    latents = between(batch, config.noise).to(accelerator.device, non_blocking=True)
     with torch.no_grad():
         target = vae.decode(latents)
     with accelerator.autocast():

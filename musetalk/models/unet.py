@@ -35,7 +35,7 @@ class UNet(nn.Module):
 
         Returns predicted latents (B, 4, 32, 32).
         """
-        timestep = torch.tensor(SINGLE_STEP_TIMESTEP, device=unet_input.device)
+        timestep = torch.full((), SINGLE_STEP_TIMESTEP, device=unet_input.device)
         tokens = audio_window + self.positions[: audio_window.shape[1]]  # (B, W, D)
         return self.model(unet_input, timestep, encoder_hidden_states=tokens).sample  # (B, 4, 32, 32)
 

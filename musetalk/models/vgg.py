@@ -80,8 +80,10 @@ class LPIPS(nn.Module):
 
     def _look(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
         """(B, 3, H, W) in [-1, 1] -> one after another the trunk's features of five stages."""
-        shift, scale = (images.new_tensor(values)[:, None, None] for values in (SHIFT, SCALE))
-        return self.trunk(((images - shift) / scale).to(self.trunk.features[0].weight.dtype))
+        # By numbers of the host, since it waits while a tensor of them goes to a GPU.
+        channels = zip(images.unbind(1), SHIFT, SCALE, strict=True)
+        images = torch.stack([(channel - shift) / scale for channel, shift, scale in channels], dim=1)
+        return self.trunk(images.to(self.trunk.features[0].weight.dtype))
 
     def _unit(self, features: torch.Tensor) -> torch.Tensor:
         """(B, width, H, W) -> vectors of length 1 at each place, in the heads' precision."""

@@ -95,13 +95,11 @@ def test_what_goes_wrong_is_seen(elsewhere):
     with host_waits() as found:
         torch.zeros(2).to(ELSEWHERE, non_blocking=True)
         assert not found
-        (
-            torch.zeros(2).to(ELSEWHERE),
-            torch.tensor(1, device=ELSEWHERE),
-            there.new_tensor([1.0]),
-            there[0].item(),
-            there.cpu(),
-        )
+        torch.zeros(2).to(ELSEWHERE)
+        torch.tensor(1, device=ELSEWHERE)
+        there.new_tensor([1.0])
+        there[0].item()
+        there.cpu()
     assert found == [
         "(2,) is copied from cpu",
         "a constant is sent by tensor",

@@ -48,7 +48,7 @@ from musetalk.models.unet import build_unet
 from musetalk.models.vae import VAE
 from musetalk.models.vgg import load_lpips
 from musetalk.pipeline import LipSyncPipeline
-from musetalk.run import Run, TrainError, average_gradients, open_run, start_processes
+from musetalk.run import Run, TrainError, average_gradients, open_run, placed, start_processes
 from musetalk.script import (
     Count,
     CountOrZero,
@@ -347,8 +347,7 @@ def build_state(config: TrainConfig, contract: FeatureContract, accelerator: Acc
     make = partial(OPTIMIZERS[config.optimizer], weight_decay=config.weight_decay)
     optimizer = make(unet.parameters(), config.learning_rate, config.betas)
     ema = {name: value.clone() for name, value in unet.model.state_dict().items()}
-    # Only its precision and place: `average_gradients` is what makes one training of several processes.
-    unet = accelerator.prepare_model(unet, evaluation_mode=True)
+    unet = placed(unet, accelerator)
     adversaries = {}
     for ending in VIEWS:
         if any(config.loss_weights.get(f"{name}{ending}") for name in ADVERSARIAL):

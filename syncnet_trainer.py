@@ -38,7 +38,7 @@ from musetalk.crop import to_tensor
 from musetalk.dataset import split_clips
 from musetalk.files import write_whole
 from musetalk.models.syncnet import SyncNet, build_syncnet, load_syncnet, save_syncnet
-from musetalk.run import TrainError, average_gradients, open_run, start_processes
+from musetalk.run import TrainError, average_gradients, open_run, placed, start_processes
 from musetalk.script import (
     Count,
     CountOrZero,
@@ -207,9 +207,8 @@ def build_state(config: SyncConfig, accelerator: Accelerator) -> NetworkState:
         load_strictly(expert, trained.state_dict(), Path(config.start_from))
     make = OPTIMIZERS[config.optimizer]
     optimizer = make(expert.parameters(), config.learning_rate, config.betas, weight_decay=config.weight_decay)
-    # Only its precision and place: `average_gradients` is what makes one training of several processes.
-    expert = accelerator.prepare_model(expert, evaluation_mode=True)
-    return NetworkState(expert, optimizer, {"architecture": config.architecture, "optimizer_name": config.optimizer})
+    fixed = {"architecture": config.architecture, "optimizer_name": config.optimizer}
+    return NetworkState(placed(expert, accelerator), optimizer, fixed)
 
 
 def open_dataset(config: SyncConfig, cache: Cache, clips: list[str], frames: int, ranks: int) -> SyncDataset:

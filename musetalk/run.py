@@ -153,6 +153,11 @@ def precision() -> str:
     return "bf16" if knows_bfloat16("cuda" if torch.cuda.is_available() else "cpu") else "no"
 
 
+def placed(network: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """A network on its device and in the training's precision; `average_gradients` makes processes learn as one."""
+    return accelerator.prepare_model(network, evaluation_mode=True)
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Give every process the mean of all processes' gradients; nothing where there is one process."""
     if not torch.distributed.is_initialized():

@@ -49,14 +49,14 @@ def dub(config: GpuCheckConfig, report: Callable) -> None:
         encoded = len(crops) / (time.perf_counter() - start)
         prepared = PreparedVideo(source, faces, boxes, masked[:, 0], full[:, 0])
         count = len(crops) * (1 if config.quick else 4)
-        stages = Stages("audio")
+        stages = Stages("start")
         frames = pipeline.frames(prepared, clip.tensor("audio_features"), count, stages)
         silence = np.zeros(count * SAMPLES_PER_FRAME, np.float32)
         start = time.perf_counter()
         write_video(config.output / f"dubbed_{height}.mp4", frames, silence, AUDIO_SAMPLE_RATE)
-        stages("audio")
+        stages("end")
         total = count / (time.perf_counter() - start)
-        rates = {name.replace(" ", "_"): count / seconds for name, seconds in stages.seconds.items() if seconds}
+        rates = {name.replace(" ", "_"): count / seconds for name, seconds in stages.seconds.items() if name != "start"}
         report("dubbing", f"{height} lines, frames a second", encode=encoded, **rates, all_but_encode=total)
 
 

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from musetalk.checkpoint import load_latest_state, save_state
+from musetalk.devices import choose_device, describe, knows_bfloat16
 from musetalk.files import own_folder
-from musetalk.models.vae import knows_bfloat16
 from musetalk.run_log import RunLog, SilentLog
 from musetalk.script import STOP_SIGNALS, UserError, stop_requests
 
@@ -72,6 +72,7 @@ class Run:
         """This process's batches of all steps that are left, the same whatever happened before."""
         config = self.config
         share = {"rank": self.accelerator.process_index, "ranks": self.accelerator.num_processes}
+        share["pin_memory"] = self.accelerator.device.type == "cuda"
         steps = range(self.state.step, config.num_steps)
         return iter(loader(dataset, steps, config.batch_size, config.num_workers, config.prefetch, **share))
 
@@ -117,7 +118,7 @@ def open_run(name: str, config: RunConfig, state: State, accelerator: Accelerato
         resumed = resume(state, folder)
         log = RunLog(config.log_dir, name, state.step) if accelerator.is_main_process else SilentLog()
         log.line(f"{name}: {json.dumps(asdict(config), default=str)}")
-        where = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.mixed_precision}"
+        where = f"{accelerator.num_processes} x ({describe(accelerator.device)}), {accelerator.mixed_precision}"
         log.line(f"on {where}; at step {state.step}")
         yield Run(config, state, accelerator, folder, log, resumed, of_any_process(stopping), stack)
 
@@ -134,23 +135,29 @@ def resume(state: State, folder: Path) -> bool:
 # Processes.
 
 
-def start_processes() -> Accelerator:
+def start_processes(device: str) -> Accelerator:
     """Devices, precision and processes, as `python`, `torchrun` or `accelerate launch` started this one.
 
-    Raises TrainError for ways to share a training that are not supported.
+    device: "auto", "cpu" or "cuda", for which each process takes a GPU of its own. Raises DeviceError where the GPU
+    cannot be used, TrainError for ways to share a training that are not supported.
     """
-    accelerator = Accelerator(mixed_precision=precision(), cpu=not torch.cuda.is_available())
+    chosen = choose_device(device)
+    accelerator = Accelerator(mixed_precision=precision(chosen), cpu=chosen.type == "cpu")
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise TrainError(
             f"{accelerator.distributed_type.value} is not supported: start it with python, torchrun or accelerate "
             "launch, without DeepSpeed and FSDP, so that each process has all networks"
         )
+    if chosen.type == "cuda":
+        # Speed for the last bits, which training can spare; a cache and inference cannot.
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.benchmark = True
     return accelerator
 
 
-def precision() -> str:
+def precision(device: torch.device) -> str:
     """bf16 where the device computes in it, else full float32; accelerate's word for it."""
-    return "bf16" if knows_bfloat16("cuda" if torch.cuda.is_available() else "cpu") else "no"
+    return "bf16" if knows_bfloat16(device) else "no"
 
 
 def placed(network: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -215,6 +222,7 @@ def loader(
     *,
     rank: int = 0,
     ranks: int = 1,
+    pin_memory: bool = False,
 ) -> DataLoader:
     """Batches of some steps for one of several processes, in the order of their slots. dataset: has `slots`."""
     return DataLoader(
@@ -223,7 +231,7 @@ def loader(
         sampler=SlotSampler(dataset.slots, steps, batch_size, rank, ranks),
         num_workers=num_workers,
         prefetch_factor=prefetch if num_workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         worker_init_fn=ignore_stop_requests,
     )
 

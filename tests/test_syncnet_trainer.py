@@ -437,6 +437,7 @@ UNFIT = {
     "weight_decay": NO_NUMBER,
     "betas": [(0.9,), (0.9, 0.99, 0.999), (), [0.9, 0.99], 0.9, None, (1.0, 0.9), (0.9, float("nan")), (-0.1, 0.9)],
     "max_grad_norm": [*NO_NUMBER, 0.0, 0],
+    "device": ["gpu", "", "cuda:1", "meta", None, 0],
     "check_only": [0, 1, "yes", None],
     "num_steps": NO_COUNT,
     "log_every": NO_COUNT,

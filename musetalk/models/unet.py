@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
+from torch.nn.grad import conv2d_weight
 
 from musetalk.contract import LATENT_CHANNELS, LATENT_SIZE, WINDOW_STEPS
 from musetalk.weights import build_network, find, load_strictly, read_tensors, unwrap
@@ -29,6 +30,7 @@ class UNet(nn.Module):
         width = model.config.cross_attention_dim
         positions = sinusoid(MAX_TOKENS, width) if positional_encoding else torch.zeros(MAX_TOKENS, width)
         self.register_buffer("positions", positions, persistent=False)
+        self.last_input: torch.Tensor | None = None  # of the last layer at the last forward, where it is kept
 
     def forward(self, unet_input: torch.Tensor, audio_window: torch.Tensor) -> torch.Tensor:
         """unet_input: (B, 8, 32, 32) masked then reference latents. audio_window: (B, W, D), time-major.
@@ -38,6 +40,22 @@ class UNet(nn.Module):
         timestep = torch.full((), SINGLE_STEP_TIMESTEP, device=unet_input.device)
         tokens = audio_window + self.positions[: audio_window.shape[1]]  # (B, W, D)
         return self.model(unet_input, timestep, encoder_hidden_states=tokens).sample  # (B, 4, 32, 32)
+
+    def keep_last_input(self) -> None:
+        """Keep what the last layer gets in each forward, for `last_layer_gradient`. Comes before compiling."""
+
+        def keep(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+            self.last_input = inputs[0].detach()  # (B, C, 32, 32)
+
+        self.model.conv_out.register_forward_pre_hook(keep)
+
+    def last_layer_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of a loss at the last layer's weight, (4, C, 3, 3), without a backward through the UNet.
+
+        gradient: of the loss at the first n predictions of the last forward, (n, 4, 32, 32), float32 or float64.
+        """
+        layer, inputs = self.model.conv_out, self.last_input[: len(gradient)].to(gradient.dtype)
+        return conv2d_weight(inputs, layer.weight.shape, gradient, layer.stride, layer.padding)
 
 
 def sinusoid(length: int, width: int) -> torch.Tensor:

@@ -80,13 +80,6 @@ class VAE:
         return masked_latents, latents
 
 
-def knows_bfloat16(device: torch.device | str) -> bool:
-    """Whether a device computes in bfloat16; one that does not is several times slower in it than in float32."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-
-
 def posterior_noise(clip: str, frame: int, margin: int) -> np.ndarray:
     """Normal noise float32 (2, 4, 32, 32) for the masked and the full face, always the same for these three."""
     seed = int.from_bytes(hashlib.sha256(f"{clip}/{frame}/{margin}".encode()).digest()[:16], "big")

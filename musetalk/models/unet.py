@@ -14,9 +14,11 @@ from torch import nn
 from torch.nn.grad import conv2d_weight
 
 from musetalk.contract import LATENT_CHANNELS, LATENT_SIZE, WINDOW_STEPS
-from musetalk.weights import build_network, find, load_strictly, read_tensors, unwrap
+from musetalk.weights import WeightsError, build_network, find, load_strictly, read_tensors, unwrap
 
+CONFIGS = ("musetalk/musetalk.json", "musetalkV15/musetalk.json")  # in a models folder; the first that is there is used
 SINGLE_STEP_TIMESTEP = 0  # the network was made for diffusion and asks for one
+WHISPER_STATES = {384: 5, 512: 7, 768: 13, 1024: 25, 1280: 33}  # width of a published Whisper -> its encoder's states
 MAX_TOKENS = 5000
 MAX_WIDTH = 2**14  # of a token; the largest Whisper's are 1280 wide
 
@@ -57,6 +59,20 @@ class UNet(nn.Module):
         layer, inputs = self.model.conv_out, self.last_input[: len(gradient)].to(gradient.dtype)
         return conv2d_weight(inputs, layer.weight.shape, gradient, layer.stride, layer.padding)
 
+    def check_features(self, shape: tuple[int, int], source: str, known_encoder: bool = True) -> None:
+        """Raises WeightsError where the network cannot attend to the audio features of a source.
+
+        shape: S encoder states, each D wide. source: a name for the error message. known_encoder: whether the feature
+        contract names the encoder that the network was trained with, or S must be that of the published Whisper of D.
+        """
+        (states, width), takes = shape, self.model.config.cross_attention_dim
+        wanted = states if known_encoder else WHISPER_STATES.get(takes, states)
+        if (states, width) != (wanted, takes):
+            raise WeightsError(
+                f"{source} has {states} states {width} wide, but the UNet attends to {wanted} states {takes} wide, its "
+                f"cross_attention_dim; use the Whisper it was trained with, or train one with {width} in musetalk.json"
+            )
+
 
 def sinusoid(length: int, width: int) -> torch.Tensor:
     """Fixed positions (length, width): sines at even, cosines at odd places (Vaswani et al. 2017, section 3.5)."""
@@ -69,7 +85,7 @@ def sinusoid(length: int, width: int) -> torch.Tensor:
 
 
 def _plan(models_dir: Path) -> UNet2DConditionModel:
-    """The network of musetalk/musetalk.json in a models folder, on the meta device. Raises WeightsError."""
+    """The network that a models folder describes, on the meta device. Raises WeightsError."""
 
     def use(model: UNet2DConditionModel) -> None:
         if not 0 < (width := model.config.cross_attention_dim) <= MAX_WIDTH:
@@ -79,11 +95,11 @@ def _plan(models_dir: Path) -> UNet2DConditionModel:
         if made.shape != (1, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE):
             raise ValueError(f"of latents it makes {tuple(made.shape)}")
 
-    return build_network(UNet2DConditionModel, find(models_dir, "musetalk/musetalk.json"), use)
+    return build_network(UNet2DConditionModel, find(models_dir, *CONFIGS), use)
 
 
 def build_unet(models_dir: Path, seed: int, positional_encoding: bool) -> UNet:
-    """An untrained UNet of musetalk/musetalk.json in a models folder, the same for the same seed.
+    """An untrained UNet as a models folder describes it (`CONFIGS`), the same for the same seed.
 
     Raises WeightsError.
     """
@@ -94,8 +110,8 @@ def build_unet(models_dir: Path, seed: int, positional_encoding: bool) -> UNet:
 
 
 def load_unet(models_dir: Path, path: Path, positional_encoding: bool) -> UNet:
-    """A UNet of musetalk/musetalk.json with the weights of a file: .safetensors, or a torch file as MuseTalk publishes
-    it (.bin, .pth) or a trainer wraps it. Raises WeightsError."""
+    """A UNet as a models folder describes it (`CONFIGS`) with the weights of a file: .safetensors, or a torch file as
+    MuseTalk publishes it (.bin, .pth) or a trainer wraps it. Raises WeightsError."""
     model = _plan(models_dir)
     load_strictly(model, unwrap(read_tensors(path), path), path)
     return UNet(model.float(), positional_encoding)

@@ -27,8 +27,8 @@ def test_every_check_reports(sample_cache, mini, tmp_path):
         )
     )
     rows = json.loads((tmp_path / "results.json").read_text())
-    assert [row["check"] for row in rows] == ["device", "learning", "resume", "step", "dubbing", "dubbing"]
-    _, learning, resume, step, *dubbing = rows
+    assert [row["check"] for row in rows] == ["device", "learning", "resume", "peak", "step", "dubbing", "dubbing"]
+    _, learning, resume, _, step, *dubbing = rows
     assert learning["steps"] == 2  # one before each evaluation
     assert step["finite"] == "True" and step["TFLOP"] > 0
     assert all(value == 0 for name, value in resume.items() if name.endswith("differs_by"))

@@ -10,6 +10,7 @@ from unittest.mock import patch
 import cv2
 import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import nn
 
@@ -21,7 +22,6 @@ from musetalk.files import read_json
 from musetalk.models.unet import build_unet
 from musetalk.models.vae import VAE
 from musetalk.pipeline import LipSyncPipeline, PreparedVideo, Stages
-from musetalk.run import start_processes
 from musetalk.video import write_video
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ HEIGHTS = 720, 1080
 FACE = 0.45  # side of the box of the face, in heights of the frame
 
 
-def dub(config: GpuCheckConfig, report: Callable) -> None:
+def dub(config: GpuCheckConfig, accelerator: Accelerator, report: Callable) -> None:
     """Report how fast a face is encoded, generated, blended and written."""
-    cache, device = Cache(config.material), start_processes().device
+    cache, device = Cache(config.material), accelerator.device
     clip = next(iter(cache.clips.values()))
     unet = build_unet(config.models_dir, 0, cache.contract.positional_encoding).to(device).eval()
     autoencoder = AutoencoderKL.from_config(read_json(config.models_dir / "sd-vae-ft-mse/config.json"))

@@ -24,7 +24,7 @@ from musetalk.crop import to_uint8
 from musetalk.dataset import FaceDataset, read_windows, split_clips
 from musetalk.metrics import correlation
 from musetalk.models.vae import VAE
-from musetalk.run import loader, start_processes
+from musetalk.run import loader
 from musetalk.run_log import rendered
 from musetalk.training import TrainState, load_pixel_vae, training_contract
 from musetalk.validation import true_openings
@@ -52,9 +52,9 @@ WARMUP = 50  # steps
 MANY_STEPS = 10**6  # time ends a training before
 
 
-def learn(config: GpuCheckConfig, report: Callable) -> None:
+def learn(config: GpuCheckConfig, accelerator: Accelerator, report: Callable) -> None:
     """Report what is learned in equal times at each learning rate, and after the last one a resumed step."""
-    cache, accelerator = Cache(config.material), start_processes()
+    cache = Cache(config.material)
     vae = load_pixel_vae(config.vae_dir, accelerator)
     train_clips, held_clips, _ = split_clips(cache, HELD_OUT / max(len(cache.clips), 2 * HELD_OUT), seed=0)
     probe = Probe(cache, train_clips, held_clips, vae)
@@ -93,7 +93,7 @@ class FromScratch:
 
     @cached_property
     def contract(self) -> FeatureContract:
-        return training_contract(self.constants.contract, self.cache)
+        return training_contract(self.constants.contract, self.cache, self.constants.positional_encoding)
 
     @cached_property
     def dataset(self) -> FaceDataset:

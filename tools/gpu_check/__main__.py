@@ -89,4 +89,6 @@ if __name__ == "__main__":
         sys.exit(f"these packages are missing: {', '.join(missing)}; requirements.txt names their versions")
     import tyro
 
-    main(tyro.cli(GpuCheckConfig, description=__doc__))
+    from musetalk.script import run_script
+
+    run_script(main, tyro.cli(GpuCheckConfig, description=__doc__))

@@ -109,7 +109,7 @@ class TrainConfig:
     references: Literal["random", "pose_and_mouth"] = "pose_and_mouth"  # the latter: alike in pose, another mouth
     min_reference_gap: Count = 5  # frames between a frame and its reference
     frames: Count = 1  # consecutive ones in a sample; with a sync loss those that its expert sees
-    num_workers: Workers = min(8, (os.cpu_count() or 1) // 2)  # processes that read the cache
+    num_workers: Workers | None = None  # processes that read the cache; None: 8, or as many as there are cores for
     prefetch: Count = 2  # batches that each of them has ready
     batch_size: Count = 8  # samples in one forward
     grad_accum_steps: Count = 1  # forwards in one optimizer step
@@ -154,7 +154,10 @@ class TrainConfig:
     val_every: CountOrZero = 10_000  # steps between validations on clips held out, and after the last; 0: none
     val_frames: Count = 50  # of each of four clips
     save_every: Count = 2000
-    keep_states: Count = 2  # training states of the newest steps; weights to use are all kept
+    save_minutes: PositiveOrZero = 20.0  # a state is also saved when the last save is this old; 0: never
+    keep_states: Count = 2  # training states of the newest steps: 13.6 GB each at full size
+    keep_weights: Count = 3  # weights to use of the newest steps: 3.4 GB each
+    keep_weights_every: CountOrZero = 50_000  # those of multiples of this many steps are never deleted; 0: none
     seed: Seed = 1234
 
 
@@ -205,6 +208,7 @@ PRESETS = {
         discriminator_learning_rate=5e-6,
         gradient_checkpointing=True,
         num_steps=20_000,
+        keep_weights_every=10_000,
     ),
     # The recipe of the original MuseTalkTrainer, to compare with on the same cache.
     "original": TrainConfig(
@@ -257,7 +261,7 @@ def train(preset: str, config: TrainConfig) -> None:
             check_start(preset, config, state, examine)
         return
 
-    with open_run(preset, config, state, accelerator) as run:
+    with open_run(preset, config, state, accelerator, state.ema) as run:
         run.log.line(about)
 
         # Begin with the weights of another training, and a look at the expert.
@@ -298,7 +302,7 @@ def train(preset: str, config: TrainConfig) -> None:
                     with state.averaged():
                         validator().report(state.step, run.log)
                 if run.due(config.save_every):
-                    run.log.line(f"saved {save_unet(run.folder, state.step, state.ema, contract)}")
+                    run.keep(save_unet(run.folder, state.step, state.ema, contract))
         run.log.line(
             f"done at step {state.step}: weights and states in {run.folder}, pictures in {config.log_dir / preset}"
         )

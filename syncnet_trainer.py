@@ -19,7 +19,6 @@ sync, hours of them, of many people, and large batches.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,7 +79,7 @@ class SyncConfig:
 
     # Data
     held_out: Share = 0.1  # share of identities (or clips, of a single one) kept for the check
-    num_workers: Workers = min(8, (os.cpu_count() or 1) // 2)  # processes that read the cache
+    num_workers: Workers | None = None  # processes that read the cache; None: 8, or as many as there are cores for
     prefetch: Count = 2  # batches that each of them has ready
     batch_size: Count = 32  # windows of faces in one forward, each with its own mel and with mel that is not its own
     grad_accum_steps: Count = 1  # forwards in one optimizer step
@@ -103,7 +102,10 @@ class SyncConfig:
     log_every: Count = 100
     val_every: Count = 2500
     save_every: Count = 2500
-    keep_states: Count = 2  # training states of the newest steps; experts to use are all kept
+    save_minutes: PositiveOrZero = 20.0  # a state is also saved when the last save is this old; 0: never
+    keep_states: Count = 2  # training states of the newest steps
+    keep_weights: Count = 3  # experts to use of the newest steps: 1.5 GB each with latentsync
+    keep_weights_every: CountOrZero = 50_000  # those of multiples of this many steps are never deleted; 0: none
     seed: Seed = 1234
 
 
@@ -154,7 +156,7 @@ def train(preset: str, config: SyncConfig) -> None:
     state = build_state(config, accelerator)
     dataset = open_dataset(config, cache, train_clips, state.network.frames, ranks)
 
-    with open_run(name, config, state, accelerator) as run:
+    with open_run(name, config, state, accelerator, state.network.state_dict()) as run:
         size = sum(parameter.numel() for parameter in state.network.parameters())
         run.log.line(f"{config.architecture} of {size:,} parameters; {len(train_clips)} clips to train on; {note}")
         if not run.resumed:
@@ -180,7 +182,7 @@ def train(preset: str, config: SyncConfig) -> None:
 
             # Save.
             if accelerator.is_main_process and run.due(config.save_every):
-                run.log.line(f"saved {save_syncnet(run.folder, state.step, state.network, config.architecture)}")
+                run.keep(save_syncnet(run.folder, state.step, state.network, config.architecture))
                 if state.step == config.num_steps:
                     run.log.line(f"{check}\n{check.fault() or f'can be used: set sync_expert to {run.folder}'}")
         pictures = config.log_dir / name / "sync_check"

@@ -318,6 +318,11 @@ class Cache:
             if clip.variants != len(self.contract.margins):
                 raise CacheError(f"{clip.path} has {clip.variants} variants, not those of contract.json; {clip.mend()}")
 
+    def listing(self) -> str:
+        """A hash of the names and lengths of the clips, as hexadecimal digits."""
+        lengths = json.dumps({name: len(clip) for name, clip in self.clips.items()})
+        return hashlib.sha256(lengths.encode()).hexdigest()[:16]
+
 
 def verify(folder: Path) -> Iterator[CacheError | None]:
     """Read all of a cache: for each clip what is wrong with it, or None. Raises CacheError where there is no cache."""

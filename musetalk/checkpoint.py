@@ -12,21 +12,36 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
+from torch.utils.serialization import config as serialization
 
 from musetalk.contract import ALL_FIELDS, CONTRACTS, ContractError, FeatureContract
 from musetalk.files import whole_file
 from musetalk.models.unet import UNet, load_unet
 from musetalk.weights import BROKEN_PICKLE, WeightsError, read_tensors, write_tensors
 
-STATE_NAME = re.compile(r"^training-state-(\d+)\.pt$")
+STEP = r"(\d{7}|[1-9]\d{7,})"  # as f"{step:07d}" writes it
+STATE_NAME, UNET_NAME = rf"training-state-{STEP}\.pt", rf"unet-{STEP}\.safetensors"
+WEIGHTS_NAME = rf"[a-z]+-{STEP}\.safetensors"  # of any network
 GO_BACK = "delete it, and the run goes on from the state before it"
-UNET_NAME = re.compile(r"^unet-(\d+)\.safetensors$")
 
 
-def _newest(run_dir: Path, pattern: re.Pattern) -> list[Path]:
-    """Files of a run by step, the newest first."""
-    found = [(int(match[1]), path) for path in run_dir.glob("*") if (match := pattern.match(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+def saved_files(run_dir: Path, pattern: str) -> dict[int, Path]:
+    """Returns the files of a run whose names fit a pattern with one group, the step: by step, the newest first."""
+    found = {int(match[1]): path for path in run_dir.glob("*") if (match := re.fullmatch(pattern, path.name))}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def delete_older(path: Path, keep: int, every: int = 0) -> None:
+    """Deletes files named like this one, but for earlier steps.
+
+    The newest `keep`, this one among them, stay, and those of steps that are multiples of `every`; 0: of none.
+    """
+    kind, step = path.stem.rsplit("-", 1)
+    files = saved_files(path.parent, rf"{re.escape(kind)}-{STEP}{re.escape(path.suffix)}")
+    earlier = [other for other in files if other < int(step)]
+    for old in earlier[keep - 1 :]:
+        if not every or old % every:
+            files[old].unlink()
 
 
 def save_state(run_dir: Path, step: int, state: dict, keep: int) -> Path:
@@ -34,35 +49,35 @@ def save_state(run_dir: Path, step: int, state: dict, keep: int) -> Path:
     path = run_dir / f"training-state-{step:07d}.pt"
     with whole_file(path) as partial, open(partial, "wb") as file:
         torch.save(state | {"step": step}, file)
-    for old in _newest(run_dir, STATE_NAME)[keep:]:
-        old.unlink()
+    delete_older(path, keep)
     return path
 
 
-def load_latest_state(run_dir: Path) -> tuple[Path, dict] | None:
-    """The newest training state of a run on the CPU and where it is, None where there is none.
+def load_latest_state(run_dir: Path, *, check_sums: bool = True) -> tuple[Path, dict] | None:
+    """The newest training state of a run, mapped into memory, and where it is; None where there is none.
 
-    Raises WeightsError where a byte of it has changed.
+    check_sums: read all of it to see whether a byte has changed. Raises WeightsError where it is no whole state.
     """
-    paths = _newest(run_dir, STATE_NAME)
-    if not paths:
+    path = next(iter(saved_files(run_dir, STATE_NAME).values()), None)
+    if path is None:
         return None
     try:
-        if not paths[0].is_file():  # a pipe would be waited for
+        if not path.is_file():  # a pipe would be waited for
             raise FileNotFoundError("it is no file")
-        with zipfile.ZipFile(paths[0]) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > paths[0].stat().st_size:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
                 raise zipfile.BadZipFile("it says that it holds more than its size")
-            folders = [
-                entry.filename for entry in archive.infolist() if entry.external_attr
-            ]  # torch reads nothing there
-            broken = next(iter(folders), None) or archive.testzip()
+            # torch reads nothing of a folder, and maps a compressed record as if it were not.
+            odd = next((entry.filename for entry in entries if entry.external_attr or entry.compress_type), None)
+            broken = odd or (archive.testzip() if check_sums else None)
     except (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, *BROKEN_PICKLE) as error:
-        raise WeightsError(f"{paths[0]} is no whole training state ({error}); {GO_BACK}") from error
+        raise WeightsError(f"{path} is no whole training state ({error}); {GO_BACK}") from error
     if broken is not None:
-        raise WeightsError(f"{paths[0]} has changed since it was saved ({broken}); {GO_BACK}")
+        raise WeightsError(f"{path} has changed since it was saved ({broken}); {GO_BACK}")
     try:
-        return paths[0], read_tensors(paths[0])
+        with serialization.patch("load.mmap", True):
+            return path, read_tensors(path)
     except WeightsError as error:
         raise WeightsError(f"{error}; {GO_BACK}") from error
 
@@ -86,12 +101,12 @@ def find_unet(place: Path) -> Path:
     """The weights at a place: a file itself, or the newest of a run's folder. Raises WeightsError where none are."""
     if place.is_file():
         return place
-    paths = _newest(place, UNET_NAME)
-    if not paths:
+    path = next(iter(saved_files(place, UNET_NAME).values()), None)
+    if path is None:
         raise WeightsError(
             f"{place} is no file and has no unet-<step>.safetensors in it; train one with musetalk_trainer.py"
         )
-    return paths[0]
+    return path
 
 
 def read_unet_contract(path: Path) -> FeatureContract | None:

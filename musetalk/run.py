@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from musetalk.checkpoint import load_latest_state, save_state
+from musetalk.checkpoint import delete_older, load_latest_state, save_state
 from musetalk.devices import choose_device, describe, knows_bfloat16
+from musetalk.distributed import TIMEOUT, Ranks
 from musetalk.files import own_folder
+from musetalk.preflight import check_disk, check_shared_memory, checksum, tensors_in, workers_that_fit
 from musetalk.run_log import RunLog, SilentLog
-from musetalk.script import STOP_SIGNALS, UserError, stop_requests
+from musetalk.script import STOP_SIGNALS, StopRequests, UserError, stop_requests
 
 
 class TrainError(UserError):
@@ -37,11 +40,14 @@ class RunConfig(Protocol):
     checkpoint_dir: Path
     log_dir: Path
     batch_size: int
-    num_workers: int
+    num_workers: int | None  # None: as many as fit this node
     prefetch: int
     num_steps: int
     save_every: int
+    save_minutes: float  # 0: saved by steps alone
     keep_states: int
+    keep_weights: int  # these two only where weights are saved on the way
+    keep_weights_every: int
     seed: int
 
 
@@ -49,6 +55,7 @@ class State(Protocol):
     """All that moves in a training."""
 
     step: int  # optimizer updates made
+    optimizers: list[torch.optim.Optimizer]
 
     def as_dict(self) -> dict: ...
 
@@ -65,16 +72,31 @@ class Run:
     folder: Path  # of its states and weights
     log: RunLog | SilentLog
     resumed: bool  # whether it goes on from a state
-    stopping: Callable[[], bool]  # whether any process was asked to stop; all must ask
+    ranks: Ranks
+    stopping: StopRequests  # of this process
     stack: ExitStack  # of what ends with it
+    saved_at: float  # seconds of time.monotonic() at the last save or the start
 
     def batches(self, dataset: Dataset) -> Iterator[dict]:
-        """This process's batches of all steps that are left, the same whatever happened before."""
-        config = self.config
+        """This process's batches of all steps that are left, the same whatever happened before.
+
+        dataset: with `slots` and the `cache`. Raises UserError where shared memory is too small for them, or where
+        processes differ in their step, weights or cache.
+        """
+        config, state = self.config, self.state
+        workers = workers_that_fit() if config.num_workers is None else config.num_workers
+        check_shared_memory(dataset[state.step * dataset.slots], config.batch_size, workers, config.prefetch)
+        self.ranks.require_same(
+            lambda: {
+                "step": state.step,
+                "weights": checksum(tensors_in(state.as_dict())),
+                "cache": dataset.cache.listing(),
+            }
+        )
         share = {"rank": self.accelerator.process_index, "ranks": self.accelerator.num_processes}
         share["pin_memory"] = self.accelerator.device.type == "cuda"
-        steps = range(self.state.step, config.num_steps)
-        return iter(loader(dataset, steps, config.batch_size, config.num_workers, config.prefetch, **share))
+        steps = range(state.step, config.num_steps)
+        return iter(loader(dataset, steps, config.batch_size, workers, config.prefetch, **share))
 
     def steps(self) -> Iterator[None]:
         """A turn for each step that is left: the caller makes it and counts it in the state, which is saved when due.
@@ -90,42 +112,74 @@ class Run:
             torch.manual_seed(config.seed + state.step)
             yield
             bar.update()
-            stop = self.stopping()
-            if self.accelerator.is_main_process and (stop or self.due(config.save_every)):
-                save_state(self.folder, state.step, state.as_dict(), config.keep_states)
+            stop = self.ranks.any(self.stopping())
+            if self.accelerator.is_main_process and (stop or self.due(config.save_every) or self.overdue()):
+                self.save()
+        self.ranks.wait()  # a launcher takes the first process that leaves for a failure and ends those that still save
         self.accelerator.end_training()  # here the processes part
         if state.step < config.num_steps:
             raise KeyboardInterrupt(f"stopped at step {state.step}, all saved; run the same command again to go on")
+
+    def save(self) -> None:
+        """Writes the state, whatever signals come."""
+        with self.stopping.patience():
+            save_state(self.folder, self.state.step, self.state.as_dict(), self.config.keep_states)
+        self.saved_at = time.monotonic()
+
+    def keep(self, weights: Path) -> None:
+        """Notes weights that were saved, and deletes older ones that are not kept."""
+        delete_older(weights, self.config.keep_weights, self.config.keep_weights_every)
+        self.log.line(f"saved {weights}")
 
     def due(self, every: int) -> bool:
         """Whether what is done every so many steps, and after the last, is to be done after this one."""
         return self.state.step == self.config.num_steps or self.state.step % every == 0
 
+    def overdue(self) -> bool:
+        """Whether the last save was `save_minutes` ago."""
+        minutes = self.config.save_minutes
+        return minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
+
 
 @contextmanager
-def open_run(name: str, config: RunConfig, state: State, accelerator: Accelerator) -> Iterator[Run]:
+def open_run(
+    name: str,
+    config: RunConfig,
+    state: State,
+    accelerator: Accelerator,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> Iterator[Run]:
     """A run of a name, gone on with from its newest state if there is one.
 
-    Within it Ctrl-C and SIGTERM end it after the step at hand. Raises UserError where another process has its folders;
+    Within it Ctrl-C and SIGTERM end it after the step at hand. weights: those that it saves on the way, by `Run.keep`.
+    Raises UserError where another process has its folders, or the disk has too little space for what it will save;
     WeightsError, ContractError where the state is not of this training.
     """
     folder, log_dir = config.checkpoint_dir / name, config.log_dir / name
-    with ExitStack() as stack, stop_requests() as stopping:
+    with ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(own_folder(folder))
             stack.enter_context(own_folder(log_dir))
         accelerator.wait_for_everyone()
-        resumed = resume(state, folder)
+        resumed = resume(state, folder, check_sums=accelerator.is_main_process)
+        if accelerator.is_main_process:
+            check_disk(folder, config, state, weights)
+        ranks = Ranks()
         log = RunLog(config.log_dir, name, state.step) if accelerator.is_main_process else SilentLog()
         log.line(f"{name}: {json.dumps(asdict(config), default=str)}")
         where = f"{accelerator.num_processes} x ({describe(accelerator.device)}), {accelerator.mixed_precision}"
         log.line(f"on {where}; at step {state.step}")
-        yield Run(config, state, accelerator, folder, log, resumed, of_any_process(stopping), stack)
+        # From here on: until then there is nothing to save, and a launcher that ends all processes need not wait.
+        stopping = stack.enter_context(stop_requests(patient=accelerator.num_processes > 1))
+        yield Run(config, state, accelerator, folder, log, resumed, ranks, stopping, stack, time.monotonic())
 
 
-def resume(state: State, folder: Path) -> bool:
-    """Go on from the newest state in a folder, if there is one. Raises WeightsError, ContractError."""
-    found = load_latest_state(folder)
+def resume(state: State, folder: Path, *, check_sums: bool = True) -> bool:
+    """Go on from the newest state in a folder, if there is one. Raises WeightsError, ContractError.
+
+    check_sums: of the file; one process of several does.
+    """
+    found = load_latest_state(folder, check_sums=check_sums)
     if found:
         path, saved = found
         state.restore(saved, path)
@@ -141,8 +195,8 @@ def start_processes(device: str) -> Accelerator:
     device: "auto", "cpu" or "cuda", for which each process takes a GPU of its own. Raises DeviceError where the GPU
     cannot be used, TrainError for ways to share a training that are not supported.
     """
-    chosen = choose_device(device)
-    accelerator = Accelerator(mixed_precision=precision(chosen), cpu=chosen.type == "cpu")
+    chosen, groups = choose_device(device), InitProcessGroupKwargs(timeout=TIMEOUT)
+    accelerator = Accelerator(mixed_precision=precision(chosen), cpu=chosen.type == "cpu", kwargs_handlers=[groups])
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise TrainError(
             f"{accelerator.distributed_type.value} is not supported: start it with python, torchrun or accelerate "
@@ -174,20 +228,6 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         work.wait()
     for gradient in gradients:
         gradient /= torch.distributed.get_world_size()
-
-
-def of_any_process(flag: Callable[[], bool]) -> Callable[[], bool]:
-    """Whether a flag is set in any process, which all must ask. They agree on it apart from the GPUs' work."""
-    if not torch.distributed.is_initialized():
-        return flag
-    hosts = torch.distributed.new_group(backend="gloo")
-
-    def of_any() -> bool:
-        flags = torch.tensor(int(flag()))
-        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, hosts)
-        return bool(flags)
-
-    return of_any
 
 
 # Batches.

@@ -119,28 +119,45 @@ def _leave(message: str, code: int) -> int:
     return code
 
 
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within it the first Ctrl-C, or SIGTERM, as clusters send it, only makes the given function say True.
+class StopRequests:
+    """Whether Ctrl-C or SIGTERM, as clusters send it, has asked a script to stop: it ends when it has saved its work.
 
-    A second one acts as ever. Only for the main thread.
+    Another SIGTERM changes nothing: a launcher forwards it to processes that a cluster has sent it to as well, and both
+    follow it up with SIGKILL. A second Ctrl-C interrupts at once, unless the script is `patient`.
     """
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    requested = False
 
-    def request(number: int, _) -> None:
-        nonlocal requested
-        requested = True
-        print("\nstopping after this step; again to stop at once", file=sys.stderr)
-        restore()
+    def __init__(self, *, patient: bool) -> None:
+        self.patient, self.made = patient, False
 
-    def restore() -> None:
+    def __call__(self) -> bool:
+        return self.made
+
+    def receive(self, number: int, _: object = None) -> None:
+        """Handles a signal."""
+        if self.made and number == signal.SIGINT and not self.patient:
+            raise KeyboardInterrupt
+        if not self.made:
+            again = "" if self.patient else "; Ctrl-C again to stop at once"
+            print(f"\nstopping after this step{again}", file=sys.stderr)
+        self.made = True
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Within it nothing interrupts the script."""
+        before, self.patient = self.patient, True
+        try:
+            yield
+        finally:
+            self.patient = before
+
+
+@contextmanager
+def stop_requests(*, patient: bool = False) -> Iterator[StopRequests]:
+    """Within it Ctrl-C and SIGTERM are requests. patient: so is a second Ctrl-C. Only for the main thread."""
+    requests = StopRequests(patient=patient)
+    before = {number: signal.signal(number, requests.receive) for number in STOP_SIGNALS}
+    try:
+        yield requests
+    finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-    for number in before:
-        signal.signal(number, request)
-    try:
-        yield lambda: requested
-    finally:
-        restore()

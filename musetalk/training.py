@@ -57,6 +57,10 @@ class NetworkState:
     fixed: dict[str, str | int]  # what must be as it was to go on, under names other than those here
     step: int = 0  # optimizer updates made
 
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.optimizer]
+
     def as_dict(self) -> dict:
         """For the training state file."""
         return {"network": self.network.state_dict(), "optimizer": moments(self.optimizer)} | self.fixed
@@ -91,6 +95,10 @@ class TrainState:
     pulls: dict[str, torch.Tensor] = field(default_factory=dict)  # how much the word of each counts
     sync_offset: int = 0  # frames that the mel of the sync expert is moved by, as its check measured
     step: int = 0  # optimizer updates made
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.optimizer, *(one.optimizer for one in self.adversaries.values())]
 
     def as_dict(self) -> dict:
         """For the training state file."""
@@ -169,7 +177,7 @@ class TrainState:
 
     def zero_grad(self) -> None:
         """Forget the gradients of all networks."""
-        for optimizer in (self.optimizer, *(one.optimizer for one in self.adversaries.values())):
+        for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
@@ -203,6 +211,8 @@ def restore_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Go on with moments that `check_moments` has let through."""
     groups = optimizer.state_dict()["param_groups"]  # the constants of this run
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    for values in optimizer.state.values():  # what torch has not copied would keep the file open
+        values.update({name: value.clone() for name, value in values.items() if value.device.type == "cpu"})
 
 
 def check_moments(optimizer: torch.optim.Optimizer, saved: object, path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -26,6 +26,7 @@ from musetalk.cache import Cache
 from musetalk.crop import to_tensor
 from musetalk.models.unet import UNet
 from musetalk.run import open_run, start_processes
+from musetalk.script import StopRequests
 from musetalk_trainer import VIEWS, TrainConfig, build_state, open_dataset, optimizer_step, weights
 from syncnet_trainer import SyncConfig
 
@@ -60,10 +61,15 @@ def small_unet(width: int) -> UNet:
 
 
 @contextmanager
-def asked_after(steps: int) -> Iterator[Callable[[], bool]]:
+def asked_after(steps: int, *, patient: bool) -> Iterator[StopRequests]:
     """As `stop_requests`, where the first process, and no other, is asked to stop after some steps."""
     turns = iter(range(1, 10**9))
-    yield lambda: next(turns) >= steps and int(os.environ.get("RANK", 0)) == 0
+
+    class Asked(StopRequests):
+        def __call__(self) -> bool:
+            return next(turns) >= steps and int(os.environ.get("RANK", 0)) == 0
+
+    yield Asked(patient=patient)
 
 
 def train_unet(cache: Cache, config: TrainConfig) -> None:

@@ -410,3 +410,13 @@ def test_writing_on_under_the_same_rules_is_allowed(folder, random_tensors):
     writer = CacheWriter(folder, replace(CONTRACT, window_edge="clamp", positional_encoding=False))
     writer.write("b", random_tensors(2, variants=2), ABOUT)
     assert list(Cache(folder).clips) == ["a", "b"]
+
+
+def test_a_listing_tells_caches_of_other_clips_or_lengths_apart(tmp_path, random_tensors):
+    def listing(name: str, **lengths: int) -> str:
+        for clip, frames in lengths.items():
+            CacheWriter(tmp_path / name, CONTRACT).write(clip, random_tensors(frames, variants=2), ABOUT)
+        return Cache(tmp_path / name).listing()
+
+    assert listing("one", a=6, b=7) == listing("same", b=7, a=6)
+    assert len({Cache(tmp_path / "one").listing(), listing("longer", a=6, b=8), listing("renamed", a=6, c=7)}) == 3

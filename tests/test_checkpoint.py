@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -164,6 +165,19 @@ def test_numbers_that_torch_would_take_for_a_folder_are_refused(saved):
     content[entry + 38] |= 0x10  # of its external attributes
     path.write_bytes(content)
     assert_refused_in_a_sentence(path)
+
+
+@pytest.mark.parametrize("check_sums", [True, False])
+def test_a_state_that_was_compressed_is_refused(saved, check_sums):
+    """Mapped, its bytes would become weights as they are."""
+    path, _ = saved
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+    with pytest.raises(WeightsError, match="has changed since it was saved"):
+        load_latest_state(path.parent, check_sums=check_sums)
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.9, 0.999])

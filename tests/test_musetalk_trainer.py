@@ -478,7 +478,7 @@ UNFIT = {
     "references": ["near", "", None, 1],
     "min_reference_gap": NO_COUNT,
     "frames": NO_COUNT,
-    "num_workers": [-1, 513, 1.0, True, "4", None],
+    "num_workers": [-1, 513, 1.0, True, "4"],
     "prefetch": NO_COUNT,
     "batch_size": NO_COUNT,
     "grad_accum_steps": NO_COUNT,
@@ -520,7 +520,10 @@ UNFIT = {
     "val_every": NO_COUNT_OR_ZERO,
     "val_frames": NO_COUNT,
     "save_every": NO_COUNT,
+    "save_minutes": NO_NUMBER,
     "keep_states": NO_COUNT,
+    "keep_weights": NO_COUNT,
+    "keep_weights_every": NO_COUNT_OR_ZERO,
     "seed": [-1, 2**32, 1.0, True, "1", None],
 }
 

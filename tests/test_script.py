@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -261,17 +262,20 @@ def handlers(monkeypatch):
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_to_stop_and_the_second_acts_as_ever(capsys, handlers, first):
-    with stop_requests() as stopping:
+@pytest.mark.parametrize("patient", [False, True])
+def test_signals_ask_to_stop_and_only_a_second_ctrl_c_interrupts_without_patience(capsys, handlers, first, patient):
+    with stop_requests(patient=patient) as stopping:
         assert stopping() is False
         os.kill(os.getpid(), first)
-        assert stopping() is True and handlers == []
-        assert capsys.readouterr().err == "\nstopping after this step; again to stop at once\n"
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert handlers == [signal.SIGTERM]
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
         assert stopping() is True
+        again = "" if patient else "; Ctrl-C again to stop at once"
+        assert capsys.readouterr().err == f"\nstopping after this step{again}\n"
+        os.kill(os.getpid(), signal.SIGTERM)
+        with stopping.patience():
+            os.kill(os.getpid(), signal.SIGINT)
+        with nullcontext() if patient else pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stopping() is True and handlers == [] and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("error", [None, UserError("x"), KeyboardInterrupt()])

@@ -415,6 +415,7 @@ def test_the_choices_of_constants_are_those_there_are():
 
 NO_PATH = ["data", "", None, 3, b"data"]
 NO_COUNT = [0, -1, 1.0, True, "1", None, float("nan"), 10**13]
+NO_COUNT_OR_ZERO = [-1, 1.0, True, "1", None, 10**13]
 NO_NUMBER = [True, "1", None, (1.0,), float("nan"), float("inf"), -1e-9]
 UNFIT = {
     "hdtf_samples_dir": NO_PATH,
@@ -424,7 +425,7 @@ UNFIT = {
     "architecture": ["syncnet", "", None, 1],
     "start_from": [None, 1, Path("a")],
     "held_out": [*NO_NUMBER, 0.0, 0, 1.0, 1, 1.5],
-    "num_workers": [-1, 513, 1.0, True, "4", None],
+    "num_workers": [-1, 513, 1.0, True, "4"],
     "prefetch": NO_COUNT,
     "batch_size": NO_COUNT,
     "grad_accum_steps": NO_COUNT,
@@ -432,7 +433,7 @@ UNFIT = {
     "other_clips": [*NO_NUMBER, 0.0, 1.0],
     "optimizer": ["sgd", "AdamW", "", None, 1],
     "learning_rate": [*NO_NUMBER, 0.0, 0],
-    "warmup_steps": [-1, 1.0, True, "1", None, 10**13],
+    "warmup_steps": NO_COUNT_OR_ZERO,
     "final_learning_rate": NO_NUMBER,
     "weight_decay": NO_NUMBER,
     "betas": [(0.9,), (0.9, 0.99, 0.999), (), [0.9, 0.99], 0.9, None, (1.0, 0.9), (0.9, float("nan")), (-0.1, 0.9)],
@@ -443,7 +444,10 @@ UNFIT = {
     "log_every": NO_COUNT,
     "val_every": NO_COUNT,
     "save_every": NO_COUNT,
+    "save_minutes": NO_NUMBER,
     "keep_states": NO_COUNT,
+    "keep_weights": NO_COUNT,
+    "keep_weights_every": NO_COUNT_OR_ZERO,
     "seed": [-1, 2**32, 1.0, True, "1", None],
 }
 

@@ -337,7 +337,7 @@ def test_after_ctrl_c_the_same_command_ends_as_if_there_had_been_none(trained, t
     script = [ROOT / "musetalk_trainer.py", *command, "--num-workers", "2"]
     code, words = interrupt(script, lambda: stats.exists() and stats.read_text().endswith("\n"))
     assert code == 130 and "Traceback" not in words
-    assert words.count("stopping after this step; again to stop at once") == 1
+    assert words.count("stopping after this step; Ctrl-C again to stop at once") == 1
     step = int(re.search(r"\nstopped at step (\d+), .* run the same command again to go on\n$", words)[1])
     path, state = load_latest_state(run_dir)
     assert 0 < step < STEPS and path.name == f"training-state-{step:07d}.pt" and state["step"] == step

@@ -55,7 +55,7 @@ class DistilConfig:
     held_out: Share = 0.1  # share of identities (or clips, of a single one) that it is measured on
     measured: Count = 24  # faces of these
     noise: PositiveOrZero = 0.1  # deviation of what is added to latents, whose own is about 1
-    num_workers: Workers = 0  # processes that read the cache
+    num_workers: Workers | None = 0  # processes that read the cache; None: 8, or as many as there are cores for
     prefetch: Count = 2  # batches that each of them has ready
     batch_size: Count = 4
 
@@ -70,6 +70,7 @@ class DistilConfig:
     num_steps: Count = 10_000
     log_every: Count = 100
     save_every: Count = 1000
+    save_minutes: PositiveOrZero = 20.0  # a state is also saved when the last save is this old; 0: never
     keep_states: Count = 2  # training states of the newest steps
     seed: Seed = 1234
 

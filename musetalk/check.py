@@ -6,7 +6,7 @@
 Prints versions, device, memory and disk, every weight file with its size and sum, every network that they make, and
 the cache with its feature contract. Networks are loaded strictly and get a fixed input, on the CPU in float32: the mean
 absolute output is the same for equal weights on any machine, to about five digits. A line that begins with "!" says
-what prevents a training from starting, and the exit code is then 2. Weights that only some trainings need may be missing.
+what prevents a training from starting; the exit code is then 2. Weights that only some trainings need may be missing.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 import tyro
 
@@ -73,7 +74,7 @@ def main(config: CheckConfig) -> None:
         print(f"{'!' if finding.fault else ' '} {finding.text}", flush=True)
         faults += finding.fault
     if faults:
-        raise UserError(f"a training could not start: mend what the {faults} lines that begin with ! say")
+        raise UserError(f"a training could not start: see the lines that begin with ! ({faults})")
     print("\na training could start")
 
 
@@ -85,9 +86,8 @@ def machine(config: CheckConfig) -> Iterator[Finding]:
         yield Finding(f"device: {describe(choose_device(config.device))}")
     except UserError as error:
         yield Finding(f"device: {error}", fault=True)
-    pages = {name: os.sysconf(f"SC_{name}") for name in ("PHYS_PAGES", "AVPHYS_PAGES", "PAGE_SIZE")}
-    total, free = (pages[name] * pages["PAGE_SIZE"] / GIB for name in ("PHYS_PAGES", "AVPHYS_PAGES"))
-    yield Finding(f"memory: {total:.1f} GiB, {free:.1f} GiB free; cores: {len(os.sched_getaffinity(0))}")
+    memory, cores = psutil.virtual_memory(), len(os.sched_getaffinity(0))
+    yield Finding(f"memory: {memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB available; cores: {cores}")
     folder = config.checkpoint_dir.absolute()
     while not folder.is_dir():
         folder = folder.parent
@@ -116,8 +116,14 @@ def networks(config: CheckConfig) -> Iterator[Finding]:
     encoder, finding = trial("audio encoder", partial(load_audio_encoder, models_dir, CPU), run_audio_encoder)
     yield finding
     states = encoder.shape[0] if encoder else 1
-    _, finding = trial("UNet, untrained", partial(build_unet, models_dir, 0, True), partial(run_unet, states))
-    yield finding
+
+    def load_untrained() -> UNet:
+        unet = build_unet(models_dir, 0, positional_encoding=True)
+        if encoder:
+            unet.check_features(encoder.shape, f"the Whisper in {models_dir}")
+        return unet
+
+    yield trial("UNet, untrained", load_untrained, partial(run_unet, states))[1]
     for name, load, run in optional_networks(models_dir, states):
         yield trial(name, load, run)[1]
     yield from check_cache(config, vae, encoder)

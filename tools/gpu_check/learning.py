@@ -24,6 +24,7 @@ from musetalk.crop import to_uint8
 from musetalk.dataset import FaceDataset, read_windows, split_clips
 from musetalk.metrics import correlation
 from musetalk.models.vae import VAE
+from musetalk.preflight import workers_that_fit
 from musetalk.run import loader
 from musetalk.run_log import rendered
 from musetalk.training import TrainState, load_pixel_vae, training_contract
@@ -110,7 +111,7 @@ class FromScratch:
     def batches(self) -> Iterator[dict]:
         """The batches from the next step on."""
         steps = range(self.state.step, self.constants.num_steps)
-        return iter(loader(self.dataset, steps, self.constants.batch_size, self.constants.num_workers))
+        return iter(loader(self.dataset, steps, self.constants.batch_size, workers_that_fit()))
 
     def step(self, batches: Iterator[dict]) -> Made:
         torch.manual_seed(self.constants.seed + self.state.step)

@@ -8,7 +8,7 @@ Prints a table and writes it to `<output>/results.md`, with the figures in resul
     learning  the full-size UNet learns from scratch for some minutes, at each learning rate: losses, and whether the
               mouth follows the audio on held-out clips; then its state is saved and loaded, and the next step repeated
     steps     one optimizer step of `stage1` and `stage2` at full size, by `chunk_size`: time, operations, memory
-    dubbing   frames a second by stage at 720 and 1080 lines
+    dubbing   frames a second by stage at each of `heights`
 
 Runs on a bare machine: torch 2.11 or newer, numpy 2, no network, no mediapipe. Network sizes are those of `models_dir`,
 their weights are random. The material is a cache that the small VAE made of clips of one person. Twenty sentences of a
@@ -42,6 +42,7 @@ class GpuCheckConfig:
     presets: tuple[str, ...] = ("stage1", "stage2")  # whose steps are measured
     chunk_sizes: tuple[int, ...] = (1, 4, 16)
     batch_size: int = 0  # samples of a forward; 0: that of the preset
+    heights: tuple[int, ...] = (720, 1080)  # lines of the dubbed videos
     learning_rates: tuple[float, ...] = (2e-5, 1e-4)
     learn_seconds: float = 120.0  # for each learning rate; a tenth of it in a quick check
 

@@ -27,7 +27,6 @@ from musetalk.video import write_video
 if TYPE_CHECKING:
     from tools.gpu_check.__main__ import GpuCheckConfig
 
-HEIGHTS = 720, 1080
 FACE = 0.45  # side of the box of the face, in heights of the frame
 
 
@@ -40,7 +39,7 @@ def dub(config: GpuCheckConfig, accelerator: Accelerator, report: Callable) -> N
     with patch("musetalk.models.vae.fingerprint", return_value=cache.contract.vae):
         vae = VAE(nn.Module.to(autoencoder, device, getattr(torch, cache.contract.encode_dtype)))
     pipeline = LipSyncPipeline(unet, vae, cache.contract, config.vae_dir)
-    for height in HEIGHTS:
+    for height in config.heights:
         source = config.output / f"source_{height}.mp4"
         faces, boxes = write_source(clip, height, source)
         start = time.perf_counter()

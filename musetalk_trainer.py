@@ -67,7 +67,6 @@ from musetalk.training import (
     OPTIMIZERS,
     TrainState,
     check_weight_decay,
-    check_width,
     frozen_dtype,
     learning_rate,
     load_pixel_vae,
@@ -232,7 +231,8 @@ def train(preset: str, config: TrainConfig) -> None:
     vae = load_pixel_vae(config.models_dir, accelerator)
     cache.contract.require(replace(cache.contract, vae=vae.fingerprint), ("vae",), str(cache.folder))
     state = build_state(config, contract, accelerator)
-    check_width(state.unet, cache, config.models_dir)
+    features = next(iter(cache.clips.values())).tensor("audio_features", 0, 1)  # (1, S, D)
+    state.unet.check_features(features.shape[1:], f"the cache in {cache.folder}")
     objective, expert = build_objective(config, state, vae, accelerator)
     pipeline = LipSyncPipeline(state.unet, vae, contract, config.models_dir)
     _ = pipeline.audio_encoder  # for validation; rather missed now than then

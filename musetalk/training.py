@@ -265,17 +265,6 @@ def training_contract(name: str, cache: Cache) -> FeatureContract:
     return replace(cache.contract, **{name: getattr(chosen, name) for name in MODEL_FIELDS})
 
 
-def check_width(unet: UNet, cache: Cache, models_dir: Path) -> None:
-    """Raises TrainError where the audio features of the cache do not fit the UNet's attention to them."""
-    takes = unet.model.config.cross_attention_dim
-    width = next(iter(cache.clips.values())).tensor("audio_features", 0, 1).shape[-1]
-    if width != takes:
-        raise TrainError(
-            f"{models_dir / 'musetalk/musetalk.json'} has cross_attention_dim {takes}, but the audio features "
-            f"in {cache.folder} are {width} wide; set it to {width}, or prepare with the Whisper that belongs to it"
-        )
-
-
 def not_finite(terms: dict[str, torch.Tensor], drawn: list[str], step: int, run_dir: Path) -> TrainError:
     """The error that names what was not finite, and where."""
     broken = [name for name, value in terms.items() if not torch.isfinite(value)] or ["none of the terms"]

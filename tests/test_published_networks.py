@@ -271,8 +271,6 @@ def test_unwrapping_takes_tensors_out_of_a_checkpoint_and_off_their_prefix():
     assert unwrap({"module.a": x, "module.module.b": x}, path) == {"a": x, "module.b": x}
     assert unwrap({"module.a": x, "b": x}, path) == {"module.a": x, "b": x}
     assert unwrap({"state_dict": {"module.a": x}, "optimizer": None}, path) == {"a": x}
-    with pytest.raises(WeightsError, match="a.pth holds no weights by name but a Tensor"):
-        unwrap({"state_dict": x}, path)
 
 
 def test_a_stable_syncnet_of_the_other_kind_is_told_for_what_it_is(tmp_path, stable):
@@ -291,7 +289,7 @@ def test_a_file_in_the_place_of_another_is_told_for_what_it_is(tmp_path):
             *(BiSeNet(), BiSeNet().cp.resnet, VGG16(), Heads()),
         ]
     for network, what in zip(built, SIGNS.values(), strict=False):
-        tensors = {name: torch.empty(tensor.shape, device="meta") for name, tensor in network.state_dict().items()}
+        tensors = {name: torch.empty(()).expand(tensor.shape) for name, tensor in network.state_dict().items()}
         with pytest.raises(WeightsError, match=f"a.pth does not fit Linear: .* looks like {what}$"):
             load_strictly(nn.Linear(1, 1), tensors, Path("a.pth"))
     with pytest.raises(WeightsError) as caught:  # the right kind, cut

@@ -13,9 +13,11 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from musetalk.contract import LATENT_CHANNELS, LATENT_SIZE, WINDOW_STEPS
-from musetalk.weights import build_network, find, load_strictly, read_tensors, unwrap
+from musetalk.weights import WeightsError, build_network, find, load_strictly, read_tensors, unwrap
 
+CONFIGS = ("musetalk/musetalk.json", "musetalkV15/musetalk.json")  # in a models folder; the first that is there is used
 SINGLE_STEP_TIMESTEP = 0  # the network was made for diffusion and asks for one
+RELEASED_STATES = 5  # of Whisper tiny, on which MuseTalk trained the weights that it released
 MAX_TOKENS = 5000
 MAX_WIDTH = 2**14  # of a token; the largest Whisper's are 1280 wide
 
@@ -39,6 +41,20 @@ class UNet(nn.Module):
         tokens = audio_window + self.positions[: audio_window.shape[1]]  # (B, W, D)
         return self.model(unet_input, timestep, encoder_hidden_states=tokens).sample  # (B, 4, 32, 32)
 
+    def check_features(self, shape: tuple[int, int], source: str, released: bool = False) -> None:
+        """Raises WeightsError where the network cannot attend to the audio features of a source.
+
+        shape: S encoder states, each D wide. source: a name for the error message. released: whether the weights are
+        MuseTalk's own, which know S states of one number; other weights name their encoder in the feature contract.
+        """
+        (states, width), takes = shape, self.model.config.cross_attention_dim
+        if width != takes or (released and states != RELEASED_STATES):
+            wanted = f"{RELEASED_STATES} states {takes} wide" if released else f"states {takes} wide"
+            raise WeightsError(
+                f"{source} has {states} states {width} wide, but the UNet attends to {wanted} (cross_attention_dim); "
+                f"use the Whisper it was trained with, or train one with cross_attention_dim {width} in musetalk.json"
+            )
+
 
 def sinusoid(length: int, width: int) -> torch.Tensor:
     """Fixed positions (length, width): sines at even, cosines at odd places (Vaswani et al. 2017, section 3.5)."""
@@ -51,7 +67,7 @@ def sinusoid(length: int, width: int) -> torch.Tensor:
 
 
 def _plan(models_dir: Path) -> UNet2DConditionModel:
-    """The network of musetalk/musetalk.json in a models folder, on the meta device. Raises WeightsError."""
+    """The network that a models folder describes, on the meta device. Raises WeightsError."""
 
     def use(model: UNet2DConditionModel) -> None:
         if not 0 < (width := model.config.cross_attention_dim) <= MAX_WIDTH:
@@ -61,11 +77,11 @@ def _plan(models_dir: Path) -> UNet2DConditionModel:
         if made.shape != (1, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE):
             raise ValueError(f"of latents it makes {tuple(made.shape)}")
 
-    return build_network(UNet2DConditionModel, find(models_dir, "musetalk/musetalk.json"), use)
+    return build_network(UNet2DConditionModel, find(models_dir, *CONFIGS), use)
 
 
 def build_unet(models_dir: Path, seed: int, positional_encoding: bool) -> UNet:
-    """An untrained UNet of musetalk/musetalk.json in a models folder, the same for the same seed.
+    """An untrained UNet as a models folder describes it (`CONFIGS`), the same for the same seed.
 
     Raises WeightsError.
     """
@@ -76,8 +92,8 @@ def build_unet(models_dir: Path, seed: int, positional_encoding: bool) -> UNet:
 
 
 def load_unet(models_dir: Path, path: Path, positional_encoding: bool) -> UNet:
-    """A UNet of musetalk/musetalk.json with the weights of a file: .safetensors, or a torch file as MuseTalk publishes
-    it (.bin, .pth) or a trainer wraps it. Raises WeightsError."""
+    """A UNet as a models folder describes it (`CONFIGS`) with the weights of a file: .safetensors, or a torch file as
+    MuseTalk publishes it (.bin, .pth) or a trainer wraps it. Raises WeightsError."""
     model = _plan(models_dir)
     load_strictly(model, unwrap(read_tensors(path), path), path)
     return UNet(model.float(), positional_encoding)

@@ -144,8 +144,8 @@ class LipSyncPipeline:
         encoder = load_audio_encoder(self.models_dir, next(self.unet.parameters()).device)
         mine = replace(self.contract, audio_encoder=encoder.fingerprint)
         self.contract.require(mine, ("audio_encoder",), "the UNet")
-        source, released = f"the Whisper in {self.models_dir}", not self.contract.audio_encoder
-        self.unet.check_features(encoder.shape, source, released)
+        known = bool(self.contract.audio_encoder)  # published weights carry no contract of their own
+        self.unet.check_features(encoder.shape, f"the Whisper in {self.models_dir}", known)
         return encoder
 
     @cached_property

@@ -163,9 +163,9 @@ class WeightsError(UserError):
 
 
 def find(models_dir: Path, *names: str) -> Path:
-    """The path in a models folder of the first of some files of `SOURCES` that is there.
+    """The path in a models folder of the first of some files that is there.
 
-    Raises WeightsError naming place and source of the first where none is.
+    Raises WeightsError naming place and source of the first, one of `SOURCES`, where none is.
     """
     for path in (Path(models_dir) / name for name in names):
         if path.is_file():

@@ -536,7 +536,7 @@ def test_audio_features_of_another_width_are_refused(config, mini, tmp_path):
     (tmp_path / "models" / "musetalk").mkdir()
     text = (mini / "musetalk" / "musetalk.json").read_text()
     (tmp_path / "models/musetalk/musetalk.json").write_text(text.replace('dim": 64', 'dim": 32'))
-    with pytest.raises(WeightsError, match="5 states 64 wide, but the UNet attends to states 32 wide"):
+    with pytest.raises(WeightsError, match="5 states 64 wide, but the UNet attends to 5 states 32 wide"):
         train("demo", replace(config, models_dir=tmp_path / "models"))
 
 

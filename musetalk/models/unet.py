@@ -17,7 +17,7 @@ from musetalk.weights import WeightsError, build_network, find, load_strictly, r
 
 CONFIGS = ("musetalk/musetalk.json", "musetalkV15/musetalk.json")  # in a models folder; the first that is there is used
 SINGLE_STEP_TIMESTEP = 0  # the network was made for diffusion and asks for one
-RELEASED_STATES = 5  # of Whisper tiny, on which MuseTalk trained the weights that it released
+WHISPER_STATES = {384: 5, 512: 7, 768: 13, 1024: 25, 1280: 33}  # width of a published Whisper -> its encoder's states
 MAX_TOKENS = 5000
 MAX_WIDTH = 2**14  # of a token; the largest Whisper's are 1280 wide
 
@@ -41,18 +41,18 @@ class UNet(nn.Module):
         tokens = audio_window + self.positions[: audio_window.shape[1]]  # (B, W, D)
         return self.model(unet_input, timestep, encoder_hidden_states=tokens).sample  # (B, 4, 32, 32)
 
-    def check_features(self, shape: tuple[int, int], source: str, released: bool = False) -> None:
+    def check_features(self, shape: tuple[int, int], source: str, known_encoder: bool = True) -> None:
         """Raises WeightsError where the network cannot attend to the audio features of a source.
 
-        shape: S encoder states, each D wide. source: a name for the error message. released: whether the weights are
-        MuseTalk's own, which know S states of one number; other weights name their encoder in the feature contract.
+        shape: S encoder states, each D wide. source: a name for the error message. known_encoder: whether the feature
+        contract names the encoder that the network was trained with, or S must be that of the published Whisper of D.
         """
         (states, width), takes = shape, self.model.config.cross_attention_dim
-        if width != takes or (released and states != RELEASED_STATES):
-            wanted = f"{RELEASED_STATES} states {takes} wide" if released else f"states {takes} wide"
+        wanted = states if known_encoder else WHISPER_STATES.get(takes, states)
+        if (states, width) != (wanted, takes):
             raise WeightsError(
-                f"{source} has {states} states {width} wide, but the UNet attends to {wanted} (cross_attention_dim); "
-                f"use the Whisper it was trained with, or train one with cross_attention_dim {width} in musetalk.json"
+                f"{source} has {states} states {width} wide, but the UNet attends to {wanted} states {takes} wide, its "
+                f"cross_attention_dim; use the Whisper it was trained with, or train one with {width} in musetalk.json"
             )
 
 

@@ -19,9 +19,8 @@ from musetalk.files import whole_file
 from musetalk.models.unet import UNet, load_unet
 from musetalk.weights import BROKEN_PICKLE, WeightsError, read_tensors, write_tensors
 
-STEP = r"(\d{7}|[1-9]\d{7,})"  # as f"{step:07d}" writes it
-STATE_NAME, UNET_NAME = rf"training-state-{STEP}\.pt", rf"unet-{STEP}\.safetensors"
-WEIGHTS_NAME = rf"[a-z]+-{STEP}\.safetensors"  # of any network
+STATE_NAME, UNET_NAME = r"training-state-(\d+)\.pt", r"unet-(\d+)\.safetensors"
+WEIGHTS_NAME = r"[a-z]+-(\d+)\.safetensors"  # of any network
 GO_BACK = "delete it, and the run goes on from the state before it"
 
 
@@ -32,15 +31,16 @@ def saved_files(run_dir: Path, pattern: str) -> dict[int, Path]:
 
 
 def delete_older(path: Path, keep: int, every: int = 0) -> None:
-    """Deletes files named like this one, but for earlier steps.
+    """Deletes files named like this one, `<kind>-<step, 7 digits>.<ending>`, but for earlier steps.
 
     The newest `keep`, this one among them, stay, and those of steps that are multiples of `every`; 0: of none.
     """
     kind, step = path.stem.rsplit("-", 1)
-    files = saved_files(path.parent, rf"{re.escape(kind)}-{STEP}{re.escape(path.suffix)}")
+    files = saved_files(path.parent, rf"{re.escape(kind)}-(\d+){re.escape(path.suffix)}")
     earlier = [other for other in files if other < int(step)]
     for old in earlier[keep - 1 :]:
-        if not every or old % every:
+        ours = files[old].name == f"{kind}-{old:07d}{path.suffix}"
+        if ours and (not every or old % every):
             files[old].unlink()
 
 

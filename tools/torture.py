@@ -31,6 +31,7 @@ from functools import partial
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -315,6 +316,9 @@ class FullDisk(Disturbance):
         size = int(rng.uniform(used, 3 * self.size))
         remount = ["-o", f"remount,size={size}"] if folder.is_mount() else ["-o", f"size={size}"]
         subprocess.run(["mount", "-t", "tmpfs", *remount, "tmpfs", folder], check=True, capture_output=True)
+
+    def inside(self, folder: Path) -> None:
+        shutil.disk_usage = lambda _: SimpleNamespace(free=sys.maxsize)  # at the start; others' files fill it later
 
     def after(self, folder: Path) -> None:
         subprocess.run(["umount", folder], check=True)

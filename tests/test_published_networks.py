@@ -238,9 +238,8 @@ def test_latentsyncs_checkpoint_is_read_bit_by_bit_with_its_configuration_beside
     network = load_syncnet(tmp_path, f"syncnet/{name}.pt", CPU)
     assert isinstance(network, StableSyncNet) and same(network, stable)
     coarse = load_syncnet(tmp_path, f"syncnet/{name}.pt", CPU, torch.bfloat16)
-    images, mel = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(1, 2, 3, 16, 16), torch.linspace(-4, 4, 560)
-    for one, other in zip(network(images, mel.view(1, 7, 80)), coarse(images, mel.view(1, 7, 80)), strict=True):
-        assert other.dtype == torch.float32 and (one * other).sum() > 0.99
+    pairs = zip(network.state_dict().values(), coarse.state_dict().values(), strict=True)
+    assert all(torch.equal(exact.bfloat16(), rounded) for exact, rounded in pairs)
 
 
 def test_the_parser_is_read_bit_by_bit(tmp_path):

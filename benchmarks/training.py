@@ -37,7 +37,7 @@ from musetalk.models.syncnet import PIXEL, StableSyncNet
 from musetalk.models.tiny_decoder import TinyDecoder
 from musetalk.models.vae import VAE
 from musetalk.models.vgg import LPIPS, VGG16, Heads
-from musetalk.training import TrainState
+from musetalk.training import TrainState, frozen_dtype
 from musetalk.weights import freeze
 from musetalk_trainer import Made, TrainConfig, build_objective, build_state, optimizer_step
 
@@ -94,30 +94,37 @@ class Training:
 
 @contextmanager
 def training(config: TrainConfig) -> Iterator[Training]:
-    """What the trainer's own functions build, with untrained networks and in bf16, as on a GPU.
-
-    Full-size but for the networks in models_dir, and computed but for `without_contents`.
-    """
-    untrained = {
-        "load_lpips": lambda _, device, dtype: LPIPS(VGG16().to(device, dtype), Heads().to(device)),
-        "load_tiny_decoder": lambda _, vae: freeze(TinyDecoder()).to(vae.autoencoder.device, torch.bfloat16),
-        "load_syncnet": lambda _, __, device, dtype: freeze(StableSyncNet(PIXEL)).to(device, dtype),
-    }
+    """An untrained training in bf16 whose tensors take the memory that they take on a GPU; for `without_contents`."""
     AcceleratorState._reset_state(reset_partial_state=True)  # it is one for all of a process, and may be another
     try:
-        with patch.multiple("musetalk_trainer", **untrained), costs_of_cuda():
-            accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-            state = build_state(config, CONTRACTS[config.contract], accelerator)
-            state.ema.clear()  # is in host memory
-            autoencoder = AutoencoderKL.from_config(read_json(config.models_dir / "sd-vae-ft-mse/config.json"))
-            with patch("musetalk.models.vae.fingerprint", return_value=""):
-                vae = VAE(nn.Module.to(autoencoder, accelerator.device, torch.bfloat16))
-            objective, _ = build_objective(config, state, vae, accelerator)
-            run = Training(config, accelerator, state, objective)
-            run.begin()
+        with costs_of_cuda():
+            run = untrained_training(config, Accelerator(cpu=True, mixed_precision="bf16"))
+            run.state.ema.clear()  # is in host memory
             yield run
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def untrained_training(config: TrainConfig, accelerator: Accelerator) -> Training:
+    """What the trainer's own functions build, with untrained networks in place of those that are read from files.
+
+    Full-size but for the UNet and the VAE, whose sizes are those of models_dir.
+    """
+    frozen = accelerator.device, frozen_dtype(accelerator)
+    untrained = {
+        "load_lpips": lambda _, device, dtype: LPIPS(VGG16().to(device, dtype), Heads().to(device)),
+        "load_tiny_decoder": lambda _, vae: freeze(TinyDecoder()).to(*frozen),
+        "load_syncnet": lambda _, __, device, dtype: freeze(StableSyncNet(PIXEL)).to(device, dtype),
+    }
+    state = build_state(config, CONTRACTS[config.contract], accelerator)
+    autoencoder = AutoencoderKL.from_config(read_json(config.models_dir / "sd-vae-ft-mse/config.json"))
+    with patch("musetalk.models.vae.fingerprint", return_value=""):
+        vae = VAE(nn.Module.to(autoencoder, *frozen))
+    with patch.multiple("musetalk_trainer", **untrained):
+        objective, _ = build_objective(config, state, vae, accelerator)
+    run = Training(config, accelerator, state, objective)
+    run.begin()
+    return run
 
 
 @contextmanager

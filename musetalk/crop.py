@@ -235,11 +235,11 @@ def crop_face(frame: np.ndarray, box: np.ndarray) -> np.ndarray:
 def paste_back(frame: np.ndarray, face: np.ndarray, box: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """A copy of the frame with a crop put back into its box: the inverse of `crop_face`.
 
-    face: BGR uint8 (256, 256, 3). alpha: float32 (y2 - y1, x2 - x1), how much of the face shows, in [0, 1].
-    Where alpha is 0 the frame's own bytes stay.
+    face: BGR uint8 (256, 256, 3), resized bilinearly as in MuseTalk. alpha: float32 (y2 - y1, x2 - x1), how much of the
+    face shows, in [0, 1]. Where alpha is 0 the frame's own bytes stay.
     """
     x1, y1, x2, y2 = box
-    face = cv2.resize(face, (int(x2 - x1), int(y2 - y1)), interpolation=cv2.INTER_LANCZOS4)
+    face = cv2.resize(face, (int(x2 - x1), int(y2 - y1)), interpolation=cv2.INTER_LINEAR)
     result = frame.copy()
     below = result[y1:y2, x1:x2]
     blended = below + alpha[..., None] * (face.astype(np.float32) - below)

@@ -122,7 +122,8 @@ class LipSyncPipeline:
         """checkpoint: a unet-<step>.safetensors, a folder whose newest is taken, or MuseTalk's own weights.
         contract: the rules of weights that carry none, such as "musetalk_v15" for musetalkV15/unet.pth.
         face_backend: "mediapipe", "dwpose" or "mmpose"; None is the one of training, or mediapipe where that is not
-        known. blend: where the generated face shows, by "landmarks" or, as MuseTalk v1.0 and v1.5, by "raw" and "jaw".
+        known. blend: where the generated face shows, by "landmarks" or by a face parser: "jaw" and "raw" as MuseTalk's
+        offline script for v1.5 and v1 weights, "musetalk_v1" as v1.0 when it was released.
 
         Raises UserError for a name there is none of, WeightsError for missing or unfit files, ContractError where the
         VAE or the landmarks are not those of training.
@@ -236,7 +237,7 @@ class LipSyncPipeline:
         """
         if self.blend == "landmarks":
             return face_alpha(face.landmarks, box)
-        classes = self.face_parser(to_tensor(crop_square(frame, box)[None]))[0].cpu().numpy()
+        classes = self.face_parser(to_tensor(crop_square(frame, box, self.blend)[None]))[0].cpu().numpy()
         return parsed_alpha(classes, box, self.blend)
 
     @torch.no_grad()

@@ -173,7 +173,7 @@ def test_the_landmarks_are_those_of_training(known, given, taken):
 @pytest.mark.parametrize(
     ("unfit", "said"),
     [
-        ({"blend": "neck"}, "^blend must be one of 'landmarks', 'raw', 'jaw', not 'neck'"),
+        ({"blend": "neck"}, "^blend must be one of 'landmarks', 'raw', 'jaw', 'musetalk_v1', not 'neck'"),
         ({"blend": "raw"}, "face-parse-bisent/79999_iter.pth is missing; get it from"),
         ({"blend": "jaw"}, "face-parse-bisent/79999_iter.pth is missing; get it from"),
         ({"contract": "v2"}, "^contract must be one of rigid, musetalk_v15, musetalk_v1, not 'v2'"),

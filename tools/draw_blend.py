@@ -1,9 +1,15 @@
-"""Draw docs/blend.png: where a generated face shows. `python -m tools.draw_blend`
+"""Draws the pictures of blending in docs/.
 
-The portrait is the NASA photograph of Eileen Collins that scikit-image carries (public domain). Its classes are drawn
-from its landmarks, as a face parser would see them; the generated face is the crop itself, tinted.
+    python -m tools.draw_blend ../shared/corpus/grid/others/grid_s31_bgix8n.mpg
+
+docs/blend.png: where a generated face shows, on the NASA photograph of Eileen Collins that scikit-image carries (public
+domain). Its classes are drawn from its landmarks, as a face parser would see them; the generated face is the crop
+itself, tinted.
+docs/blend_jaw.png: faces whose jaw is generated higher or lower than in the frame. Two frames of a GRID clip (M. Cooke,
+J. Barker, S. Cunningham, X. Shao 2006, CC BY 4.0) stand in for each other's generated face.
 """
 
+import sys
 from pathlib import Path
 
 import cv2
@@ -14,13 +20,17 @@ from musetalk.blend import crop_square, face_alpha, face_square, parsed_alpha
 from musetalk.crop import crop_face, face_box, paste_back
 from musetalk.face import load_face_backend
 from musetalk.models.face_parser import CLASSES, INPUT_SIZE
+from musetalk.video import read_frames
 
-GREEN, WHITE, PANEL = (60, 170, 60), (255, 255, 255), 248  # px
+GREEN, WHITE = (60, 170, 60), (255, 255, 255)
+PANEL, HEADER = 248, 28  # px
+JAW_PICTURE = "docs/blend_jaw.png"
+DROPPED, CLOSED = 45, 59  # frames of the clip
 
 
 def draw_classes(landmarks: np.ndarray, box: np.ndarray) -> np.ndarray:
     """Indices of CLASSES, uint8 (512, 512), in the square around the box of a face with landmarks (68, 2)."""
-    left, top, side = face_square(box)
+    left, top, side = face_square(box, "jaw")
     points = (landmarks - (left, top)) * INPUT_SIZE / side
     brows, wide, turn = points[17:27], np.ptp(points[:17, 0]), np.linspace(0, 2 * np.pi, 40)
     classes = np.zeros((INPUT_SIZE, INPUT_SIZE), np.uint8)
@@ -37,24 +47,59 @@ def draw_classes(landmarks: np.ndarray, box: np.ndarray) -> np.ndarray:
     return classes
 
 
-def main() -> None:
-    """Draw the three ways side by side: where the generated face shows, and the result."""
+def save(path: str, rows: list[list[np.ndarray]], names: tuple[str, ...]) -> None:
+    """Write rows of square panels below the names of their columns."""
+    header = np.zeros((HEADER, len(names) * PANEL, 3), np.uint8)
+    for column, name in enumerate(names):
+        cv2.putText(header, name, (column * PANEL + 8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.6, WHITE, 1, cv2.LINE_AA)
+    cv2.imwrite(path, cv2.vconcat([header, *map(cv2.hconcat, rows)]), [cv2.IMWRITE_PNG_COMPRESSION, 9])
+
+
+def panel(view: np.ndarray) -> np.ndarray:
+    shrinks = len(view) > PANEL
+    return cv2.resize(view, (PANEL, PANEL), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+
+
+def draw_masks() -> None:
+    """Three ways to blend side by side: where the generated face shows, and the result."""
     frame = cv2.resize(data.astronaut()[:320, 64:384, ::-1], None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
     [[face]] = load_face_backend("mediapipe", Path(), "cpu").detect([frame])
     box = face_box(face.landmarks, frame.shape, crop="rigid")
-    classes, side = draw_classes(face.landmarks, box), face_square(box)[2]
+    classes, side = draw_classes(face.landmarks, box), face_square(box, "jaw")[2]
+    colours = cv2.resize(cv2.applyColorMap(13 * classes, cv2.COLORMAP_TURBO), (side, side))
     generated = crop_face(frame, box) // 2 + np.uint8(GREEN) // 2
     alphas = [face_alpha(face.landmarks, box), *(parsed_alpha(classes, box, blend) for blend in ("raw", "jaw"))]
-    rows = [[cv2.resize(cv2.applyColorMap(13 * classes, cv2.COLORMAP_TURBO), (side, side))], [crop_square(frame, box)]]
+    rows = [[colours], [crop_square(frame, box, "jaw")]]
     for row, under, over in zip(rows, (0 * frame, frame), (0 * generated + 255, generated), strict=True):
-        row += [crop_square(paste_back(under, over, box, alpha), box) for alpha in alphas]
+        row += [crop_square(paste_back(under, over, box, alpha), box, "jaw") for alpha in alphas]
     view = slice(side // 6, -side // 6)
-    picture = cv2.vconcat([cv2.hconcat([square[view, view] for square in row]) for row in rows])
-    picture = cv2.resize(picture, (4 * PANEL, 2 * PANEL), interpolation=cv2.INTER_AREA)
-    for column, name in enumerate(("classes", "landmarks", "raw", "jaw")):
-        cv2.putText(picture, name, (column * PANEL + 8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.6, WHITE, 1, cv2.LINE_AA)
-    cv2.imwrite("docs/blend.png", picture)
+    rows = [[panel(square[view, view]) for square in row] for row in rows]
+    save("docs/blend.png", rows, ("classes", "landmarks", "raw", "jaw"))
+
+
+def draw_jaw(clip: Path) -> None:
+    """A closed mouth blended by landmarks into a frame with a dropped jaw, and the other way round.
+
+    The column "before" is kept from the picture that is there: it shows the masks of commit 4fd7059.
+    """
+    frames = list(read_frames(clip))
+    faces = [found[0] for found in load_face_backend("mediapipe", Path(), "cpu").detect(frames)]
+
+    def lower_face(frame: np.ndarray, box: np.ndarray) -> np.ndarray:
+        x1, y1, x2, y2 = box
+        return panel(frame[(y1 + y2) // 2 - 20 : y2 + 12, x1:x2])
+
+    before = np.split(cv2.imread(JAW_PICTURE)[HEADER:, 2 * PANEL : 3 * PANEL], 2)
+    rows = []
+    for source, other in (DROPPED, CLOSED), (CLOSED, DROPPED):
+        boxes = [face_box(faces[index].landmarks, frames[index].shape, crop="rigid") for index in (source, other)]
+        generated = crop_face(frames[other], boxes[1])
+        blended = paste_back(frames[source], generated, boxes[0], face_alpha(faces[source].landmarks, boxes[0]))
+        panels = [lower_face(frames[source], boxes[0]), lower_face(frames[other], boxes[1])]
+        rows.append([*panels, before[len(rows)], lower_face(blended, boxes[0])])
+    save(JAW_PICTURE, rows, ("frame", "generated face", "before", "now"))
 
 
 if __name__ == "__main__":
-    main()
+    draw_masks()
+    draw_jaw(Path(sys.argv[1]))

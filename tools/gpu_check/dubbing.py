@@ -1,0 +1,82 @@
+"""Frames a second of each stage of dubbing, at full size with random weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+from unittest.mock import patch
+
+import cv2
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from musetalk.cache import Cache, Clip
+from musetalk.contract import AUDIO_SAMPLE_RATE, IMAGE_SIZE, SAMPLES_PER_FRAME
+from musetalk.crop import in_crop
+from musetalk.face import Face
+from musetalk.files import read_json
+from musetalk.models.unet import build_unet
+from musetalk.models.vae import VAE
+from musetalk.pipeline import LipSyncPipeline, PreparedVideo, Stages
+from musetalk.run import start_processes
+from musetalk.video import write_video
+
+if TYPE_CHECKING:
+    from tools.gpu_check.__main__ import GpuCheckConfig
+
+HEIGHTS = 720, 1080
+FACE = 0.45  # side of the box of the face, in heights of the frame
+
+
+def dub(config: GpuCheckConfig, report: Callable) -> None:
+    """Report how fast a face is encoded, generated, blended and written."""
+    cache, device = Cache(config.material), start_processes().device
+    clip = next(iter(cache.clips.values()))
+    unet = build_unet(config.models_dir, 0, cache.contract.positional_encoding).to(device).eval()
+    autoencoder = AutoencoderKL.from_config(read_json(config.models_dir / "sd-vae-ft-mse/config.json"))
+    with patch("musetalk.models.vae.fingerprint", return_value=cache.contract.vae):
+        vae = VAE(nn.Module.to(autoencoder, device, getattr(torch, cache.contract.encode_dtype)))
+    pipeline = LipSyncPipeline(unet, vae, cache.contract, config.vae_dir)
+    for height in HEIGHTS:
+        source = config.output / f"source_{height}.mp4"
+        faces, boxes = write_source(clip, height, source)
+        start = time.perf_counter()
+        crops = [[clip.image(frame)] for frame in np.flatnonzero(clip.usable)]
+        masked, full = vae.encode_clip(clip.name, crops, cache.contract)
+        encoded = len(crops) / (time.perf_counter() - start)
+        prepared = PreparedVideo(source, faces, boxes, masked[:, 0], full[:, 0])
+        count = len(crops) * (1 if config.quick else 4)
+        stages = Stages("start")
+        frames = pipeline.frames(prepared, clip.tensor("audio_features"), count, stages)
+        silence = np.zeros(count * SAMPLES_PER_FRAME, np.float32)
+        start = time.perf_counter()
+        write_video(config.output / f"dubbed_{height}.mp4", frames, silence, AUDIO_SAMPLE_RATE)
+        stages("end")
+        total = count / (time.perf_counter() - start)
+        rates = {name.replace(" ", "_"): count / seconds for name, seconds in stages.seconds.items() if name != "start"}
+        report("dubbing", f"{height} lines, frames a second", encode=encoded, **rates, all_but_encode=total)
+
+
+def write_source(clip: Clip, height: int, path) -> tuple[list[Face], np.ndarray]:
+    """Write the faces of a clip into the middle of larger frames. Returns its faces and boxes (T, 4) there."""
+    width, side = height * 16 // 9, round(FACE * height)
+    corner = np.array([(width - side) // 2, (height - side) // 2])
+    usable, landmarks, boxes = np.flatnonzero(clip.usable), clip.tensor("landmarks"), clip.tensor("boxes")
+    box = np.concatenate([corner, corner + side]).astype(np.int32)
+    faces = []
+    for frame in usable:
+        points = in_crop(landmarks[frame], boxes[frame, 0]) * side / IMAGE_SIZE + corner
+        faces.append(Face(box.astype(np.float32), points.astype(np.float32), 1.0))
+
+    def frames():
+        for frame in usable:
+            crop = clip.image(frame)
+            picture = cv2.resize(crop, (width, height), interpolation=cv2.INTER_LINEAR)
+            picture[corner[1] : corner[1] + side, corner[0] : corner[0] + side] = cv2.resize(crop, (side, side))
+            yield picture
+
+    write_video(path, frames(), np.zeros(len(usable) * SAMPLES_PER_FRAME, np.float32), AUDIO_SAMPLE_RATE)
+    return faces, np.repeat(box[None], len(usable), axis=0)

@@ -1,0 +1,240 @@
+"""The full-size UNet learns from scratch; a training state is saved, loaded, and the next step repeated."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+import torch
+from accelerate import Accelerator
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from benchmarks.memory import GIB
+from musetalk.cache import Cache, Clip
+from musetalk.checkpoint import load_latest_state, save_state
+from musetalk.contract import FeatureContract
+from musetalk.crop import to_uint8
+from musetalk.dataset import FaceDataset, read_windows, split_clips
+from musetalk.metrics import correlation
+from musetalk.models.vae import VAE
+from musetalk.run import loader, start_processes
+from musetalk.run_log import rendered
+from musetalk.training import TrainState, load_pixel_vae, training_contract
+from musetalk.validation import true_openings
+from musetalk_trainer import (
+    PRESETS,
+    Made,
+    TrainConfig,
+    build_objective,
+    build_state,
+    open_dataset,
+    optimizer_step,
+    weights,
+)
+from tools.gpu_check.mouth import MouthReader
+
+if TYPE_CHECKING:
+    from tools.gpu_check.__main__ import GpuCheckConfig
+
+HELD_OUT = 6  # clips, at most half of them
+SHARE_QUICK = 0.1  # of the time of a full check
+LOOKS, QUICK_LOOKS = 6, 2  # evaluations over the time of a training
+MOMENTS = 6  # rows of the picture
+BATCH = 32  # faces generated at once
+WARMUP = 50  # steps
+MANY_STEPS = 10**6  # time ends a training before
+
+
+def learn(config: GpuCheckConfig, report: Callable) -> None:
+    """Report what is learned in equal times at each learning rate, and after the last one a resumed step."""
+    cache, accelerator = Cache(config.material), start_processes()
+    vae = load_pixel_vae(config.vae_dir, accelerator)
+    train_clips, held_clips, _ = split_clips(cache, HELD_OUT / max(len(cache.clips), 2 * HELD_OUT), seed=0)
+    probe = Probe(cache, train_clips, held_clips, vae)
+    seconds = config.learn_seconds * (SHARE_QUICK if config.quick else 1)
+    curves = {}
+    for rate in config.learning_rates:
+        constants = replace(
+            PRESETS["stage1"],
+            models_dir=config.models_dir,
+            loss_weights=weights(latent_l1=1.0, pixel_l1=1.0),
+            chunk_size=max(config.chunk_sizes),
+            batch_size=config.batch_size or PRESETS["stage1"].batch_size,
+            learning_rate=rate,
+            final_learning_rate=rate,
+            warmup_steps=WARMUP,
+            num_steps=MANY_STEPS,
+        )
+        training = FromScratch(constants, cache, train_clips, vae, accelerator)
+        records, faces = follow(training, probe, seconds, QUICK_LOOKS if config.quick else LOOKS)
+        curves[f"{rate:g}"] = records
+        report("learning", f"rate {rate:g}, {seconds:g} s", **records[-1], **probe.limits)
+        cv2.imwrite(str(config.output / f"learning_{rate:g}.png"), picture(probe, faces))
+        cv2.imwrite(str(config.output / "learning.png"), draw_curves(curves))
+    resume(training, config, report)
+
+
+@dataclass
+class FromScratch:
+    """A training by the trainer's own functions, without its files."""
+
+    constants: TrainConfig
+    cache: Cache
+    clips: list[str]
+    vae: VAE
+    accelerator: Accelerator
+
+    @cached_property
+    def contract(self) -> FeatureContract:
+        return training_contract(self.constants.contract, self.cache)
+
+    @cached_property
+    def dataset(self) -> FaceDataset:
+        return open_dataset(self.constants, self.cache, self.clips, self.contract, ranks=1, sync_offset=0)
+
+    @cached_property
+    def state(self) -> TrainState:
+        return build_state(self.constants, self.contract, self.accelerator)
+
+    @cached_property
+    def objective(self):
+        return build_objective(self.constants, self.state, self.vae, self.accelerator)[0]
+
+    def batches(self) -> Iterator[dict]:
+        """The batches from the next step on."""
+        steps = range(self.state.step, self.constants.num_steps)
+        return iter(loader(self.dataset, steps, self.constants.batch_size, self.constants.num_workers))
+
+    def step(self, batches: Iterator[dict]) -> Made:
+        torch.manual_seed(self.constants.seed + self.state.step)
+        made = optimizer_step(self.state, self.objective, batches, self.constants, self.accelerator)
+        self.state.step += 1
+        return made
+
+
+def follow(training: FromScratch, probe: Probe, seconds: float, looks: int) -> tuple[list[dict], list[np.ndarray]]:
+    """Train for some seconds. Returns the figures and the faces of evaluations at equal times."""
+    records, faces, trained = [], [], 0.0
+    batches, bar = training.batches(), tqdm(unit="step", desc=f"rate {training.constants.learning_rate:g}")
+    for look in range(looks):
+        start, terms = time.perf_counter(), []
+        while trained + time.perf_counter() - start < seconds * (look + 1) / looks or not terms:
+            terms.append(training.step(batches).terms)
+            bar.update()
+        losses = {name: torch.stack([term[name] for term in terms]).mean().item() for name in terms[0]}
+        trained += time.perf_counter() - start
+        figures, shown = probe(training.state)
+        records.append({"steps": training.state.step, "steps_per_s": training.state.step / trained} | losses | figures)
+        faces.append(shown)
+    return records, faces
+
+
+class Probe:
+    """Asks what the mouths of held-out clips follow, each clip with the audio of the next one.
+
+    Its calls give `r`, the correlation of the generated openings with those that belong to the audio, and `r_source`,
+    with those that belong to the video, which the UNet sees the upper half of. `limits`: `r_true`, what the true faces
+    get through the VAE, and `r_chance`, how alike the openings of the two clips are.
+    """
+
+    def __init__(self, cache: Cache, train_clips: list[str], held_clips: list[str], vae: VAE) -> None:
+        self.vae, self.contract = vae, cache.contract
+        self.clips = [cache.clips[name] for name in held_clips]
+        self.openings = [true_openings(clip, _usable(clip)) for clip in self.clips]
+        seen = [cache.clips[name] for name in train_clips]
+        images = np.concatenate([self._decode(clip.tensor("latents")[_usable(clip), 0]) for clip in seen])
+        self.read = MouthReader(images, np.concatenate([true_openings(clip, _usable(clip)) for clip in seen]))
+        self.truth = [self._decode(clip.tensor("latents")[_usable(clip), 0]) for clip in self.clips]
+        true = [correlation(self.read(faces), known) for faces, known in zip(self.truth, self.openings, strict=True)]
+        chance = [correlation(own, self.openings[i - 1]) for i, own in enumerate(self.openings)]
+        self.limits = {"r_true": float(np.mean(true)), "r_chance": float(np.mean(chance))}
+
+    @torch.no_grad()
+    def __call__(self, state: TrainState) -> tuple[dict[str, float], np.ndarray]:
+        """Figures, and the faces generated at `moments`, BGR uint8 (MOMENTS, 256, 256, 3)."""
+        given, source, shown = [], [], []
+        for index, clip in enumerate(self.clips):
+            faces = self._generate(state, clip, self.clips[index - 1])
+            openings = self.read(faces)
+            given.append(correlation(openings, self.openings[index - 1]))
+            source.append(correlation(openings, self.openings[index]))
+            shown.append(faces)
+        faces = np.stack([shown[clip][frame] for clip, frame in self.moments])
+        return {"r": float(np.mean(given)), "r_source": float(np.mean(source))}, faces
+
+    @property
+    def moments(self) -> list[tuple[int, int]]:
+        """Clips and frames of the picture."""
+        length = min(map(len, self.openings))
+        return [(i % len(self.clips), int(length * (i + 0.5) / MOMENTS)) for i in range(MOMENTS)]
+
+    def _generate(self, state: TrainState, clip: Clip, speaker: Clip) -> np.ndarray:
+        """Faces of a clip with the audio of another one, all from its most closed mouth as the reference."""
+        frames = _usable(clip)[: len(_usable(speaker))]
+        closed = _usable(clip)[true_openings(clip, _usable(clip)).argmin()]
+        masked = torch.from_numpy(clip.tensor("masked_latents")[frames, 0])
+        reference = torch.from_numpy(clip.tensor("latents")[closed, 0]).expand_as(masked)
+        windows = read_windows(speaker, 0, len(speaker), self.contract)[_usable(speaker)[: len(frames)]]
+        device, pieces = self.vae.autoencoder.device, []
+        for part in torch.arange(len(frames)).split(BATCH):
+            unet_input = torch.cat([masked[part], reference[part]], dim=1).to(device).float()
+            pieces.append(state.unet(unet_input, torch.from_numpy(windows)[part].to(device).float()))
+        return self._decode(torch.cat(pieces).float().cpu().numpy())
+
+    @torch.no_grad()
+    def _decode(self, latents: np.ndarray) -> np.ndarray:
+        """Latents (T, 4, 32, 32) -> faces BGR uint8 (T, 256, 256, 3)."""
+        pieces = torch.from_numpy(latents).to(self.vae.autoencoder.device).float().split(BATCH)
+        return np.concatenate([to_uint8(self.vae.decode(piece)) for piece in pieces])
+
+
+def _usable(clip: Clip) -> np.ndarray:
+    return np.flatnonzero(clip.usable)
+
+
+def picture(probe: Probe, faces: list[np.ndarray]) -> np.ndarray:
+    """Rows of moments: the true face of the video, then what was generated at each evaluation. BGR uint8."""
+    truth = np.stack([probe.truth[clip][frame] for clip, frame in probe.moments])
+    return np.vstack([np.hstack(row) for row in zip(truth, *faces, strict=True)])
+
+
+def draw_curves(curves: dict[str, list[dict]]) -> np.ndarray:
+    """Each figure over the steps, a line for each learning rate. BGR uint8."""
+    names = [name for name in next(iter(curves.values()))[0] if name not in ("steps", "steps_per_s")]
+    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
+    for name, axis in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
+        for rate, records in curves.items():
+            axis.plot([record["steps"] for record in records], [record[name] for record in records], ".-", label=rate)
+        axis.set(title=name, xlabel="step")
+        axis.legend(fontsize=7)
+    return rendered(figure)
+
+
+def resume(training: FromScratch, config: GpuCheckConfig, report: Callable) -> None:
+    """Save the training, make a step, load it and make the same step again."""
+    state, folder = training.state, config.output / "state"
+    start = time.perf_counter()
+    path = save_state(folder, state.step, state.as_dict(), keep=1)
+    saved, size = time.perf_counter(), path.stat().st_size
+    first = training.step(training.batches())
+    again = time.perf_counter()
+    state.restore(load_latest_state(folder)[1], path)
+    restored = time.perf_counter()
+    second = training.step(training.batches())
+    shutil.rmtree(folder)
+    report(
+        "resume",
+        f"step {state.step}",
+        GiB=size / GIB,
+        seconds_to_save=saved - start,
+        seconds_to_load=restored - again,
+        **{f"{name}_differs_by": abs(second.terms[name] - value).item() for name, value in first.terms.items()},
+        gradient_norm_differs_by=abs(second.norm - first.norm).item(),
+    )

@@ -1,0 +1,88 @@
+"""What an optimizer step costs at full size, with random weights, and what it could cost at the GPU's speed."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.memory import GIB
+from benchmarks.training import untrained_training
+from musetalk.run import start_processes
+from musetalk_trainer import PRESETS, Made
+
+if TYPE_CHECKING:
+    from tools.gpu_check.__main__ import GpuCheckConfig
+
+SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices whose product shows the peak
+
+
+def describe(report: Callable) -> None:
+    """Report the device, and the speed of a large matrix product on it, the peak that shares refer to."""
+    device = start_processes().device
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    report("device", name, torch=torch.__version__, TFLOP_per_s=matmul_peak(device) / 1e12)
+
+
+def time_steps(config: GpuCheckConfig, report: Callable) -> None:
+    """Report the last step of each preset, in which all happens that ever does, at each chunk size."""
+    accelerator = start_processes()
+    peak = matmul_peak(accelerator.device)
+    for preset in config.presets:
+        constants = replace(PRESETS[preset], models_dir=config.models_dir)
+        batch_size = config.batch_size or constants.batch_size
+        training = untrained_training(constants, accelerator)
+        step = partial(training.step, batch_size)
+        samples = batch_size * constants.frames * constants.grad_accum_steps
+        for chunk_size in config.chunk_sizes:
+            training.objective.chunk_size = chunk_size
+            cost = step_cost(step, accelerator.device, peak, times=1 if config.quick else 3)
+            report("step", f"{preset}, {samples} samples, chunk_size {chunk_size}", **cost)
+        del training, step
+        gc.collect()
+
+
+def step_cost(step: Callable[[], Made], device: torch.device, peak: float, times: int) -> dict[str, float | str]:
+    """Time, operations and memory of an optimizer step. peak: operations a second that shares refer to."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with FlopCounterMode(display=False) as counter:
+        finite = step().finite
+    operations, seconds = counter.get_total_flops(), seconds_of(step, device, times)
+    return {
+        "seconds": seconds,
+        "TFLOP": operations / 1e12,
+        "share_of_peak": operations / seconds / peak,
+        "GiB": torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else float("nan"),
+        "finite": str(finite),
+    }
+
+
+def matmul_peak(device: torch.device) -> float:
+    """Operations a second of a large bfloat16 matrix product."""
+    side = SIDE[device.type]
+    a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
+    return 2 * side**3 / seconds_of(lambda: a @ b, device, 10)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, times: int) -> float:
+    """Seconds that some work takes, a mean over several times after a first one that does not count."""
+    work()
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    synchronize(device)
+    return (time.perf_counter() - start) / times
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

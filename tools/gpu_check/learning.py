@@ -24,6 +24,7 @@ from musetalk.crop import to_uint8
 from musetalk.dataset import FaceDataset, read_windows, split_clips
 from musetalk.metrics import correlation
 from musetalk.models.vae import VAE
+from musetalk.preflight import workers_that_fit
 from musetalk.run import loader, start_processes
 from musetalk.run_log import rendered
 from musetalk.training import TrainState, load_pixel_vae, training_contract
@@ -71,6 +72,7 @@ def learn(config: GpuCheckConfig, report: Callable) -> None:
             final_learning_rate=rate,
             warmup_steps=WARMUP,
             num_steps=MANY_STEPS,
+            num_workers=workers_that_fit(),
         )
         training = FromScratch(constants, cache, train_clips, vae, accelerator)
         records, faces = follow(training, probe, seconds, QUICK_LOOKS if config.quick else LOOKS)

@@ -99,7 +99,7 @@ def differing(config: Config, accelerator: Accelerator, *, seed: int, step: int,
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    run.precision = lambda: "no"
+    run.precision = lambda *_: "no"
     rank = int(os.environ["RANK"])
     accelerator = start_processes()
     own = Config(folder / str(rank), folder / str(rank), batch_size=1)

@@ -48,12 +48,13 @@ from musetalk.contract import (
     FeatureContract,
 )
 from musetalk.crop import MIN_FACE, CroppedClip, crop_clips
+from musetalk.devices import choose_device, describe, knows_bfloat16
 from musetalk.face import FACE_BACKENDS, FaceBackend, load_face_backend
 from musetalk.files import own_folder, write_whole
 from musetalk.models.audio_encoder import AudioEncoder, load_audio_encoder
-from musetalk.models.vae import VAE, knows_bfloat16, load_vae
+from musetalk.models.vae import VAE, load_vae
 from musetalk.sample import make_sample
-from musetalk.script import Device, Pixels, Shift, Workers, check_constants, printable, run_script
+from musetalk.script import Pixels, Shift, Workers, check_constants, printable, run_script
 from musetalk.sources import Source, find_sources, independent
 from musetalk.video import MediaError, file_size, read_audio, read_frames
 from musetalk.workers import Bar, most_processes, share_out
@@ -81,7 +82,7 @@ class PrepareConfig:
 
     # Run
     face_backend: Literal["mediapipe", "dwpose", "mmpose"] = "mediapipe"  # dwpose is what MuseTalk uses
-    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = "auto"  # all GPUs, or the CPU where there is none; "cpu", "cuda", or one GPU alone: "cuda:1"
     num_workers: Workers = field(default_factory=most_processes)  # the most there will be; 0, 1: this process alone
     verify: bool = False  # make nothing, but hold the cache against its records
 
@@ -102,6 +103,9 @@ def main(config: PrepareConfig) -> None:
     if config.verify:
         verify_cache(config.hdtf_samples_dir)
         return
+    device = choose_device(config.device)
+    config = replace(config, device=str(device))
+    print(f"on {describe(device)}")
     if config.hdtf_dir == SAMPLE_DIR and not SAMPLE_DIR.exists():
         print(f"{SAMPLE_DIR} is not there: making the built-in sample (set hdtf_dir to use your own videos)")
         make_sample(SAMPLE_DIR)

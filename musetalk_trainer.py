@@ -3,6 +3,9 @@
     python musetalk_trainer.py                           preset demo: the small set, the cache of the built-in sample
     python musetalk_trainer.py stage1 --hdtf-samples-dir data/mine
     python musetalk_trainer.py stage2 --hdtf-samples-dir data/mine     goes on from what stage1 left
+    python musetalk_trainer.py stage2 --hdtf-samples-dir data/mine --check
+                                                         trains nothing: is all there that stage2 needs but stage1's
+                                                         weights, and can its sync expert be trusted on these faces?
     python musetalk_trainer.py stage1 --help             all constants
 
 Writes `<checkpoint_dir>/<preset>/training-state-<step>.pt` to go on and `unet-<step>.safetensors` to use, and in
@@ -22,7 +25,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -42,13 +45,14 @@ from musetalk.checkpoint import save_unet
 from musetalk.contract import FeatureContract, sync_mel_frames
 from musetalk.crop import crop_mouth, to_tensor
 from musetalk.dataset import FaceDataset, split_clips
+from musetalk.devices import describe
 from musetalk.models.syncnet import SyncNet, load_syncnet
 from musetalk.models.tiny_decoder import load_tiny_decoder
 from musetalk.models.unet import build_unet
 from musetalk.models.vae import VAE
 from musetalk.models.vgg import load_lpips
 from musetalk.pipeline import LipSyncPipeline
-from musetalk.run import Run, TrainError, average_gradients, open_run, placed, start_processes
+from musetalk.run import TrainError, average_gradients, open_run, placed, start_processes
 from musetalk.script import (
     Count,
     CountOrZero,
@@ -62,12 +66,11 @@ from musetalk.script import (
     parse_preset,
     run_script,
 )
-from musetalk.sync_check import check_expert
+from musetalk.sync_check import SyncCheck, check_expert
 from musetalk.training import (
     OPTIMIZERS,
     TrainState,
     check_weight_decay,
-    check_width,
     frozen_dtype,
     learning_rate,
     load_pixel_vae,
@@ -100,7 +103,8 @@ class TrainConfig:
     start_from: str = ""  # weights to begin with: of another preset, or a file, or a folder; "" is a new UNet
 
     # Data
-    contract: Literal["rigid", "musetalk_v15", "musetalk_v1"] = "rigid"  # whose audio window and positions it learns
+    contract: Literal["rigid", "musetalk_v15", "musetalk_v1"] = "rigid"  # whose audio window it learns
+    positional_encoding: bool = True  # of audio tokens; MuseTalk's inference adds it, its training code does not
     held_out: Share = 0.1  # share of identities (or clips, of a single one) kept for the samples
     references: Literal["random", "pose_and_mouth"] = "pose_and_mouth"  # the latter: alike in pose, another mouth
     min_reference_gap: Count = 5  # frames between a frame and its reference
@@ -142,10 +146,12 @@ class TrainConfig:
     compile: bool = False  # the UNet, by torch.compile: minutes at the start, faster steps on a GPU
 
     # Run
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, or the CPU where there is none
+    check: bool = False  # train nothing, but check that all is there which a training needs
     num_steps: Count = 250_000  # optimizer updates
     log_every: Count = 100
     sample_every: Count = 2000
-    val_every: Count = 10_000  # steps between looks at clips held out, with all measures and probes
+    val_every: CountOrZero = 10_000  # steps between validations on clips held out, and after the last; 0: none
     val_frames: Count = 50  # of each of four clips
     save_every: Count = 2000
     save_minutes: PositiveOrZero = 20.0  # a state is also saved when the last save is this old; 0: never
@@ -225,34 +231,44 @@ PRESETS = {
 def train(preset: str, config: TrainConfig) -> None:
     """Train until `num_steps`, going on from the newest state in the preset's folder."""
     # Check what costs nothing first: constants, then data, then networks.
-    check(config)
-    accelerator = start_processes()
+    check_config(config)
+    accelerator = start_processes(config.device)
     cache = Cache(config.hdtf_samples_dir)
-    contract = training_contract(config.contract, cache)
+    contract = training_contract(config.contract, cache, config.positional_encoding)
     train_clips, held_clips, note = split_clips(cache, config.held_out, config.seed)
     draw = partial(open_dataset, config, cache, train_clips, contract, ranks=accelerator.num_processes)
     draw(sync_offset=0)
-    shown = FaceDataset(cache, held_clips or train_clips, contract, seed=config.seed, slots=GRID_ROWS)
+    held_clips = held_clips or train_clips
+    shown = FaceDataset(cache, held_clips, contract, seed=config.seed, slots=GRID_ROWS)
     vae = load_pixel_vae(config.models_dir, accelerator)
     cache.contract.require(replace(cache.contract, vae=vae.fingerprint), ("vae",), str(cache.folder))
     state = build_state(config, contract, accelerator)
-    check_width(state.unet, cache, config.models_dir)
+    features = next(iter(cache.clips.values())).tensor("audio_features", 0, 1)  # (1, S, D)
+    state.unet.check_features(features.shape[1:], f"the cache in {cache.folder}")
     objective, expert = build_objective(config, state, vae, accelerator)
     pipeline = LipSyncPipeline(state.unet, vae, contract, config.models_dir)
-    _ = pipeline.audio_encoder  # for validation; rather missed now than then
-    held_clips = held_clips or train_clips
-    validator = Validator(pipeline, cache, held_clips, config.val_frames, distance=objective.distance, expert=expert)
+    validator = None
+    if config.val_every:
+        _ = pipeline.audio_encoder  # rather missed now than then
+        judges = {"distance": objective.distance, "expert": expert}
+        validator = Validator(pipeline, cache, held_clips, config.val_frames, **judges)
+    examine = expert and partial(check_expert, expert, cache, held_clips, config.seed)
+    size = sum(parameter.numel() for parameter in state.unet.parameters())
+    about = f"UNet of {size:,} parameters; {len(train_clips)} clips to train on; {note}"
+    if config.check:
+        if accelerator.is_main_process:
+            print(f"on {describe(accelerator.device)}\n{about}")
+            check_start(preset, config, state, examine)
+        return
 
     with open_run(preset, config, state, accelerator, state.ema) as run:
-        size = sum(parameter.numel() for parameter in state.unet.parameters())
-        run.log.line(f"UNet of {size:,} parameters; {len(train_clips)} clips to train on; {note}")
+        run.log.line(about)
 
         # Begin with the weights of another training, and a look at the expert.
         if config.start_from and not run.resumed:
-            own = config.checkpoint_dir / config.start_from
-            run.log.line(state.begin(own if config.start_from in PRESETS else Path(config.start_from)))
-        if expert and not run.resumed:
-            found = check_expert(expert, cache, held_clips, config.seed)
+            run.log.line(state.begin(first_weights(config)))
+        if examine and not run.resumed:
+            found = examine()
             run.log.line(str(found))
             run.log.picture(0, found.draw(), "sync_check")
             state.sync_offset = found.require(config.unfit_expert)
@@ -279,7 +295,12 @@ def train(preset: str, config: TrainConfig) -> None:
 
             # Sample, validate and save.
             if accelerator.is_main_process:
-                show(run, state, config, validator, shown)
+                if run.due(config.sample_every):
+                    with state.averaged():
+                        run.log.picture(state.step, draw_grid(pipeline, shown))
+                if validator and run.due(config.val_every):
+                    with state.averaged():
+                        validator().report(state.step, run.log)
                 if run.due(config.save_every):
                     run.keep(save_unet(run.folder, state.step, state.ema, contract))
         run.log.line(
@@ -287,17 +308,32 @@ def train(preset: str, config: TrainConfig) -> None:
         )
 
 
-def show(run: Run, state: TrainState, config: TrainConfig, validator: Validator, shown: FaceDataset) -> None:
-    """Pictures and measures, those that are due after a step."""
-    if run.due(config.sample_every):
-        with state.averaged():
-            run.log.picture(state.step, draw_grid(validator.pipeline, shown))
-    if state.step % config.val_every == 0:
-        with state.averaged():
-            validator().report(state.step, run.log)
+def check_start(preset: str, config: TrainConfig, state: TrainState, examine: Callable[[], SyncCheck] | None) -> None:
+    """Check the weights to begin with, where they are there already, and the sync expert; print what was found.
+
+    examine: the check of the expert, None without one. The state is of no use afterwards. Raises WeightsError,
+    ContractError, SyncError.
+    """
+    place = first_weights(config)
+    if config.start_from in PRESETS and not any(place.glob("unet-*.safetensors")):
+        print(f"{place} has no weights yet to start from")
+    elif config.start_from:
+        print(state.begin(place))
+    if examine:
+        found = examine()
+        path = config.log_dir / preset / "sync_check.png"
+        found.save(path)
+        print(f"{found}\n{config.sync_expert}, on clips held out; drawn in {path}")
+        found.require(config.unfit_expert)
+    print(f"all is there that {preset} needs; run the same command without --check to train")
 
 
-def check(config: TrainConfig) -> None:
+def first_weights(config: TrainConfig) -> Path:
+    """Where the weights are that a training begins with: in another preset's folder, or wherever start_from says."""
+    return config.checkpoint_dir / config.start_from if config.start_from in PRESETS else Path(config.start_from)
+
+
+def check_config(config: TrainConfig) -> None:
     """Raises UserError for constants that cannot work."""
     check_constants(config)
     check_weight_decay(config.optimizer, config.weight_decay)
@@ -345,9 +381,11 @@ def build_state(config: TrainConfig, contract: FeatureContract, accelerator: Acc
     unet = build_unet(config.models_dir, config.seed, contract.positional_encoding)
     if config.gradient_checkpointing:
         unet.model.enable_gradient_checkpointing()
+    if config.adaptive_every:
+        unet.keep_last_input()
     if config.compile:
-        # In bfloat16 torch 2.13 loses the gradient at an upsampler where it may choose layouts.
-        unet.model.compile(options={"layout_optimization": False})
+        # In bfloat16 on a CPU torch 2.13 loses the gradient at an upsampler where it may choose layouts.
+        unet.model.compile(options={"layout_optimization": False} if accelerator.device.type == "cpu" else None)
     make = partial(OPTIMIZERS[config.optimizer], weight_decay=config.weight_decay)
     optimizer = make(unet.parameters(), config.learning_rate, config.betas)
     ema = {name: value.clone() for name, value in unet.model.state_dict().items()}
@@ -456,7 +494,7 @@ def training_step(
     turn = count if rest == 0 and objective.sees_images(adversarial) else 0
     playing = turn > 0 and adversarial
     if playing and state.pulls and measure and count % config.adaptive_every == 0:
-        objective.measure_pulls(pred_latents, state.unet.model.conv_out.weight, data, turn)
+        objective.measure_pulls(pred_latents, state.unet.last_layer_gradient, data, turn)
         broadcast(state.pulls)  # those that the first process has measured
     loss, terms, images = objective.generator(pred_latents, data, turn=turn, adversarial=adversarial)
     accelerator.backward(loss / config.grad_accum_steps)

@@ -26,7 +26,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import cv2
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -35,7 +34,6 @@ from losses.sync import sync_bce
 from musetalk.cache import Cache
 from musetalk.crop import to_tensor
 from musetalk.dataset import split_clips
-from musetalk.files import write_whole
 from musetalk.models.syncnet import SyncNet, build_syncnet, load_syncnet, save_syncnet
 from musetalk.run import TrainError, average_gradients, open_run, placed, start_processes
 from musetalk.script import (
@@ -98,6 +96,7 @@ class SyncConfig:
     max_grad_norm: Positive = 1.0
 
     # Run
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, or the CPU where there is none
     check_only: bool = False  # train nothing, but check the expert of start_from, or the newest one of the preset
     num_steps: Count = 200_000  # optimizer updates
     log_every: Count = 100
@@ -143,7 +142,7 @@ def train(preset: str, config: SyncConfig) -> None:
     # Check what costs nothing first: constants, then data, then the network.
     check_constants(config)
     check_weight_decay(config.optimizer, config.weight_decay)
-    accelerator = start_processes()
+    accelerator = start_processes(config.device)
     ranks = accelerator.num_processes
     if config.batch_size * ranks == 1 and config.architecture.startswith("wav2lip"):
         raise TrainError(f"batch_size must be 2 or more for {config.architecture}, whose batch norms compare windows")
@@ -152,7 +151,7 @@ def train(preset: str, config: SyncConfig) -> None:
     shown = held_clips or train_clips
     name = f"syncnet_{preset}"
     if config.check_only:
-        check_only(config, cache, shown, name)
+        check_only(config, cache, shown, name, accelerator.device)
         return
     state = build_state(config, accelerator)
     dataset = open_dataset(config, cache, train_clips, state.network.frames, ranks)
@@ -190,13 +189,12 @@ def train(preset: str, config: SyncConfig) -> None:
         run.log.line(f"done at step {state.step}: experts and states in {run.folder}, pictures in {pictures}")
 
 
-def check_only(config: SyncConfig, cache: Cache, clips: list[str], run: str) -> None:
+def check_only(config: SyncConfig, cache: Cache, clips: list[str], run: str, device: torch.device) -> None:
     """Check an expert that there is. Raises SyncError where it cannot be trusted."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = config.start_from or str(config.checkpoint_dir / run)
     check = check_expert(load_syncnet(config.models_dir, name, device), cache, clips, config.seed)
     path = config.log_dir / run / "sync_check.png"
-    write_whole(path, cv2.imencode(".png", check.draw())[1].tobytes())
+    check.save(path)
     print(f"{check}\n{name}, on {len(clips)} clips of {cache.folder}; drawn in {path}")
     check.require(allow=False)
 

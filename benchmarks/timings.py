@@ -21,8 +21,9 @@ from musetalk.cache import encode_jpegs
 from musetalk.contract import IMAGE_SIZE, RIGID
 from musetalk.crop import crop_clips, face_box
 from musetalk.dataset import FaceDataset
+from musetalk.devices import knows_bfloat16
 from musetalk.face.mediapipe import MediapipeFaceMesh
-from musetalk.models.vae import knows_bfloat16, load_vae
+from musetalk.models.vae import load_vae
 from musetalk.video import read_frames
 
 REPEATS = 5

@@ -78,23 +78,29 @@ class Objective:
             for ending, adversary in self.adversaries.items()
         }
 
-    def measure_pulls(self, pred_latents: torch.Tensor, last_weight: torch.Tensor, batch: Batch, turn: int) -> None:
+    def measure_pulls(
+        self,
+        pred_latents: torch.Tensor,
+        at_last_layer: Callable[[torch.Tensor], torch.Tensor],
+        batch: Batch,
+        turn: int,
+    ) -> None:
         """Let each adv_g pull at the generator's last layer as hard as the reconstruction, judged by one chunk.
 
-        pred_latents: with their graph, which is kept. last_weight: of the layer that they come from.
+        at_last_layer: the gradient of a loss at the first n predictions, (n, 4, 32, 32) -> that at the weight of the
+        layer that they come from.
         """
         chunk = slice(0, self.chunk_size)
         leaf = pred_latents[chunk].detach().requires_grad_()
         terms = self._image_terms(batch, True, self.decoder(turn)(leaf), chunk)
         fidelity = {name: value for name, value in terms.items() if name in ("pixel_l1", "lpips")}
 
-        def at_last_layer(loss: torch.Tensor) -> torch.Tensor:
-            (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
-            return torch.autograd.grad(pred_latents[chunk], last_weight, gradient, retain_graph=True)[0]
+        def pull(loss: torch.Tensor) -> torch.Tensor:
+            return at_last_layer(torch.autograd.grad(loss, leaf, retain_graph=True)[0])
 
-        wanted = at_last_layer(weighted_sum(fidelity, self.weights))
+        wanted = pull(weighted_sum(fidelity, self.weights))
         for ending in self.pulls:
-            self.pulls[ending] = adaptive_weight(wanted, at_last_layer(terms[f"adv_g{ending}"]))
+            self.pulls[ending] = adaptive_weight(wanted, pull(terms[f"adv_g{ending}"]))
 
     def _weights(self) -> dict[str, float | torch.Tensor]:
         """The weights of today."""

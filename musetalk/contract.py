@@ -129,8 +129,8 @@ class FeatureContract:
 ALL_FIELDS = tuple(field.name for field in fields(FeatureContract))
 MODEL_FIELDS = ("window_edge", "positional_encoding")
 CACHE_FIELDS = tuple(name for name in ALL_FIELDS if name not in MODEL_FIELDS)
-# Of these, what a user sets when preparing; the rest comes with the contract's name and with the models.
-OWN_CONSTANTS = ("bbox_shift", "margins", "encode_dtype", "face_backend")
+# What a user sets by a constant of its own; the rest comes with the contract's name and with the models.
+OWN_CONSTANTS = ("bbox_shift", "margins", "encode_dtype", "face_backend", "positional_encoding")
 
 # The official inference of each version (https://github.com/TMElyralab/MuseTalk).
 MUSETALK_V1 = FeatureContract(posterior="sample", window_edge="clamp")

@@ -25,6 +25,7 @@ import tyro
 from musetalk.checkpoint import find_unet, load_trained_unet, write_unet
 from musetalk.contract import ALL_FIELDS, CONTRACTS, ContractError
 from musetalk.files import whole_file
+from musetalk.models.unet import CONFIGS
 from musetalk.script import check_constants, run_script
 from musetalk.weights import find
 
@@ -44,7 +45,7 @@ class ExportConfig:
     checkpoint: tyro.conf.Positional[Path]  # a unet-<step>.safetensors, or a folder whose newest is taken
     layout: Literal["diffusers", "musetalk_v15", "musetalk_v1", "original"] = "diffusers"
     output: Path = Path("exported")  # folder
-    models_dir: Path = Path("models")  # whose musetalk/musetalk.json describes the network
+    models_dir: Path = Path("models")  # whose musetalk.json describes the network
 
 
 def main(config: ExportConfig) -> None:
@@ -66,7 +67,7 @@ def main(config: ExportConfig) -> None:
     else:
         write_unet(config.output / weights, unet.model.state_dict(), contract)
     with whole_file(config.output / description) as partial:
-        shutil.copyfile(find(config.models_dir, "musetalk/musetalk.json"), partial)
+        shutil.copyfile(find(config.models_dir, *CONFIGS), partial)
     print(f"{path} has been exported to {config.output / weights}")
 
 

@@ -25,6 +25,7 @@ from musetalk.blend import Blend, crop_square, face_alpha, parsed_alpha
 from musetalk.checkpoint import find_unet, load_trained_unet
 from musetalk.contract import CONTRACTS, SAMPLES_PER_FRAME, VIDEO_FPS, ContractError, FeatureContract
 from musetalk.crop import crop_clips, paste_back, to_tensor, to_uint8
+from musetalk.devices import choose_device
 from musetalk.face import FACE_BACKENDS, Face, FaceBackend, check_face_backend, load_face_backend
 from musetalk.models.audio_encoder import AudioEncoder, load_audio_encoder
 from musetalk.models.face_parser import WEIGHTS as FACE_PARSER
@@ -118,32 +119,37 @@ class LipSyncPipeline:
         face_backend: str | None = None,
         contract: Literal["rigid", "musetalk_v15", "musetalk_v1"] | None = None,
         blend: Blend = "landmarks",
+        *,
+        device: str = "auto",
     ) -> LipSyncPipeline:
         """checkpoint: a unet-<step>.safetensors, a folder whose newest is taken, or MuseTalk's own weights.
         contract: the rules of weights that carry none, such as "musetalk_v15" for musetalkV15/unet.pth.
         face_backend: "mediapipe", "dwpose" or "mmpose"; None is the one of training, or mediapipe where that is not
         known. blend: where the generated face shows, by "landmarks" or by a face parser: "jaw" and "raw" as MuseTalk's
         offline script for v1.5 and v1 weights, "musetalk_v1" as v1.0 when it was released.
+        device: "cpu", "cuda", "cuda:<number>", or "auto", the GPU where there is one.
 
-        Raises UserError for a name there is none of, WeightsError for missing or unfit files, ContractError where the
-        VAE or the landmarks are not those of training.
+        Raises UserError for a name there is none of, DeviceError where the GPU cannot be used, WeightsError for missing
+        or unfit files, ContractError where the VAE or the landmarks are not those of training.
         """
         # Look at the names first, before anything is loaded.
         if contract not in (None, *CONTRACTS):
             raise ContractError(f"contract must be one of {', '.join(CONTRACTS)}, not {contract!r}")
         path, models_dir = find_unet(Path(checkpoint)), Path(models_dir)
         check_choices(models_dir, face_backend, blend)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        chosen = choose_device(device)
         unet, contract = load_trained_unet(path, models_dir, contract and CONTRACTS[contract])
-        vae = load_vae(models_dir, device, getattr(torch, contract.encode_dtype))
+        vae = load_vae(models_dir, chosen, getattr(torch, contract.encode_dtype))
         contract.require(replace(contract, vae=vae.fingerprint), ("vae",), str(path))
-        return cls(unet.to(device).eval(), vae, contract, models_dir, face_backend, blend=blend)
+        return cls(unet.to(chosen).eval(), vae, contract, models_dir, face_backend, blend=blend)
 
     @cached_property
     def audio_encoder(self) -> AudioEncoder:
         encoder = load_audio_encoder(self.models_dir, next(self.unet.parameters()).device)
         mine = replace(self.contract, audio_encoder=encoder.fingerprint)
         self.contract.require(mine, ("audio_encoder",), "the UNet")
+        known = bool(self.contract.audio_encoder)  # published weights carry no contract of their own
+        self.unet.check_features(encoder.shape, f"the Whisper in {self.models_dir}", known)
         return encoder
 
     @cached_property

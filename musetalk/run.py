@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from musetalk.checkpoint import delete_older, load_latest_state, save_state
+from musetalk.devices import choose_device, describe, knows_bfloat16
 from musetalk.distributed import TIMEOUT, Ranks
 from musetalk.files import own_folder
-from musetalk.models.vae import knows_bfloat16
 from musetalk.preflight import check_disk, check_shared_memory, checksum, tensors_in, workers_that_fit
 from musetalk.run_log import RunLog, SilentLog
 from musetalk.script import STOP_SIGNALS, StopRequests, UserError, stop_requests
@@ -94,6 +94,7 @@ class Run:
             }
         )
         share = {"rank": self.accelerator.process_index, "ranks": self.accelerator.num_processes}
+        share["pin_memory"] = self.accelerator.device.type == "cuda"
         steps = range(state.step, config.num_steps)
         return iter(loader(dataset, steps, config.batch_size, workers, config.prefetch, **share))
 
@@ -166,7 +167,7 @@ def open_run(
         ranks = Ranks()
         log = RunLog(config.log_dir, name, state.step) if accelerator.is_main_process else SilentLog()
         log.line(f"{name}: {json.dumps(asdict(config), default=str)}")
-        where = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.mixed_precision}"
+        where = f"{accelerator.num_processes} x ({describe(accelerator.device)}), {accelerator.mixed_precision}"
         log.line(f"on {where}; at step {state.step}")
         # Not before: until here there is nothing to save, so a signal may end the process.
         stopping = stack.enter_context(stop_requests(patient=accelerator.num_processes > 1))
@@ -188,24 +189,29 @@ def resume(state: State, folder: Path, *, check_sums: bool = True) -> bool:
 # Processes.
 
 
-def start_processes() -> Accelerator:
+def start_processes(device: str) -> Accelerator:
     """Devices, precision and processes, as `python`, `torchrun` or `accelerate launch` started this one.
 
-    Raises TrainError for ways to share a training that are not supported.
+    device: "auto", "cpu" or "cuda", for which each process takes a GPU of its own. Raises DeviceError where the GPU
+    cannot be used, TrainError for ways to share a training that are not supported.
     """
-    groups = InitProcessGroupKwargs(timeout=TIMEOUT)
-    accelerator = Accelerator(mixed_precision=precision(), cpu=not torch.cuda.is_available(), kwargs_handlers=[groups])
+    chosen, groups = choose_device(device), InitProcessGroupKwargs(timeout=TIMEOUT)
+    accelerator = Accelerator(mixed_precision=precision(chosen), cpu=chosen.type == "cpu", kwargs_handlers=[groups])
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise TrainError(
             f"{accelerator.distributed_type.value} is not supported: start it with python, torchrun or accelerate "
             "launch, without DeepSpeed and FSDP, so that each process has all networks"
         )
+    if chosen.type == "cuda":
+        # Speed for the last bits, which training can spare; a cache and inference cannot.
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.benchmark = True
     return accelerator
 
 
-def precision() -> str:
+def precision(device: torch.device) -> str:
     """bf16 where the device computes in it, else full float32; accelerate's word for it."""
-    return "bf16" if knows_bfloat16("cuda" if torch.cuda.is_available() else "cpu") else "no"
+    return "bf16" if knows_bfloat16(device) else "no"
 
 
 def placed(network: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -256,6 +262,7 @@ def loader(
     *,
     rank: int = 0,
     ranks: int = 1,
+    pin_memory: bool = False,
 ) -> DataLoader:
     """Batches of some steps for one of several processes, in the order of their slots. dataset: has `slots`."""
     return DataLoader(
@@ -264,7 +271,7 @@ def loader(
         sampler=SlotSampler(dataset.slots, steps, batch_size, rank, ranks),
         num_workers=num_workers,
         prefetch_factor=prefetch if num_workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         worker_init_fn=ignore_stop_requests,
     )
 

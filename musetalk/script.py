@@ -4,7 +4,6 @@ sentence with exit code 2 and no traceback; an interruption says how to go on.""
 from __future__ import annotations
 
 import errno
-import re
 import signal
 import sys
 import threading
@@ -13,23 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, TypeVar, get_type_hints
 
-import torch
 import tyro
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AfterValidator, AllowInfNan, TypeAdapter, ValidationError
+from pydantic import AllowInfNan, TypeAdapter, ValidationError
 
 Config = TypeVar("Config")
-
-
-def _device(name: str) -> str:
-    if not re.fullmatch("cpu|cuda(:[0-9]{1,2})?", name):
-        raise ValueError("must be cpu, cuda or cuda:<number>")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"must be a device that is there ({str(error).splitlines()[0]})") from error
-    return name
-
 
 # Kinds of constants.
 Count = Annotated[int, Ge(1), Le(10**12)]
@@ -41,7 +28,6 @@ Workers = Annotated[int, Ge(0), Le(512)]  # processes
 Share = Annotated[float, Gt(0), Lt(1)]
 Decay = Annotated[float, Ge(0), Lt(1)]
 Pixels = Annotated[int, Ge(0), Le(1000)]  # of a source
-Device = Annotated[str, AfterValidator(_device)]
 Shift = Annotated[int, Ge(-1000), Le(1000)]  # pixels of a source
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)

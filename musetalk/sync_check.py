@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,6 +21,7 @@ from matplotlib.figure import Figure
 from musetalk.audio import mel_start
 from musetalk.cache import Cache, CacheError
 from musetalk.crop import to_tensor
+from musetalk.files import write_whole
 from musetalk.models.syncnet import SyncNet
 from musetalk.script import UserError
 from musetalk.sync_dataset import read_images, read_mel, window_starts
@@ -73,6 +76,10 @@ class SyncCheck:
         axes.set(title=self.summary(), xlabel="frames that the audio is later", ylabel="mean cosine", ylim=(0, 1))
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., 2::-1].copy()
+
+    def save(self, path: Path) -> None:
+        """Write what `draw` gives as a PNG."""
+        write_whole(path, cv2.imencode(".png", self.draw())[1].tobytes())
 
     def fault(self) -> str:
         """Why the expert cannot be trusted, a sentence; "" where it can."""

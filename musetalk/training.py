@@ -263,27 +263,16 @@ def check_weight_decay(optimizer: str, weight_decay: float) -> None:
         )
 
 
-def training_contract(name: str, cache: Cache) -> FeatureContract:
-    """The cache's own rules with the model fields of a name in CONTRACTS.
+def training_contract(name: str, cache: Cache, positional_encoding: bool) -> FeatureContract:
+    """The cache's own rules with the model fields of a name in CONTRACTS, but for the positional encoding.
 
     Raises ContractError for a cache made under another contract: what is learnt would fit the rules of neither. Only
     what a user sets when preparing may be otherwise, and noise in the latents.
     """
-    chosen = CONTRACTS[name]
+    chosen = replace(CONTRACTS[name], positional_encoding=positional_encoding)
     fixed = tuple(name for name in CACHE_FIELDS if name not in (*OWN_CONSTANTS, "posterior"))
     cache.contract.require(chosen, fixed, str(cache.folder))
     return replace(cache.contract, **{name: getattr(chosen, name) for name in MODEL_FIELDS})
-
-
-def check_width(unet: UNet, cache: Cache, models_dir: Path) -> None:
-    """Raises TrainError where the audio features of the cache do not fit the UNet's attention to them."""
-    takes = unet.model.config.cross_attention_dim
-    width = next(iter(cache.clips.values())).tensor("audio_features", 0, 1).shape[-1]
-    if width != takes:
-        raise TrainError(
-            f"{models_dir / 'musetalk/musetalk.json'} has cross_attention_dim {takes}, but the audio features "
-            f"in {cache.folder} are {width} wide; set it to {width}, or prepare with the Whisper that belongs to it"
-        )
 
 
 def not_finite(terms: dict[str, torch.Tensor], drawn: list[str], step: int, run_dir: Path) -> TrainError:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from musetalk.metrics import (
 from musetalk.models.syncnet import SyncNet
 from musetalk.pipeline import LipSyncPipeline
 from musetalk.run_log import RunLog, rendered
+from musetalk.script import UserError
 from musetalk.sync_check import offset_sweep, sync_confidence, sync_offset
 from musetalk.video import batched
 
@@ -102,7 +104,7 @@ class Validation:
 
 @dataclass
 class Validator:
-    """What is needed to validate again and again."""
+    """What is needed to validate again and again. Raises UserError where something is missing: mediapipe, a clip."""
 
     pipeline: LipSyncPipeline
     cache: Cache
@@ -112,19 +114,26 @@ class Validator:
     distance: Distance | None = None  # LPIPS
     expert: SyncNet | None = None
 
+    def __post_init__(self) -> None:
+        if find_spec("mediapipe") is None:
+            raise UserError("validation finds mouths by mediapipe, which is not installed; pip install mediapipe")
+        chosen = [self.cache.clips[name] for name in self.clips[:: -(-len(self.clips) // self.most)]]
+        self.windows = [window for clip in chosen if (window := choose_window(clip, self.frames))]
+        if not self.windows:
+            raise CacheError(
+                f"{self.cache.folder}: no clip held out has {MIN_FRAMES + 2 * GAP} usable frames in a row to validate "
+                "on; prepare longer videos"
+            )
+
     @cached_property
     def backend(self) -> FaceBackend:
         """Whose landmarks in face crops are measured, and need no weights."""
         return load_face_backend("mediapipe", self.pipeline.models_dir, "cpu")
 
     def __call__(self) -> Validation:
-        """Generate and measure. Raises CacheError where no clip is long enough."""
-        chosen = [self.cache.clips[name] for name in self.clips[:: -(-len(self.clips) // self.most)]]
-        windows = [window for clip in chosen if (window := choose_window(clip, self.frames))]
-        if not windows:
-            raise CacheError(f"{self.cache.folder}: no clip held out has {MIN_FRAMES + 2 * GAP} usable frames in a row")
+        """Generate and measure."""
         measures, probes, looks = [], [], []
-        for window, other in zip(windows, windows[1:] + windows[:1], strict=True):
+        for window, other in zip(self.windows, self.windows[1:] + self.windows[:1], strict=True):
             truth = np.stack([window.clip.image(frame) for frame in range(window.start, window.stop)])
             other_audio, given = self._other_audio(window, other)
             images = {

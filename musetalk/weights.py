@@ -1,14 +1,14 @@
-"""Weight files: where they belong, where they come from, loaded strictly and without running code from them."""
+"""Weight files: where they belong, where they come from, and how they are loaded: strictly, running nothing in them."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import pickle
-import pickletools
+import re
 import shlex
 import struct
-from collections.abc import Callable, Collection, Iterator
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -42,7 +42,9 @@ class Source:
 SOURCES = {
     "musetalk/musetalk.json": Source(HUGGING_FACE.format("TMElyralab/MuseTalk", "musetalk/musetalk.json")),
     "musetalk/pytorch_model.bin": Source(
-        HUGGING_FACE.format("TMElyralab/MuseTalk", "musetalk/pytorch_model.bin"), size=3_400_076_549
+        HUGGING_FACE.format("TMElyralab/MuseTalk", "musetalk/pytorch_model.bin"),
+        "0ee7d5ea03ea75d8dca50ea7a76df791e90633687a135c4a69393abfc0475ffe",
+        3_400_076_549,
     ),
     "musetalk/cunet.bin": Source(
         "https://drive.google.com/drive/folders/1USuHLbs1ff3mFJ5QtJMAZxm_yWLwqYai",
@@ -80,7 +82,12 @@ SOURCES = {
         "0d9408b13cd863c4e95a149dd31232f88f2a12aa6cf8964ed74d7d97748c7a07",
         406_878_486,
     ),
-    "syncnet/lipsync_expert.pth": Source("https://github.com/Rudrabha/Wav2Lip", look_for="Expert Discriminator"),
+    # A copy: Wav2Lip's README no longer links the file, and its folder now holds TorchScript programs. Two public
+    # download scripts state this sum, one for this copy and one for the authors' own link of 2020.
+    "syncnet/lipsync_expert.pth": Source(
+        HUGGING_FACE.format("camenduru/Wav2Lip", "checkpoints/lipsync_expert.pth"),
+        "9b9936c721696446eeed353032cab242a8cf0eed8c46cde540366f6ae5493be5",
+    ),
     "syncnet/latentsync_syncnet.pt": Source(
         HUGGING_FACE.format("ByteDance/LatentSync", "latentsync_syncnet.pt"),
         "38fa63bad3ed2332f647c40a5dc616cb0e233db8579f698f62af4c41965c4da5",
@@ -128,24 +135,19 @@ NONSENSE = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, Ar
 BROKEN_PICKLE = (*NONSENSE, EOFError, MemoryError, struct.error)
 MAX_LAYERS, MAX_PARAMETERS = 16, 4_000_000_000  # the largest network here has 850 million
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# All that the pickle of a torch file of plain tensors asks for, and how deep it is nested at most.
-KINDS = "Double Float Half BFloat16 Long Int Short Char Byte Bool".split()
-PLAIN = {f"torch {kind}Storage" for kind in KINDS} | {
-    "collections OrderedDict",
-    "torch._utils _rebuild_tensor",  # before torch 0.4: torchvision's VGG16
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_parameter",
-}
-MAX_DEPTH = 50
-# What more a trainer's checkpoint may have. Two of its calls make as much as they are given: nothing large twice.
-FLAT = 2  # depth of a tuple of numbers and names
-ENCODE = "_codecs encode"  # makes bytes of text
-GROWING = (ENCODE, "collections OrderedDict")
-SHORT_TEXT = 16  # characters
+# What trainers store beside tensors: mmengine's log and settings, NumPy's scalars and arrays, options, paths. Loading
+# replaces each by a StandIn; a file that asks for any other class or function is refused.
+STAND_INS = (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    *("mmengine.config.config.Config", "mmengine.config.config.ConfigDict"),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *("numpy.ndarray", "numpy.dtype", "builtins.getattr", "builtins.bytes"),
+    *("argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath"),
+)
 
 
 class StandIn:
-    """What a trainer's own class or function becomes: it takes anything, keeps nothing and does nothing."""
+    """Replaces a class or function of `STAND_INS`: accepts any arguments and state, keeps and does nothing."""
 
     __slots__ = ()
 
@@ -161,9 +163,9 @@ class WeightsError(UserError):
 
 
 def find(models_dir: Path, *names: str) -> Path:
-    """The path in a models folder of the first of some files of `SOURCES` that is there.
+    """The path in a models folder of the first of some files that is there.
 
-    Raises WeightsError naming place and source of the first where none is.
+    Raises WeightsError naming place and source of the first, one of `SOURCES`, where none is.
     """
     for path in (Path(models_dir) / name for name in names):
         if path.is_file():
@@ -174,30 +176,29 @@ def find(models_dir: Path, *names: str) -> Path:
     raise WeightsError(f"{path} is missing; get it from {source} and put it there{command}")
 
 
-def read_tensors(path: Path, left_out: Collection[str] = ()) -> dict:
-    """What a .safetensors or a torch file holds. Nothing in it is run. Raises WeightsError where it is neither.
+def read_tensors(path: Path) -> dict:
+    """Reads a .safetensors or a torch file by torch's own guard, so that nothing in it is run.
 
-    left_out: "module.name" of classes and functions that a trainer's checkpoint may ask for beside its tensors, and
-    gets a StandIn for.
+    Returns what the file holds, with a StandIn for each object of a class of `STAND_INS`. Raises WeightsError where it
+    is no such file, asks for any other class or function, or holds no dictionary.
     """
+    unreadable = f"{path} cannot be read as weights"
+    stand_ins = torch.serialization.safe_globals([(StandIn, name) for name in STAND_INS])
     try:
-        if not path.is_file():  # a pipe would be waited for
-            raise FileNotFoundError("there is no such file")
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        _check_torch_file(path, left_out)
-        with torch.serialization.safe_globals([(StandIn, name) for name in left_out]):
+        with stand_ins, warnings.catch_warnings(action="ignore"):  # of what the errors below say
             values = torch.load(path, map_location="cpu", weights_only=True)
-    except WeightsError:
-        raise
-    except pickle.UnpicklingError as error:  # whose own words would have people switch the guard off
-        raise WeightsError(f"{path} cannot be read as weights: it is no pickle of plain tensors") from error
+    except pickle.UnpicklingError as error:  # its own message advises to switch the guard off
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it asks for {asked[1]}, but only tensors are loaded" if asked else "it is no pickle of tensors"
+        raise WeightsError(f"{unreadable}: {what}; get a file of tensors alone") from error
     except (OSError, SafetensorError, *BROKEN_PICKLE) as error:
-        raise WeightsError(f"{path} cannot be read as weights: {reason(error)}") from error
+        if isinstance(error, RuntimeError) and "TorchScript" in str(error):
+            raise WeightsError(f"{path} is a TorchScript program, not weights; get its state_dict instead") from error
+        raise WeightsError(f"{unreadable}: {reason(error)}") from error
     if not isinstance(values, dict):
         raise WeightsError(f"{path} holds no weights by name but a {type(values).__name__}")
-    if sum(tensor.nbytes for tensor in _tensors(values)) > path.stat().st_size:
-        raise WeightsError(f"{path} is smaller than the tensors that it says it holds")
     return values
 
 
@@ -217,70 +218,6 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 def reason(error: Exception) -> str:
     """What others' errors begin with; torch's go on with a trace."""
     return str(error).partition("\n")[0] or type(error).__name__
-
-
-def _tensors(value: object) -> Iterator[torch.Tensor]:
-    """All tensors in what a torch file holds, each once."""
-    ahead, seen = [value], set()
-    while ahead:
-        value = ahead.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, dict | list | tuple):
-            ahead += value.values() if isinstance(value, dict) else value
-
-
-def _check_torch_file(path: Path, left_out: Collection[str]) -> None:
-    """Raises WeightsError where torch would make more of a file than plain tensors, or more than its size."""
-    with open(path, "rb") as file:
-        pickles = 5  # of the format before zip: two marks, the system, the values, the order of the tensors
-        begin = file.read(4)
-        file.seek(0)
-        if begin == b"PK\x03\x04":  # as torch asks, whose own reader decides what the archive holds
-            archive = torch._C.PyTorchFileReader(file)
-            if sum(map(archive.get_record_size, archive.get_all_records())) > path.stat().st_size:
-                raise WeightsError(f"{path} is no file of torch's: it is compressed, and could be of any size")
-            file, pickles = io.BytesIO(archive.get_record("data.pkl")), 1
-        for _ in range(pickles):
-            _check_pickle(file, path, left_out)
-
-
-def _check_pickle(file: io.BufferedIOBase, path: Path, left_out: Collection[str]) -> None:
-    """Go over a pickle without making anything. Raises WeightsError where it asks for what is no part of a tensor and
-    not left out, or is so tangled that torch would take for ever or crash: nested deeply, or with one thing in many
-    places. Only where something is left out may results of calls, dictionaries and flat tuples be in several."""
-    depths, marks, memo, before = [], [], {}, ("", None)  # depths: of the things on the stack, -1 for GROWING
-    for opcode, argument, _ in pickletools.genops(file):
-        name, takes, depth = opcode.name, opcode.stack_before, 0
-        if name == "GLOBAL":
-            asked = argument.replace("__builtin__", "builtins").replace(" ", ".")
-            if argument not in PLAIN and asked not in left_out and not (left_out and argument == ENCODE):
-                raise WeightsError(f"{path} holds more than plain tensors: it asks for {argument}")
-            depth = -1 if left_out and argument in GROWING else 0
-        if name.endswith("GET"):
-            kind, depth = memo.get(argument, ("", 0))
-            shared = kind in ("REDUCE", "EMPTY_DICT") or (kind.startswith("TUPLE") and depth <= FLAT)
-            if kind not in ("GLOBAL", "BINUNICODE", "SHORT_BINSTRING") and not (left_out and shared):
-                raise WeightsError(f"{path} holds more than plain tensors: it has one thing in two places")
-        if name.endswith("PUT"):
-            large = before[0] == "EMPTY_DICT" or (before[0] == "BINUNICODE" and len(before[1]) > SHORT_TEXT)
-            memo[argument] = before[0], FLAT if large else depths[-1]
-        before = name, argument
-        if name == "MARK":
-            marks.append(len(depths))
-            continue
-        count, end = len(takes), len(depths)
-        if pickletools.markobject in takes:
-            count, end = takes.index(pickletools.markobject), marks.pop()
-        taken = depths[end - count :]
-        del depths[end - count :]
-        depth = max([depth, *taken[:1], *(inner + 1 for inner in taken[1:])]) + name.startswith("TUPLE")
-        if depth > MAX_DEPTH or (name == "REDUCE" and taken[0] == -1 and depth > FLAT + 1):
-            raise WeightsError(f"{path} holds more than plain tensors: it is nested too deeply")
-        depths += [depth] * len(opcode.stack_after)
 
 
 def build_network(kind: type[ModelMixin], path: Path, use: Callable[[ModelMixin], None]) -> ModelMixin:
@@ -309,31 +246,38 @@ def build_network(kind: type[ModelMixin], path: Path, use: Callable[[ModelMixin]
     return network
 
 
-def unwrap(values: dict, path: Path) -> dict:
-    """The tensors by name of a training's checkpoint ({"state_dict": ...}) or of a plain file, without the `module.`
-    that training on several devices puts before every name. Raises WeightsError where a checkpoint has none."""
-    tensors, prefix = values.get("state_dict", values), "module."
-    if not isinstance(tensors, dict):
-        raise WeightsError(f"{path} holds no weights by name but a {type(tensors).__name__}")
-    wrapped = all(str(name).startswith(prefix) for name in tensors)
-    return {str(name).removeprefix(prefix): tensor for name, tensor in tensors.items()} if wrapped else tensors
+def unwrap(values: dict, path: Path) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a trainer's checkpoint ({"state_dict": ...}) or of a plain file by name, without the
+    `module.` that training on several devices puts before every name. Raises WeightsError where there are none."""
+    tensors, prefix = _plain_tensors(values.get("state_dict", values), path), "module."
+    wrapped = all(name.startswith(prefix) for name in tensors)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()} if wrapped else tensors
+
+
+def _plain_tensors(values: object, path: Path) -> dict[str, torch.Tensor]:
+    """Returns the dense tensors of a dictionary by name, without whatever else is in it. Raises WeightsError where it
+    has none."""
+    if not isinstance(values, dict):
+        raise WeightsError(f"{path} holds no weights by name but a {type(values).__name__}")
+    tensors = {
+        str(name): value
+        for name, value in values.items()
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_nested)
+    }
+    if not tensors:
+        raise WeightsError(f"{path} holds no tensors by name" + (f", only {_first(list(values))}" if values else ""))
+    return tensors
 
 
 def load_strictly(module: nn.Module, tensors: dict, path: Path) -> None:
-    """Put tensors into a module by name; one on the meta device takes them over.
+    """Loads tensors into a module by name; a module on the meta device takes the tensors themselves.
 
-    Raises WeightsError listing what does not fit; then nothing was loaded.
+    What is no dense tensor is skipped. A missing `num_batches_tracked`, which files of before torch 0.4.1 lack and only
+    training uses, becomes 0. Raises WeightsError listing what does not fit; then nothing was loaded.
     """
-    own = module.state_dict()
-    if not isinstance(tensors, dict):
-        raise WeightsError(f"{path} holds no weights by name but a {type(tensors).__name__}")
-    odd = [
-        str(name)
-        for name, value in tensors.items()
-        if not (isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided)
-    ]
-    if odd:
-        raise WeightsError(f"{path} holds more than plain tensors by name: {_first(odd)}")
+    own, tensors = module.state_dict(), _plain_tensors(tensors, path)
+    counters = [name for name in own.keys() - tensors.keys() if name.endswith("num_batches_tracked")]
+    tensors |= {name: torch.zeros_like(own[name], device="cpu") for name in counters}
     faults = {
         "missing": sorted(own.keys() - tensors.keys()),
         "unexpected": sorted(tensors.keys() - own.keys()),
@@ -358,8 +302,8 @@ def load_strictly(module: nn.Module, tensors: dict, path: Path) -> None:
     module.load_state_dict(tensors, assign=any(tensor.is_meta for tensor in own.values()))
 
 
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+def _first(names: list) -> str:
+    return ", ".join(map(str, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def freeze(module: nn.Module) -> nn.Module:

@@ -77,7 +77,7 @@ def train_unet(cache: Cache, config: TrainConfig) -> None:
     width = next(iter(cache.clips.values())).tensor("audio_features", 0, 1).shape[-1]
     musetalk_trainer.build_unet = lambda *_: small_unet(width)
     musetalk_trainer.PatchDiscriminator = partial(PatchDiscriminator, width=4, layers=2)
-    accelerator = start_processes()
+    accelerator = start_processes("cpu")
     dataset = open_dataset(
         config, cache, sorted(cache.clips), cache.contract, ranks=accelerator.num_processes, sync_offset=0
     )
@@ -101,7 +101,7 @@ def train_unet(cache: Cache, config: TrainConfig) -> None:
 
 
 def main(what: str, cache: str, folder: str, batch_size: str, steps: str, dtype: str) -> None:
-    run.precision = lambda: "no"
+    run.precision = lambda _: "no"
     run.stop_requests = partial(asked_after, int(steps))
     torch.set_default_dtype(getattr(torch, dtype))
     torch.Tensor.float = lambda tensor: tensor.to(torch.get_default_dtype())  # where the code asks for float32

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch._dynamo.utils import counters
 
-from musetalk.contract import LATENT_CHANNELS, LATENT_SIZE, RIGID, WINDOW_STEPS
+import musetalk_trainer
+from losses.discriminator import PatchDiscriminator
+from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, LATENT_SIZE, RIGID, WINDOW_STEPS
 from musetalk.models.vae import load_vae
 from musetalk.run import TrainError
-from musetalk_trainer import PRESETS, TrainConfig, build_objective, build_state, check, training_step, weights
+from musetalk_trainer import PRESETS, TrainConfig, build_objective, build_state, check_config, training_step, weights
 
 # The least that has what a UNet is made of: attention to sound, a way down and up again.
 LEAST = {
@@ -34,16 +37,18 @@ needs_a_compiler = pytest.mark.skipif(
 
 
 @pytest.fixture
-def config(mini, tmp_path) -> TrainConfig:
-    """A training on latents of a UNet so small that a compiler is soon done with it."""
+def config(mini, tmp_path, monkeypatch) -> TrainConfig:
+    """A training with an adaptive weight every other step, of a UNet so small that a compiler is soon done with it."""
+    monkeypatch.setattr(musetalk_trainer, "PatchDiscriminator", partial(PatchDiscriminator, width=4))
     planned = json.loads((mini / "musetalk/musetalk.json").read_text()) | LEAST
     (tmp_path / "musetalk").mkdir()
     (tmp_path / "musetalk/musetalk.json").write_text(json.dumps(planned))
-    return replace(PRESETS["demo"], models_dir=tmp_path, loss_weights=weights(latent_l1=1.0))
+    losses = weights(latent_l1=1.0, pixel_l1=1.0, adv_g=1.0)
+    return replace(PRESETS["demo"], models_dir=tmp_path, loss_weights=losses, pixel_every=1, adaptive_every=2)
 
 
 def results(config: TrainConfig, mini: Path, precision: str = "no") -> dict[str, torch.Tensor]:
-    """The loss of a batch and the gradients that the trainer's own step gives the UNet."""
+    """The adaptive weight, the losses and the UNet's gradients after the trainer's own steps: ordinary, measured."""
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     state = build_state(config, RIGID, accelerator)
@@ -54,15 +59,20 @@ def results(config: TrainConfig, mini: Path, precision: str = "no") -> dict[str,
     batch = dict(zip(("masked_latents", "reference_latents", "target_latents"), latents, strict=True))
     width = state.unet.model.config.cross_attention_dim
     batch["audio_window"] = torch.randn(2, 1, WINDOW_STEPS * STATES, width, generator=generator).half()
-    terms = training_step(state, objective, batch, config, accelerator, measure=False)
-    return terms | {name: parameter.grad for name, parameter in state.unet.named_parameters()}
+    images = (2, 1, IMAGE_SIZE, IMAGE_SIZE, 3)
+    batch["target_image"] = torch.randint(256, images, generator=generator, dtype=torch.uint8)
+    batch["mouth_box"] = torch.zeros(2, 1, 4)
+    for state.step in range(2):
+        terms = training_step(state, objective, batch, config, accelerator, measure=True)
+    gradients = {name: parameter.grad for name, parameter in state.unet.named_parameters()}
+    return {"pull": state.pulls[""]} | terms | gradients
 
 
 def test_compiling_without_a_compiler_is_refused_at_once(config, monkeypatch):
     monkeypatch.setenv("CXX", "no such compiler")
     with pytest.raises(TrainError, match="compile must be False here: torch.compile needs a C.. compiler"):
-        check(replace(config, compile=True))
-    check(config)
+        check_config(replace(config, compile=True))
+    check_config(config)
 
 
 @needs_a_compiler
@@ -72,7 +82,7 @@ def test_a_compiled_unet_gives_the_same_loss_and_gradients(config, mini):
     assert not counters["stats"]
     compiled = results(replace(config, compile=True), mini)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
-    assert all(value.abs().max() > 0 for value in plain.values())
+    assert all(value.abs().max() > 0 for value in plain.values()) and plain["pull"] < 1
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-7)
 
 

@@ -339,14 +339,14 @@ def test_the_contract_of_a_training_is_that_of_its_cache_and_the_windows_it_asks
     cache = Cache(tmp_path)
     for asked, base in CONTRACTS.items():
         if asked == preset:
-            found = training_contract(asked, cache)
+            found = training_contract(asked, cache, positional_encoding=True)
             assert found.as_dict(CACHE_FIELDS) == cached.as_dict(CACHE_FIELDS)
             assert found.as_dict(MODEL_FIELDS) == base.as_dict(MODEL_FIELDS)
         else:
             field = "crop" if "rigid" in (asked, preset) else "final_layer_norm"
             have, want = getattr(cached, field), getattr(base, field)
             with pytest.raises(ContractError) as caught:
-                training_contract(asked, cache)
+                training_contract(asked, cache, positional_encoding=True)
             told = f"{tmp_path} was made with {field} = {have!r}, but {want!r} is asked for; use the contract"
             assert str(caught.value).startswith(told)
 
@@ -358,7 +358,7 @@ def test_a_training_refuses_a_cache_of_one_other_field_unless_a_user_sets_it_or_
     own = ("bbox_shift", "margins", "encode_dtype", "posterior", "vae", "audio_encoder", "face_backend")
     CacheWriter(tmp_path, replace(MUSETALK_V15, **{field: OTHER[field]})).write("a", random_tensors(12), ABOUT)
     if field in own:
-        assert getattr(training_contract("musetalk_v15", Cache(tmp_path)), field) == OTHER[field]
+        assert getattr(training_contract("musetalk_v15", Cache(tmp_path), True), field) == OTHER[field]
     else:
         with pytest.raises(ContractError, match=f"{field} = "):
-            training_contract("musetalk_v15", Cache(tmp_path))
+            training_contract("musetalk_v15", Cache(tmp_path), True)

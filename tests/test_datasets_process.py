@@ -219,7 +219,7 @@ def test_without_its_folder_of_videos_it_says_which_constant_to_set(tmp_path):
 
 
 def test_without_weights_it_says_where_to_get_them(small_clips, tmp_path):
-    with pytest.raises(WeightsError, match="nowhere/sd-vae-ft-mse/config.json is missing; get it from"):
+    with pytest.raises(WeightsError, match="nowhere/sd-vae-ft-mse/.* is missing; get it from"):
         prepare(PrepareConfig(hdtf_dir=small_clips, hdtf_samples_dir=tmp_path / "cache", models_dir=Path("nowhere")))
     assert [path.name for path in tmp_path.rglob("*")] == ["cache", ".lock"]
 
@@ -234,7 +234,7 @@ UNFIT = {
     "margins": [(-1,), (1001,), (0, 0.5), (True,), ("0",), [0], 0, None, "0"],
     "encode_dtype": ["int8", "float16", None, 32],
     "face_backend": ["eyes", "", None, 1],
-    "device": ["gpu", "", "meta", "cuda:99", None, 0],
+    "device": ["gpu", "", "meta", None, 0],
     "num_workers": [-1, 513, 1.0, True, "4", None],
     "verify": ["yes", 1, 0, None],
 }
@@ -286,7 +286,7 @@ def test_nothing_usable_ends_in_a_sentence(tmp_path):
 @pytest.mark.parametrize("name", FACE_BACKENDS)
 def test_the_contract_says_whose_landmarks_made_the_boxes(name, mini, monkeypatch):
     monkeypatch.setattr(datasets_process, "load_face_backend", lambda *given: given[0])
-    tools = datasets_process.load_tools(PrepareConfig(models_dir=mini, face_backend=name))
+    tools = datasets_process.load_tools(PrepareConfig(models_dir=mini, face_backend=name, device="cpu"))
     assert tools.backend == name and tools.contract.face_backend == {"mmpose": "dwpose"}.get(name, name)
 
 
@@ -301,7 +301,7 @@ def test_the_contract_says_whose_landmarks_made_the_boxes(name, mini, monkeypatc
 )
 def test_bfloat16_is_only_chosen_where_the_device_computes_in_it(contract, asked, known, made, mini, monkeypatch):
     monkeypatch.setattr(datasets_process, "knows_bfloat16", lambda device: known)
-    config = PrepareConfig(models_dir=mini, contract=contract, encode_dtype=asked)
+    config = PrepareConfig(models_dir=mini, contract=contract, encode_dtype=asked, device="cpu")
     tools = datasets_process.load_tools(config)
     assert tools.contract.encode_dtype == made
     assert tools.vae.autoencoder.dtype is getattr(torch, made)

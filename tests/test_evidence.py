@@ -42,7 +42,7 @@ def found_unfit(material: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_makes_as_many_steps_of_as_many_frames_as_its_baseline(name):
     config, baseline = RECIPES[name].config, RECIPES[RECIPES[name].baseline].config
-    musetalk_trainer.check(config)
+    musetalk_trainer.check_config(config)
     mine, theirs = (one.batch_size * one.grad_accum_steps * one.frames for one in (config, baseline))
     assert mine == theirs and mine % FRAMES == 0
     assert config.num_steps == baseline.num_steps and config.pixel_every == baseline.pixel_every
@@ -77,11 +77,11 @@ def test_adjacent_references_are_beside_their_frame(sample_cache):
 
 def test_a_training_that_goes_on_from_another_is_measured_and_told(here, sample_cache, monkeypatch):
     """From an untrained UNet through the real trainer into the report, with positions off and no expert."""
-    short = {"num_steps": 1, "pixel_every": 1, "batch_size": 1}
-    first = replace(RECIPES["stage1"], config=replace(RECIPES["stage1"].config, **short), positional_encoding=False)
+    short = {"num_steps": 1, "pixel_every": 1, "batch_size": 1, "positional_encoding": False}
+    first = replace(RECIPES["stage1"], config=replace(RECIPES["stage1"].config, **short))
     then = replace(RECIPES["adversarial"], config=replace(RECIPES["adversarial"].config, **short, adaptive_every=0))
     monkeypatch.setitem(RECIPES, "stage1", first)
-    monkeypatch.setitem(RECIPES, "further", replace(then, positional_encoding=False))
+    monkeypatch.setitem(RECIPES, "further", then)
     monkeypatch.setitem(MATERIALS, "sample", Material("A few.", here, ("sample_01",), ("stage1", "further")))
     monkeypatch.setattr(pieces, "LOOKED_AT", 6)
     shutil.copytree(sample_cache.folder, Piece("cache", ("sample", "rigid")).folder)

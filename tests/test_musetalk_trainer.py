@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,14 @@ from safetensors.torch import load_file
 import musetalk_trainer
 from losses.discriminator import PatchDiscriminator
 from musetalk.cache import Cache, CacheError
-from musetalk.checkpoint import save_state, save_unet
+from musetalk.checkpoint import read_unet_contract, save_state, save_unet
 from musetalk.contract import CONTRACTS, ContractError
 from musetalk.models.syncnet import build_syncnet, save_syncnet
 from musetalk.models.unet import build_unet
 from musetalk.models.vgg import VGG16, Heads
+from musetalk.pipeline import LipSyncPipeline
 from musetalk.script import UserError
+from musetalk.sync_check import SyncError
 from musetalk.training import OPTIMIZERS
 from musetalk.weights import WeightsError
 from musetalk_trainer import (
@@ -55,7 +58,7 @@ def config(sample_cache, tmp_path) -> TrainConfig:
         warmup_steps=2,
         log_every=1,
         sample_every=4,
-        val_every=10**6,
+        val_every=0,
         save_every=2,
     )
 
@@ -270,8 +273,8 @@ def test_published_weights_are_begun_with_under_the_contract_named(config, mini,
         train("other", replace(run, start_from="nothing"))
 
 
-def test_validation_tells_what_the_mouth_follows(config):
-    run = replace(config, num_steps=1, sample_every=2, val_every=1, loss_weights=weights(latent_l1=1.0))
+def test_validation_after_the_last_step_tells_what_the_mouth_follows(config):
+    run = replace(config, num_steps=1, sample_every=2, val_every=1000, loss_weights=weights(latent_l1=1.0))
     train("demo", run)
     _, record = records_of(run)
     for name in ("psnr", "ssim", "psnr_mouth", "ssim_mouth"):
@@ -284,6 +287,48 @@ def test_validation_tells_what_the_mouth_follows(config):
     told = (run.log_dir / "trainer.log").read_text()
     assert re.search("prediction +truth +reference\npsnr ", told)
     assert re.search(r"\nr_other_audio +\S+\nr_audio_not_heard +\S+\nreference_share +\S+\nopening_in_silence ", told)
+
+
+def test_clips_too_short_to_validate_on_are_refused_before_a_step_is_made(config, monkeypatch):
+    monkeypatch.setattr("musetalk.validation.MIN_FRAMES", 30)
+    with pytest.raises(CacheError, match="no clip held out has 40 usable frames in a row to validate on"):
+        train("demo", replace(config, val_every=1000))
+    assert not config.checkpoint_dir.exists()
+
+
+def test_a_machine_without_mediapipe_is_refused_before_a_step_is_made(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mediapipe", None)
+    with pytest.raises(UserError, match="mediapipe, which is not installed"):
+        train("demo", replace(config, val_every=1000))
+    assert not config.checkpoint_dir.exists()
+
+
+# The check of a later stage.
+
+
+def test_a_later_stage_is_checked_without_the_weights_of_the_one_before(every_loss, capsys):
+    """The expert is untrained: it is refused, or taken by a user who says so; nothing is trained or left to go on."""
+    run = replace(every_loss, start_from="stage1", check=True, val_every=1000)
+    train("stage2", run)
+    printed = capsys.readouterr().out
+    assert "stage1 has no weights yet" in printed and "accuracy" in printed and "UNet of" in printed
+    assert cv2.imread(str(run.log_dir / "stage2/sync_check.png")).shape == (400, 800, 3)
+    with pytest.raises(SyncError, match="cannot be trusted"):
+        train("stage2", replace(run, unfit_expert=False))
+    assert not run.checkpoint_dir.exists() and len(list(run.log_dir.rglob("*.*"))) == 1
+
+
+def test_a_check_reads_the_weights_that_are_there(config, sample_cache, mini):
+    run = replace(config, start_from="stage1", check=True)
+    unet = build_unet(mini, 3, positional_encoding=True)
+    stage1 = run.checkpoint_dir / "stage1"
+    save_unet(stage1, 1, unet.model.state_dict(), sample_cache.contract)
+    train("stage2", run)
+    with pytest.raises(ContractError, match="positional_encoding = True, but False is asked for"):
+        train("stage2", replace(run, positional_encoding=False))
+    with pytest.raises(WeightsError, match="nothing is no file"):
+        train("stage2", replace(run, start_from="nothing"))
+    assert [path.name for path in run.checkpoint_dir.iterdir()] == ["stage1"]
 
 
 def interrupt_after(function):
@@ -315,7 +360,7 @@ def test_accumulation_equals_one_large_batch(config, monkeypatch):
             num_steps=1,
         )
         AcceleratorState._reset_state(reset_partial_state=True)
-        monkeypatch.setattr("musetalk.run.precision", lambda: "no")
+        monkeypatch.setattr("musetalk.run.precision", lambda _: "no")
         train("demo", run)
         states.append(torch.load(run.checkpoint_dir / "demo" / "training-state-0000001.pt", weights_only=True))
     moments = [flat(state["optimizer"]["state"]) for state in states]
@@ -408,7 +453,7 @@ def test_command_line():
         ({"pixel_every": 2, "loss_weights": {"pixel_l1": 1.0}}, TrainError, "pixel_every must be 1 where latent_l1"),
         ({"optimizer": "adamax"}, TrainError, "weight_decay must be 0 with adamax"),
         ({"hdtf_samples_dir": Path("nowhere")}, CacheError, "nowhere is no cache.*datasets_process.py"),
-        ({"models_dir": Path("nowhere")}, WeightsError, "nowhere/sd-vae-ft-mse/config.json is missing; get it from"),
+        ({"models_dir": Path("nowhere")}, WeightsError, "nowhere/sd-vae-ft-mse/.* is missing; get it from"),
     ],
 )
 def test_what_cannot_work_is_refused_in_a_sentence(config, change, error, message):
@@ -428,6 +473,7 @@ UNFIT = {
     "models_dir": NO_PATH,
     "start_from": [None, 1, Path("checkpoints")],
     "contract": ["v2", "", None, 1],
+    "positional_encoding": [0, 1, "yes", None],
     "held_out": [*NO_NUMBER, 0.0, 0, 1.0, 1, 1.5],
     "references": ["near", "", None, 1],
     "min_reference_gap": NO_COUNT,
@@ -466,10 +512,12 @@ UNFIT = {
     "ema_every": NO_COUNT,
     "gradient_checkpointing": [0, 1, "yes", None],
     "compile": [0, 1, "yes", None],
+    "device": ["gpu", "", "cuda:1", "meta", None, 0],
+    "check": [0, 1, "yes", None],
     "num_steps": NO_COUNT,
     "log_every": NO_COUNT,
     "sample_every": NO_COUNT,
-    "val_every": NO_COUNT,
+    "val_every": NO_COUNT_OR_ZERO,
     "val_frames": NO_COUNT,
     "save_every": NO_COUNT,
     "save_minutes": NO_NUMBER,
@@ -524,10 +572,20 @@ def test_another_contract_than_that_of_the_cache_is_refused(config):
         train("demo", replace(config, contract="musetalk_v1"))
 
 
+def test_the_positional_encoding_is_a_constant_of_training_and_part_of_the_contract(config):
+    without = replace(config, positional_encoding=False, num_steps=2, sample_every=2, loss_weights={"latent_l1": 1.0})
+    train("demo", without)
+    weights = config.checkpoint_dir / "demo/unet-0000002.safetensors"
+    assert not read_unet_contract(weights).positional_encoding
+    assert not LipSyncPipeline.from_checkpoint(weights, config.models_dir).unet.positions.any()
+    with pytest.raises(ContractError, match="False, but True is asked for; set positional_encoding to False"):
+        train("demo", replace(without, positional_encoding=True))
+
+
 def test_another_contract_than_that_of_the_state_is_refused(config, monkeypatch):
     train("demo", replace(config, num_steps=2, sample_every=2))
     monkeypatch.setattr(
-        musetalk_trainer, "training_contract", lambda _, cache: replace(cache.contract, window_edge="clamp")
+        musetalk_trainer, "training_contract", lambda _, cache, __: replace(cache.contract, window_edge="clamp")
     )
     with pytest.raises(ContractError, match="window_edge = 'zero', but 'clamp' is asked for"):
         train("demo", config)
@@ -539,7 +597,7 @@ def test_audio_features_of_another_width_are_refused(config, mini, tmp_path):
     (tmp_path / "models" / "musetalk").mkdir()
     text = (mini / "musetalk" / "musetalk.json").read_text()
     (tmp_path / "models/musetalk/musetalk.json").write_text(text.replace('dim": 64', 'dim": 32'))
-    with pytest.raises(TrainError, match="has cross_attention_dim 32, but the audio features in .* are 64 wide"):
+    with pytest.raises(WeightsError, match="5 states 64 wide, but the UNet attends to 5 states 32 wide"):
         train("demo", replace(config, models_dir=tmp_path / "models"))
 
 

@@ -92,4 +92,4 @@ def test_other_ways_to_share_a_training_are_refused(monkeypatch, name):
 
     monkeypatch.setattr("musetalk.run.Accelerator", lambda **_: Shared())
     with pytest.raises(TrainError, match=f"^{name} is not supported: start it with python, torchrun or accel"):
-        start_processes()
+        start_processes("auto")

@@ -12,6 +12,7 @@ from nbclient import NotebookClient
 
 from datasets_process import PrepareConfig
 from musetalk.cache import Cache
+from musetalk.check import CheckConfig
 from musetalk.checkpoint import save_unet
 from musetalk.contract import CONTRACTS
 from musetalk.dataset import split_clips
@@ -24,7 +25,7 @@ from musetalk_trainer import PRESETS, TrainConfig, parse
 from syncnet_trainer import SyncConfig
 
 ROOT = Path(__file__).parents[1]
-MODULES = {"musetalk.export": ExportConfig, "musetalk.download": DownloadConfig}
+MODULES = {"musetalk.check": CheckConfig, "musetalk.export": ExportConfig, "musetalk.download": DownloadConfig}
 README = (ROOT / "README.md").read_text()
 NOTEBOOK = nbformat.read(ROOT / "demo.ipynb", as_version=4)
 
@@ -44,7 +45,7 @@ def test_the_tree_names_every_module_and_nothing_else():
             folder = entry
         named.add(entry if entry == folder else folder + entry)
     modules = {name for name in tracked() if name.endswith((".py", ".ipynb")) and not name.startswith("tests/")}
-    whole = r"^(musetalk/(?:face|models)|benchmarks)/.*"  # folders that are one line
+    whole = r"^(musetalk/(?:face|models)|benchmarks|tools/gpu_check)/.*"  # folders that are one line
     shown = {re.sub(whole, r"\1/", name) for name in modules if "__init__" not in name}
     assert shown == named - {"musetalk/", "losses/", "models/", "tests/"}
     assert all((ROOT / name).exists() for name in named)

@@ -127,7 +127,7 @@ def test_no_two_groups_can_want_one_name(names):
 
 @pytest.fixture(scope="module")
 def tools() -> datasets_process.Tools:
-    return load_tools(PrepareConfig())
+    return load_tools(PrepareConfig(device="cpu"))
 
 
 @pytest.fixture

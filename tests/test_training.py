@@ -222,6 +222,7 @@ def arguments(cache: Path, folder: Path) -> list[str]:
         "--num-steps": STEPS,
         "--save-every": STEPS // 2,
         "--sample-every": STEPS,
+        "--val-every": 0,
         "--log-every": 1,
         "--warmup-steps": 2,
         "--batch-size": 2,

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ class DistilConfig:
     final_learning_rate: PositiveOrZero = 1e-5  # ... to this
 
     # Run
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, or the CPU where there is none
     num_steps: Count = 10_000
     log_every: Count = 100
     save_every: Count = 1000
@@ -76,7 +78,7 @@ class DistilConfig:
 def main(config: DistilConfig) -> None:
     """Distil, going on from the newest state, write, measure what was written, and draw it."""
     check_constants(config)
-    accelerator = start_processes()
+    accelerator = start_processes(config.device)
     cache = Cache(config.cache)
     train_clips, held_clips, note = split_clips(cache, config.held_out, config.seed)
     vae = load_pixel_vae(config.models_dir, accelerator)

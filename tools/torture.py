@@ -160,6 +160,7 @@ def train(cache: Path) -> None:
         warmup_steps=2,
         log_every=1,
         sample_every=2,
+        val_every=0,
         save_every=2,
     )
     run_script(lambda config: musetalk_trainer.train("demo", config), config)

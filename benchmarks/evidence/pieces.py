@@ -35,7 +35,6 @@ from datasets_process import PrepareConfig
 from datasets_process import main as prepare
 from losses.discriminator import PatchDiscriminator
 from musetalk.cache import Cache
-from musetalk.contract import CONTRACTS
 from musetalk.dataset import FaceDataset
 from musetalk.files import read_json, write_whole
 from musetalk.models.syncnet import SyncNet, load_syncnet
@@ -158,7 +157,6 @@ def make_decoder(folder: Path, material: str) -> None:
 def make_training(folder: Path, material: str, recipe: str, seed: str) -> None:
     """Train by a recipe; what comes of it is measured in a piece of its own."""
     plan, decoder = RECIPES[recipe], Piece("decoder", (material,)).folder / "tiny_decoder.safetensors"
-    rules = replace(CONTRACTS[plan.crop], positional_encoding=plan.positional_encoding)
     changed = {
         "split_clips": partial(split, material),
         "PatchDiscriminator": partial(PatchDiscriminator, DISCRIMINATOR_WIDTH),
@@ -176,7 +174,7 @@ def make_training(folder: Path, material: str, recipe: str, seed: str) -> None:
         sync_expert=str(expert_folder(Piece("expert", (material, str(TRAINING_EXPERT))).folder)),
         seed=int(seed),
     )
-    with patch.multiple(musetalk_trainer, **changed), patch.dict(CONTRACTS, {plan.crop: rules}):
+    with patch.multiple(musetalk_trainer, **changed):
         musetalk_trainer.train(UNET, config)
 
 

@@ -36,7 +36,6 @@ class Recipe:
     baseline: str
     after: str = ""  # the recipe whose weights it goes on from; "" is an untrained UNet
     crop: Literal["rigid", "musetalk_v15"] = "rigid"  # the cache's contract
-    positional_encoding: bool = True
     needs_expert: bool = False  # is it of use only where a sync expert can be trusted?
     tiny_decoder: bool = False  # are losses on images taken through one?
     adjacent: bool = False  # are the references the frames beside those to make?
@@ -72,7 +71,7 @@ def small(preset: str, **changes: object) -> TrainConfig:
         "num_steps": STEPS,
         "log_every": 20,
         "sample_every": STEPS,
-        "val_every": STEPS + 1,
+        "val_every": 0,
         "save_every": 50,
         "keep_states": 1,
     }
@@ -127,7 +126,7 @@ RECIPES = {
         adjacent=True,
     ),
     "no positions": Recipe(
-        "stage1 without positional encoding of the audio", small("stage1"), "stage1", positional_encoding=False
+        "stage1 without positional encoding of the audio", small("stage1", positional_encoding=False), "stage1"
     ),
     "musetalk crop": Recipe(
         "stage1 in MuseTalk's crop, whose height follows the jaw; only its correlations can be compared",

@@ -22,12 +22,6 @@ from musetalk.video import batched
 from musetalk.weights import find, freeze, load_strictly, read_tensors, unwrap
 
 WEIGHTS = "dwpose/dw-ll_ucoco_384.pth"
-# What a checkpoint of mmengine's trainer may hold beside tensors: its log, and arrays that describe the data set.
-TRAINER = (
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    *("numpy.ndarray", "numpy.dtype", "builtins.getattr", "builtins.bytes"),
-)
 POINTS = 133
 FACE = slice(23, 91)  # MuseTalk's 68 of the 133
 INPUT_WIDTH, INPUT_HEIGHT = 288, 384
@@ -268,12 +262,12 @@ def load_dwpose(models_dir: Path, device: torch.device) -> DWPose:
 
 
 def load_published(network: nn.Module, models_dir: Path) -> None:
-    """Fill a network of RTMPose's names from dwpose/dw-ll_ucoco_384.pth, which its trainer saved with all that it had.
+    """Loads dwpose/dw-ll_ucoco_384.pth, a checkpoint of mmengine's trainer, into a network of RTMPose's names.
 
     Raises WeightsError.
     """
     path = find(models_dir, WEIGHTS)
-    load_strictly(network, unwrap(read_tensors(path, left_out=TRAINER), path), path)
+    load_strictly(network, unwrap(read_tensors(path), path), path)
 
 
 def box_of_frame(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

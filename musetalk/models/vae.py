@@ -22,6 +22,12 @@ from musetalk.weights import build_network, find, fingerprint, freeze, load_stri
 
 # What the published file calls the layers of the middle attention -> what diffusers does today.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+# The folders that MuseTalk's scripts of v1.0 and v1.5 leave, and the formats: the first file that is there is loaded.
+FILES = tuple(
+    f"{folder}/diffusion_pytorch_model.{ending}"
+    for folder in ("sd-vae-ft-mse", "sd-vae")
+    for ending in ("safetensors", "bin")
+)
 ENCODE_BATCH = {"cpu": 1, "cuda": 16}  # frames at once; more is slower on a CPU, where each image goes alone
 
 
@@ -80,13 +86,6 @@ class VAE:
         return masked_latents, latents
 
 
-def knows_bfloat16(device: torch.device | str) -> bool:
-    """Whether a device computes in bfloat16; one that does not is several times slower in it than in float32."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-
-
 def posterior_noise(clip: str, frame: int, margin: int) -> np.ndarray:
     """Normal noise float32 (2, 4, 32, 32) for the masked and the full face, always the same for these three."""
     seed = int.from_bytes(hashlib.sha256(f"{clip}/{frame}/{margin}".encode()).digest()[:16], "big")
@@ -97,17 +96,20 @@ def posterior_noise(clip: str, frame: int, margin: int) -> np.ndarray:
 def load_vae(
     models_dir: Path, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format = torch.channels_last
 ) -> VAE:
-    """The VAE of a models folder. channels_last is faster, but for bfloat16 gradients on a CPU. Raises WeightsError."""
+    """The VAE of a models folder, the first of `FILES` with the config.json beside it.
+
+    channels_last is faster, but for bfloat16 gradients on a CPU. Raises WeightsError.
+    """
 
     def use(autoencoder: AutoencoderKL) -> None:
         if not 1e-6 < autoencoder.config.scaling_factor < 1e6:
             raise ValueError("scaling_factor must be over 0, and of a size that numbers keep")
         autoencoder.decode(autoencoder.encode(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE)).latent_dist.mode())
 
-    autoencoder = build_network(AutoencoderKL, find(models_dir, "sd-vae-ft-mse/config.json"), use)
-    path = find(models_dir, *(f"sd-vae-ft-mse/diffusion_pytorch_model.{ending}" for ending in ("safetensors", "bin")))
+    path = find(models_dir, *FILES)
+    autoencoder = build_network(AutoencoderKL, path.with_name("config.json"), use)
     tensors = unwrap(read_tensors(path), path)
-    load_strictly(autoencoder, {_today(str(name)): tensor for name, tensor in tensors.items()}, path)
+    load_strictly(autoencoder, {_today(name): tensor for name, tensor in tensors.items()}, path)
     vae = VAE(autoencoder)  # its fingerprint is of the float32 tensors
     # nn.Module's own `to`: diffusers' warns of layers to keep in float32 even where there are none.
     nn.Module.to(autoencoder, device, dtype, memory_format=memory_format)

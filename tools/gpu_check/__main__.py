@@ -5,11 +5,10 @@
 
 Prints a table and writes it to `<output>/results.md`, with the figures in results.json and pictures beside it:
 
-    steps     one optimizer step of `stage1` and `stage2` at full size, by `chunk_size`: time, operations, memory
     learning  the full-size UNet learns from scratch for some minutes, at each learning rate: losses, and whether the
-              mouth follows the audio on held-out clips
-    resume    a training state is saved and loaded, and the next step repeated
-    dubbing   frames a second by stage at 720 and 1080 lines
+              mouth follows the audio on held-out clips; then its state is saved and loaded, and the next step repeated
+    steps     one optimizer step of `stage1` and `stage2` at full size, by `chunk_size`: time, operations, memory
+    dubbing   frames a second by stage at each of `heights`
 
 Runs on a bare machine: torch 2.11 or newer, numpy 2, no network, no mediapipe. Network sizes are those of `models_dir`,
 their weights are random. The material is a cache that the small VAE made of clips of one person. Twenty sentences of a
@@ -23,9 +22,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 PACKAGES = "accelerate av cv2 diffusers librosa matplotlib pydantic safetensors skimage tensorboard tqdm tyro whisper"
 
@@ -39,21 +38,25 @@ class GpuCheckConfig:
     models_dir: Path = Path("models")  # the sizes of the networks
     vae_dir: Path = Path("models/mini")
     quick: bool = False  # a few seconds for each check instead of minutes
+    checks: tuple[Literal["learning", "steps", "dubbing"], ...] = ("learning", "steps", "dubbing")
     presets: tuple[str, ...] = ("stage1", "stage2")  # whose steps are measured
     chunk_sizes: tuple[int, ...] = (1, 4, 16)
     batch_size: int = 0  # samples of a forward; 0: that of the preset
+    heights: tuple[int, ...] = (720, 1080)  # lines of the dubbed videos
     learning_rates: tuple[float, ...] = (2e-5, 1e-4)
-    learn_seconds: float = 150.0  # for each learning rate; a tenth of it in a quick check
+    learn_seconds: float = 120.0  # for each learning rate; a tenth of it in a quick check
 
 
 def main(config: GpuCheckConfig) -> None:
     """Run all checks, each printing its rows as soon as they are known."""
+    from musetalk.devices import describe
+    from musetalk.run import start_processes
     from tools.gpu_check.dubbing import dub
     from tools.gpu_check.learning import learn
-    from tools.gpu_check.steps import describe, time_steps
+    from tools.gpu_check.steps import time_steps
 
     config.output.mkdir(parents=True, exist_ok=True)
-    rows: list[dict] = []
+    accelerator, rows = start_processes("auto"), []
 
     def report(check: str, case: str, **figures: float | str) -> None:
         rows.append({"check": check, "case": case} | figures)
@@ -61,10 +64,10 @@ def main(config: GpuCheckConfig) -> None:
         (config.output / "results.json").write_text(json.dumps(rows, indent=1))
         (config.output / "results.md").write_text(table(rows) + "\n")
 
-    describe(report)
-    checks: tuple[Callable, ...] = (learn, time_steps, dub)
-    for check in checks:
-        check(config, report)
+    report("device", describe(accelerator.device))
+    run = {"learning": learn, "steps": time_steps, "dubbing": dub}
+    for check in config.checks:
+        run[check](config, accelerator, report)
     print(f"\n{table(rows)}\n\nresults: {config.output}")
 
 
@@ -87,4 +90,6 @@ if __name__ == "__main__":
         sys.exit(f"these packages are missing: {', '.join(missing)}; requirements.txt names their versions")
     import tyro
 
-    main(tyro.cli(GpuCheckConfig, description=__doc__))
+    from musetalk.script import run_script
+
+    run_script(main, tyro.cli(GpuCheckConfig, description=__doc__))

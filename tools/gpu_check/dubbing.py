@@ -10,6 +10,7 @@ from unittest.mock import patch
 import cv2
 import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import nn
 
@@ -21,26 +22,24 @@ from musetalk.files import read_json
 from musetalk.models.unet import build_unet
 from musetalk.models.vae import VAE
 from musetalk.pipeline import LipSyncPipeline, PreparedVideo, Stages
-from musetalk.run import start_processes
 from musetalk.video import write_video
 
 if TYPE_CHECKING:
     from tools.gpu_check.__main__ import GpuCheckConfig
 
-HEIGHTS = 720, 1080
 FACE = 0.45  # side of the box of the face, in heights of the frame
 
 
-def dub(config: GpuCheckConfig, report: Callable) -> None:
+def dub(config: GpuCheckConfig, accelerator: Accelerator, report: Callable) -> None:
     """Report how fast a face is encoded, generated, blended and written."""
-    cache, device = Cache(config.material), start_processes().device
+    cache, device = Cache(config.material), accelerator.device
     clip = next(iter(cache.clips.values()))
     unet = build_unet(config.models_dir, 0, cache.contract.positional_encoding).to(device).eval()
     autoencoder = AutoencoderKL.from_config(read_json(config.models_dir / "sd-vae-ft-mse/config.json"))
     with patch("musetalk.models.vae.fingerprint", return_value=cache.contract.vae):
         vae = VAE(nn.Module.to(autoencoder, device, getattr(torch, cache.contract.encode_dtype)))
     pipeline = LipSyncPipeline(unet, vae, cache.contract, config.vae_dir)
-    for height in HEIGHTS:
+    for height in config.heights:
         source = config.output / f"source_{height}.mp4"
         faces, boxes = write_source(clip, height, source)
         start = time.perf_counter()

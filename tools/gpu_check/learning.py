@@ -25,7 +25,7 @@ from musetalk.dataset import FaceDataset, read_windows, split_clips
 from musetalk.metrics import correlation
 from musetalk.models.vae import VAE
 from musetalk.preflight import workers_that_fit
-from musetalk.run import loader, start_processes
+from musetalk.run import loader
 from musetalk.run_log import rendered
 from musetalk.training import TrainState, load_pixel_vae, training_contract
 from musetalk.validation import true_openings
@@ -53,9 +53,9 @@ WARMUP = 50  # steps
 MANY_STEPS = 10**6  # time ends a training before
 
 
-def learn(config: GpuCheckConfig, report: Callable) -> None:
+def learn(config: GpuCheckConfig, accelerator: Accelerator, report: Callable) -> None:
     """Report what is learned in equal times at each learning rate, and after the last one a resumed step."""
-    cache, accelerator = Cache(config.material), start_processes()
+    cache = Cache(config.material)
     vae = load_pixel_vae(config.vae_dir, accelerator)
     train_clips, held_clips, _ = split_clips(cache, HELD_OUT / max(len(cache.clips), 2 * HELD_OUT), seed=0)
     probe = Probe(cache, train_clips, held_clips, vae)
@@ -72,7 +72,6 @@ def learn(config: GpuCheckConfig, report: Callable) -> None:
             final_learning_rate=rate,
             warmup_steps=WARMUP,
             num_steps=MANY_STEPS,
-            num_workers=workers_that_fit(),
         )
         training = FromScratch(constants, cache, train_clips, vae, accelerator)
         records, faces = follow(training, probe, seconds, QUICK_LOOKS if config.quick else LOOKS)
@@ -95,7 +94,7 @@ class FromScratch:
 
     @cached_property
     def contract(self) -> FeatureContract:
-        return training_contract(self.constants.contract, self.cache)
+        return training_contract(self.constants.contract, self.cache, self.constants.positional_encoding)
 
     @cached_property
     def dataset(self) -> FaceDataset:
@@ -112,7 +111,7 @@ class FromScratch:
     def batches(self) -> Iterator[dict]:
         """The batches from the next step on."""
         steps = range(self.state.step, self.constants.num_steps)
-        return iter(loader(self.dataset, steps, self.constants.batch_size, self.constants.num_workers))
+        return iter(loader(self.dataset, steps, self.constants.batch_size, workers_that_fit()))
 
     def step(self, batches: Iterator[dict]) -> Made:
         torch.manual_seed(self.constants.seed + self.state.step)

@@ -10,11 +10,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import GIB
 from benchmarks.training import untrained_training
-from musetalk.run import start_processes
 from musetalk_trainer import PRESETS, Made
 
 if TYPE_CHECKING:
@@ -23,17 +23,10 @@ if TYPE_CHECKING:
 SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices whose product shows the peak
 
 
-def describe(report: Callable) -> None:
-    """Report the device, and the speed of a large matrix product on it, the peak that shares refer to."""
-    device = start_processes().device
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    report("device", name, torch=torch.__version__, TFLOP_per_s=matmul_peak(device) / 1e12)
-
-
-def time_steps(config: GpuCheckConfig, report: Callable) -> None:
+def time_steps(config: GpuCheckConfig, accelerator: Accelerator, report: Callable) -> None:
     """Report the last step of each preset, in which all happens that ever does, at each chunk size."""
-    accelerator = start_processes()
     peak = matmul_peak(accelerator.device)
+    report("peak", "matrix product in bfloat16", TFLOP_per_s=peak / 1e12)
     for preset in config.presets:
         constants = replace(PRESETS[preset], models_dir=config.models_dir)
         batch_size = config.batch_size or constants.batch_size

@@ -1,0 +1,210 @@
+"""Checks what a training needs: one line each, to read or to paste into a bug report.
+
+    python -m musetalk.check                                               models/ and the cache in data/cache
+    python -m musetalk.check --models-dir models/mini --hdtf-samples-dir data/mine
+
+Prints versions, device, memory and disk, every weight file with its size and sum, every network that they make, and
+the cache with its feature contract. Networks are loaded strictly and get a fixed input, on the CPU in float32: the mean
+absolute output is the same for equal weights on any machine, to about five digits. A line that begins with "!" says
+what prevents a training from starting; the exit code is then 2. Weights that only some trainings need may be missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+import torch
+import tyro
+
+from musetalk.cache import Cache
+from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, LATENT_SIZE, SYNC_MEL_BINS, WINDOW_STEPS
+from musetalk.devices import choose_device, describe
+from musetalk.face.dwpose import INPUT_HEIGHT, INPUT_WIDTH, DWPose, load_dwpose
+from musetalk.face.dwpose import WEIGHTS as DWPOSE
+from musetalk.models.audio_encoder import SEGMENT_STATES, AudioEncoder, load_audio_encoder
+from musetalk.models.face_parser import WEIGHTS as FACE_PARSER
+from musetalk.models.face_parser import load_face_parser
+from musetalk.models.syncnet import PUBLISHED, load_syncnet
+from musetalk.models.unet import UNet, build_unet, load_unet
+from musetalk.models.vae import VAE, load_vae
+from musetalk.models.vgg import load_lpips
+from musetalk.preflight import SHARED_MEMORY
+from musetalk.script import UserError, check_constants, run_script
+from musetalk.weights import SOURCES
+
+PACKAGES = ("torch", "diffusers", "accelerate", "numpy", "av", "safetensors")
+CPU = torch.device("cpu")
+GIB = 2**30
+
+
+@dataclass
+class CheckConfig:
+    """The constants of the check; override them on the command line."""
+
+    models_dir: Path = Path("models")
+    hdtf_samples_dir: Path = Path("data/cache")  # what datasets_process.py made
+    checkpoint_dir: Path = Path("checkpoints")  # where a training would write
+    device: str = "auto"  # where it would run
+
+
+class Finding(NamedTuple):
+    """A line of the report. fault: whether it keeps a training from starting."""
+
+    text: str
+    fault: bool = False
+
+
+def main(config: CheckConfig) -> None:
+    """Print all findings. Raises UserError where a training could not start."""
+    check_constants(config)
+    faults = 0
+    for finding in chain(machine(config), files(config.models_dir), networks(config)):
+        print(f"{'!' if finding.fault else ' '} {finding.text}", flush=True)
+        faults += finding.fault
+    if faults:
+        raise UserError(f"a training could not start: see the lines that begin with ! ({faults})")
+    print("\na training could start")
+
+
+def machine(config: CheckConfig) -> Iterator[Finding]:
+    """Versions, device, memory and room for files."""
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    yield Finding(f"versions: Python {platform.python_version()}, {versions}, on {platform.platform()}")
+    try:
+        yield Finding(f"device: {describe(choose_device(config.device))}")
+    except UserError as error:
+        yield Finding(f"device: {error}", fault=True)
+    memory, cores = psutil.virtual_memory(), len(os.sched_getaffinity(0))
+    yield Finding(f"memory: {memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB available; cores: {cores}")
+    folder = config.checkpoint_dir.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    yield Finding(f"disk for {config.checkpoint_dir}: {shutil.disk_usage(folder).free / GIB:.1f} GiB free")
+    if SHARED_MEMORY.is_dir():
+        yield Finding(f"{SHARED_MEMORY}: {shutil.disk_usage(SHARED_MEMORY).free / GIB:.2f} GiB free")
+
+
+def files(models_dir: Path) -> Iterator[Finding]:
+    """Each published weight file that is there: its size, the begin of its sha256, and whether it is the known one."""
+    for name, source in SOURCES.items():
+        path = models_dir / name
+        if path.is_file() and path.suffix != ".json":
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            known = "no published sum is known" if not source.sha256 else "another file than the published one"
+            known = "as published" if source.sha256 and digest.startswith(source.sha256) else known
+            yield Finding(f"{path}: {path.stat().st_size:,} bytes, sha256 {digest[:16]}, {known}")
+
+
+def networks(config: CheckConfig) -> Iterator[Finding]:
+    """Each network: whether its weights load and what it makes of a fixed input; then the cache that they must fit."""
+    models_dir = config.models_dir
+    vae, finding = trial("VAE", partial(load_vae, models_dir, CPU, torch.float32), run_vae)
+    yield finding
+    encoder, finding = trial("audio encoder", partial(load_audio_encoder, models_dir, CPU), run_audio_encoder)
+    yield finding
+    states = encoder.shape[0] if encoder else 1
+
+    def load_untrained() -> UNet:
+        unet = build_unet(models_dir, 0, positional_encoding=True)
+        if encoder:
+            unet.check_features(encoder.shape, f"the Whisper in {models_dir}")
+        return unet
+
+    yield trial("UNet, untrained", load_untrained, partial(run_unet, states))[1]
+    for name, load, run in optional_networks(models_dir, states):
+        yield trial(name, load, run)[1]
+    yield from check_cache(config, vae, encoder)
+
+
+def optional_networks(models_dir: Path, states: int) -> Iterator[tuple[str, Callable, Callable]]:
+    """Name, loader and fixed forward pass of the networks whose files are there and that only some trainings need."""
+    for name in ("musetalkV15/unet.pth", "musetalk/pytorch_model.bin", "musetalk/cunet.bin"):
+        if (models_dir / name).is_file():
+            yield name, partial(load_unet, models_dir, models_dir / name, True), partial(run_unet, states)
+    for name in PUBLISHED:
+        if (models_dir / name).is_file():
+            yield name, partial(load_syncnet, models_dir, name, CPU), run_syncnet
+    others = {
+        "LPIPS": ("vgg/lpips.pth", load_lpips, lambda lpips: lpips(fixed_image(), -fixed_image())),
+        "face parser": (FACE_PARSER, load_face_parser, lambda parser: parser(fixed_image())),
+        "DWPose": (DWPOSE, load_dwpose, run_dwpose),
+    }
+    for name, (file, load, run) in others.items():
+        if (models_dir / file).is_file():
+            yield name, partial(load, models_dir, CPU), run
+
+
+def trial(name: str, load: Callable, run: Callable) -> tuple[object | None, Finding]:
+    """A network, None where it cannot be loaded, and what is to be said of it."""
+    try:
+        network = load()
+    except UserError as error:
+        return None, Finding(f"{name}: {error}", fault=True)
+    with torch.no_grad():
+        value = float(run(network).double().abs().mean())
+    return network, Finding(f"{name}: loads strictly, makes {value:.5g} of the fixed input")
+
+
+def check_cache(config: CheckConfig, vae: VAE | None, encoder: AudioEncoder | None) -> Iterator[Finding]:
+    """The cache and its contract, and whether it was made by the networks that are there."""
+    try:
+        cache = Cache(config.hdtf_samples_dir)
+        contract, where = cache.contract, str(cache.folder)
+        usable = sum(int(clip.usable.sum()) for clip in cache.clips.values())
+        people = len({clip.identity for clip in cache.clips.values()})
+        yield Finding(f"cache {where}: {len(cache.clips)} clips of {people} identities, {usable} usable frames")
+        yield Finding(f"contract: {', '.join(f'{k} {v}' for k, v in vars(contract).items())}")
+        for field, network in {"vae": vae, "audio_encoder": encoder}.items():
+            if network:
+                contract.require(replace(contract, **{field: network.fingerprint}), (field,), where)
+    except UserError as error:
+        yield Finding(f"cache: {error}", fault=True)
+
+
+def fixed(*shape: int) -> torch.Tensor:
+    """Numbers of [-1, 1] that are the same everywhere, float32."""
+    return torch.from_numpy(np.sin(np.arange(np.prod(shape)) * 0.37).astype(np.float32)).reshape(shape)
+
+
+def fixed_image() -> torch.Tensor:
+    """(1, 3, 256, 256)."""
+    return fixed(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+
+
+def run_vae(vae: VAE) -> torch.Tensor:
+    return vae.decode(vae.encode(fixed_image()))
+
+
+def run_audio_encoder(encoder: AudioEncoder) -> torch.Tensor:
+    return encoder(fixed(encoder.mel_bins, 2 * SEGMENT_STATES), final_layer_norm=True)
+
+
+def run_unet(states: int, unet: UNet) -> torch.Tensor:
+    window = fixed(1, WINDOW_STEPS * states, unet.model.config.cross_attention_dim)
+    return unet(fixed(1, 2 * LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE), window)
+
+
+def run_syncnet(expert: torch.nn.Module) -> torch.Tensor:
+    images = fixed_image()[:, None].expand(-1, expert.frames, -1, -1, -1)
+    return torch.stack(expert.embed(images, fixed(1, expert.mel_frames, SYNC_MEL_BINS)))
+
+
+def run_dwpose(backend: DWPose) -> torch.Tensor:
+    return backend.network(fixed(1, 3, INPUT_HEIGHT, INPUT_WIDTH))[0]
+
+
+if __name__ == "__main__":
+    run_script(main, tyro.cli(CheckConfig, description=__doc__))

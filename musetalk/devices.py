@@ -1,0 +1,86 @@
+"""The device that a script computes on: chosen, refused where its GPU cannot be used, and described in one line."""
+
+from __future__ import annotations
+
+import os
+import re
+from glob import glob
+from pathlib import Path
+
+import torch
+
+from musetalk.script import UserError
+
+NVIDIA_DEVICES = ("/dev/nvidia[0-9]*", "/dev/dxg")  # of a Linux driver, and of Windows' driver inside WSL
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+class DeviceError(UserError):
+    """A device cannot be used."""
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name: "cpu", "cuda", "cuda:<number>", or "auto", the GPU where there is one and else the CPU.
+
+    Raises DeviceError for another name, and where CUDA is asked for and cannot be used. "auto" asks for it
+    wherever there is an NVIDIA device that CUDA_VISIBLE_DEVICES does not hide: nothing falls back to the CPU unnoticed.
+    """
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,2})?", name):
+        raise DeviceError(f"device must be auto, cpu, cuda or cuda:<number>, not {name!r}")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available() and not nvidia_present()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            f"the GPU cannot be used by {' with '.join(filter(None, [torch_build(), driver()]))}: {cuda_fault()}; "
+            'install a build of torch for this driver (https://pytorch.org/get-started/locally), or set device = "cpu"'
+        )
+    device = torch.device("cuda" if name == "auto" else name)
+    if (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise DeviceError(f"device must be a GPU that is there, up to cuda:{count - 1}, not {name!r}")
+    return device
+
+
+def nvidia_present() -> bool:
+    """Whether this machine has an NVIDIA device that the user has not hidden."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and any(glob(pattern) for pattern in NVIDIA_DEVICES)
+
+
+def cuda_fault() -> str:
+    """Why CUDA cannot be used, in torch's words."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+    return "torch finds none"
+
+
+def torch_build() -> str:
+    """torch's version and what it was built for."""
+    return f"torch {torch_version()} ({f'CUDA {torch.version.cuda}' if torch.version.cuda else 'a CPU build'})"
+
+
+def torch_version() -> str:
+    return torch.__version__.partition("+")[0]
+
+
+def driver() -> str:
+    """The NVIDIA driver and its version, "" where the version cannot be read."""
+    text = NVIDIA_DRIVER.read_text() if NVIDIA_DRIVER.is_file() else ""
+    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text)
+    return f"driver {found[0]}" if found else ""
+
+
+def describe(device: torch.device) -> str:
+    """One line about a device: "NVIDIA H100 80GB HBM3, 79.2 GiB, driver 580.159, torch 2.13.0 (CUDA 13.0)"."""
+    if device.type == "cpu":
+        return f"CPU, {len(os.sched_getaffinity(0))} cores, torch {torch_version()}"
+    about = torch.cuda.get_device_properties(device)
+    return ", ".join(filter(None, [about.name, f"{about.total_memory / 2**30:.1f} GiB", driver(), torch_build()]))
+
+
+def knows_bfloat16(device: torch.device | str) -> bool:
+    """Whether a device computes in bfloat16; one that does not is several times slower in it than in float32."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))

@@ -1,0 +1,45 @@
+"""The check says whether a training could start, and which file keeps it from starting."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+
+from musetalk.check import CheckConfig, main
+from musetalk.script import UserError
+
+
+@pytest.fixture
+def models(mini, tmp_path):
+    """A copy of the small set."""
+    return shutil.copytree(mini, tmp_path / "models")
+
+
+def test_the_small_set_could_train(sample_cache, models, capsys):
+    main(CheckConfig(models_dir=models, hdtf_samples_dir=sample_cache.folder))
+    first = capsys.readouterr().out
+    assert not re.search("^!", first, re.MULTILINE)
+    for part in ("VAE: loads", "audio encoder: loads", "UNet, untrained: loads", "3 clips", sample_cache.contract.vae):
+        assert part in first
+    main(CheckConfig(models_dir=models, hdtf_samples_dir=sample_cache.folder))
+    values = re.compile(r"makes \S+")
+    assert values.findall(capsys.readouterr().out) == values.findall(first)
+
+
+def test_a_broken_file_is_named_and_the_rest_is_checked(sample_cache, models, capsys):
+    broken = models / "sd-vae-ft-mse/diffusion_pytorch_model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    with pytest.raises(UserError, match="could not start"):
+        main(CheckConfig(models_dir=models, hdtf_samples_dir=sample_cache.folder))
+    out = capsys.readouterr().out
+    (fault,) = re.findall("^!.*", out, re.MULTILINE)
+    assert str(broken) in fault
+    assert "audio encoder: loads" in out and "3 clips" in out
+
+
+def test_a_cache_of_other_weights_could_not_train(sample_cache, models, tmp_path, capsys):
+    with pytest.raises(UserError):
+        main(CheckConfig(models_dir=models, hdtf_samples_dir=tmp_path))
+    assert f"! cache: {tmp_path}" in capsys.readouterr().out

@@ -1,0 +1,168 @@
+"""Which device a script computes on, and that it refuses a GPU that cannot be used. No GPU is needed."""
+
+from __future__ import annotations
+
+import runpy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import datasets_process
+import musetalk_trainer
+import syncnet_trainer
+from musetalk import devices
+from musetalk.checkpoint import save_unet
+from musetalk.contract import RIGID
+from musetalk.devices import DeviceError, choose_device, describe
+from musetalk.models.unet import build_unet
+from musetalk.pipeline import LipSyncPipeline
+from musetalk.run import start_processes
+from tools import distil_decoder
+
+TOO_OLD = (
+    "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver by downloading "
+    "and installing a new version"
+)
+
+
+@pytest.fixture
+def nvidia(monkeypatch, tmp_path) -> None:
+    """A machine with an NVIDIA device whose driver is 535.104.05."""
+    (tmp_path / "nvidia0").touch()
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"
+        "GCC version:  gcc version 12.3.0\n"
+    )
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(devices, "NVIDIA_DEVICES", (str(tmp_path / "nvidia[0-9]*"),))
+    monkeypatch.setattr(devices, "NVIDIA_DRIVER", tmp_path / "version")
+
+
+@pytest.fixture
+def unusable(nvidia, monkeypatch) -> None:
+    """Its torch is a CUDA build that wants a newer driver."""
+
+    def init() -> None:
+        raise RuntimeError(TOO_OLD)
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+
+
+@pytest.fixture
+def usable(nvidia, monkeypatch) -> None:
+    """CUDA works, with two GPUs."""
+    about = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=round(79.2 * 2**30))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: about)
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:1"])
+def test_a_driver_that_is_too_old_is_refused_with_both_versions(unusable, name):
+    with pytest.raises(DeviceError) as caught:
+        choose_device(name)
+    version = torch.__version__.partition("+")[0]
+    for part in (
+        f"torch {version} (CUDA 13.0)",
+        "driver 535.104.05",
+        "too old (found version 12020)",
+        'device = "cpu"',
+    ):
+        assert part in str(caught.value)
+    assert "Please update" not in str(caught.value)
+    assert choose_device("cpu").type == "cpu"
+
+
+def test_a_cpu_build_beside_a_gpu_is_refused(unusable, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(DeviceError, match=r"\(a CPU build\) with driver 535.104.05"):
+        choose_device("auto")
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_a_gpu_that_the_user_has_hidden_is_no_reason_to_refuse(unusable, monkeypatch, hidden):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(DeviceError):
+        choose_device("cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(DeviceError):
+        choose_device("auto")
+
+
+def test_a_cuda_build_on_a_machine_without_a_gpu_computes_on_the_cpu(unusable, monkeypatch):
+    monkeypatch.setattr(devices, "NVIDIA_DEVICES", ())
+    assert choose_device("auto").type == "cpu"
+
+
+def test_a_gpu_that_can_be_used_is_chosen_and_described(usable):
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")
+    assert choose_device("cuda:1") == torch.device("cuda", 1) and choose_device("cpu").type == "cpu"
+    with pytest.raises(DeviceError, match="up to cuda:1, not 'cuda:2'"):
+        choose_device("cuda:2")
+    version = torch.__version__.partition("+")[0]
+    wanted = f"NVIDIA H100 80GB HBM3, 79.2 GiB, driver 535.104.05, torch {version} (CUDA 13.0)"
+    assert describe(torch.device("cuda")) == wanted
+
+
+def test_a_driver_whose_version_cannot_be_read_is_not_named(usable, monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "NVIDIA_DRIVER", tmp_path / "none")
+    assert "driver" not in describe(torch.device("cuda"))
+    assert describe(torch.device("cpu")).startswith("CPU, ")
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "meta", "hpu", "cuda:256", "cpu\n", "CPU"])
+def test_a_name_of_no_device_is_refused(name):
+    with pytest.raises(DeviceError, match="^device must be auto, cpu, cuda or cuda:<number>, not "):
+        choose_device(name)
+
+
+@pytest.mark.parametrize(
+    "main",
+    [
+        lambda: datasets_process.main(datasets_process.PrepareConfig(num_workers=1)),
+        lambda: musetalk_trainer.train("demo", musetalk_trainer.PRESETS["demo"]),
+        lambda: syncnet_trainer.train("demo", syncnet_trainer.PRESETS["demo"]),
+        lambda: distil_decoder.main(distil_decoder.DistilConfig()),
+    ],
+    ids=["datasets_process", "musetalk_trainer", "syncnet_trainer", "distil_decoder"],
+)
+def test_every_script_refuses_before_it_does_anything(unusable, tmp_path, monkeypatch, main):
+    monkeypatch.chdir(tmp_path)
+    before = list(tmp_path.iterdir())
+    with pytest.raises(DeviceError, match="too old"):
+        main()
+    assert list(tmp_path.iterdir()) == before
+
+
+def test_the_pipeline_refuses_unless_the_cpu_is_asked_for(unusable, mini, tmp_path):
+    path = save_unet(tmp_path, 1, build_unet(mini, 0, True).model.state_dict(), RIGID)
+    with pytest.raises(DeviceError, match="too old"):
+        LipSyncPipeline.from_checkpoint(path, mini)
+    pipeline = LipSyncPipeline.from_checkpoint(path, mini, device="cpu")
+    assert pipeline.unet.model.device.type == "cpu"
+
+
+def test_trainings_on_a_gpu_alone_give_bits_for_speed(usable, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr("musetalk.run.Accelerator", lambda **given: SimpleNamespace(distributed_type="NO", **given))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    before = torch.get_float32_matmul_precision()
+    try:
+        assert start_processes("cpu").cpu
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == (before, False)
+        started = start_processes("auto")
+        assert not started.cpu and started.mixed_precision == "bf16"
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("high", True)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("module", [datasets_process, musetalk_trainer, syncnet_trainer, distil_decoder])
+def test_importing_a_script_chooses_no_device(monkeypatch, module):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("it chose a device"))
+    runpy.run_path(module.__file__, run_name="imported")

@@ -101,7 +101,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     run.precision = lambda *_: "no"
     rank = int(os.environ["RANK"])
-    accelerator = start_processes()
+    accelerator = start_processes("cpu")
     own = Config(folder / str(rank), folder / str(rank), batch_size=1)
     said = differing(own, accelerator, seed=rank, step=4, listing="abc")
     said += "\n" + differing(own, accelerator, seed=7, step=5 + rank, listing="xyz" if rank else "abc")

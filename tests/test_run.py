@@ -27,7 +27,7 @@ def config(tmp_path) -> Config:
 
 def steps_made(config: Config, *, stop_after: int = 0, weights: dict | None = None) -> dict:
     """Trains, and saves weights after each step where there are any. Returns the newest state."""
-    with open_run("tiny", config, make_state(), start_processes(), weights) as going:
+    with open_run("tiny", config, make_state(), start_processes("cpu"), weights) as going:
         for step in train(going):
             if weights is not None:
                 path = going.folder / f"unet-{step:07d}.safetensors"
@@ -69,7 +69,7 @@ def test_saves_by_time_count_from_the_last_save_of_any_kind(config, monkeypatch)
 def test_a_state_that_was_resumed_from_does_not_keep_its_file_open(config):
     steps_made(replace(config, num_steps=2))
     state = make_state()
-    with open_run("tiny", config, state, start_processes()):
+    with open_run("tiny", config, state, start_processes("cpu")):
         assert state.step == 2
         assert str(config.checkpoint_dir) not in Path("/proc/self/maps").read_text()
 
@@ -105,7 +105,7 @@ def room(monkeypatch):
 def test_the_size_of_a_state_is_known_before_the_first_update(config):
     state = make_state()
     before = state_bytes(state)
-    with open_run("tiny", config, state, start_processes()) as going:
+    with open_run("tiny", config, state, start_processes("cpu")) as going:
         list(train(going))
     steps_taken = 2 * 4  # Adam's count for each of two parameters, in float32
     assert state_bytes(state) - steps_taken == before == bytes_of(state.as_dict()) - steps_taken
@@ -125,11 +125,11 @@ def test_a_disk_without_room_for_what_is_kept_is_refused(config, room, change, n
     config = replace(config, save_every=1) if "save_every" not in change else config
     config, weights = replace(config, **change), {"w": torch.zeros(MB, dtype=torch.uint8)}
     room(needed)
-    with open_run("tiny", config, make_state(), start_processes(), weights):
+    with open_run("tiny", config, make_state(), start_processes("cpu"), weights):
         pass
     room(needed - 1)
     said = f"^{config.checkpoint_dir / 'tiny'} needs another .* GB of disk space .*, but 0.0. GB are free; free some"
-    with pytest.raises(UserError, match=said), open_run("tiny", config, make_state(), start_processes(), weights):
+    with pytest.raises(UserError, match=said), open_run("tiny", config, make_state(), start_processes("cpu"), weights):
         pass
 
 
@@ -140,7 +140,7 @@ def test_files_of_the_run_that_are_there_already_count(config, room):
     sizes = [path.stat().st_size for path in (config.checkpoint_dir / "tiny").glob("*.pt")]
     assert len(sizes) == 2
     room(0)
-    with open_run("tiny", replace(config, num_steps=101), make_state(), start_processes()):
+    with open_run("tiny", replace(config, num_steps=101), make_state(), start_processes("cpu")):
         pass  # a state of a kilobyte is counted as 56 bytes, and two are there
 
 
@@ -157,7 +157,7 @@ def test_shared_memory_that_cannot_hold_the_batches_is_refused(config, room, mon
     check_shared_memory(sample, 32, 0, 2)
     with (
         pytest.raises(UserError, match="^/dev/shm"),
-        open_run("tiny", config, make_state(), start_processes()) as going,
+        open_run("tiny", config, make_state(), start_processes("cpu")) as going,
     ):
         going.config.num_workers = 10**9
         list(train(going))

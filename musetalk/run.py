@@ -115,7 +115,7 @@ class Run:
             stop = self.ranks.any(self.stopping())
             if self.accelerator.is_main_process and (stop or self.due(config.save_every) or self.overdue()):
                 self.save()
-        self.ranks.wait()  # a launcher takes the first process that leaves for a failure and ends those that still save
+        self.ranks.wait()  # for the save: when one process exits, a launcher kills the others
         self.accelerator.end_training()  # here the processes part
         if state.step < config.num_steps:
             raise KeyboardInterrupt(f"stopped at step {state.step}, all saved; run the same command again to go on")
@@ -149,11 +149,11 @@ def open_run(
     accelerator: Accelerator,
     weights: dict[str, torch.Tensor] | None = None,
 ) -> Iterator[Run]:
-    """A run of a name, gone on with from its newest state if there is one.
+    """Opens a run, resumed from its newest state if there is one.
 
-    Within it Ctrl-C and SIGTERM end it after the step at hand. weights: those that it saves on the way, by `Run.keep`.
-    Raises UserError where another process has its folders, or the disk has too little space for what it will save;
-    WeightsError, ContractError where the state is not of this training.
+    Within it Ctrl-C and SIGTERM end the run after the current step. weights: those that are saved on the way, by
+    `Run.keep`. Raises UserError where another process uses its folders or the disk has too little space; WeightsError,
+    ContractError where the state is not of this training.
     """
     folder, log_dir = config.checkpoint_dir / name, config.log_dir / name
     with ExitStack() as stack:
@@ -169,15 +169,15 @@ def open_run(
         log.line(f"{name}: {json.dumps(asdict(config), default=str)}")
         where = f"{accelerator.num_processes} x ({describe(accelerator.device)}), {accelerator.mixed_precision}"
         log.line(f"on {where}; at step {state.step}")
-        # From here on: until then there is nothing to save, and a launcher that ends all processes need not wait.
+        # Not before: until here there is nothing to save, so a signal may end the process.
         stopping = stack.enter_context(stop_requests(patient=accelerator.num_processes > 1))
         yield Run(config, state, accelerator, folder, log, resumed, ranks, stopping, stack, time.monotonic())
 
 
 def resume(state: State, folder: Path, *, check_sums: bool = True) -> bool:
-    """Go on from the newest state in a folder, if there is one. Raises WeightsError, ContractError.
+    """Resumes from the newest state in a folder, if there is one. Raises WeightsError, ContractError.
 
-    check_sums: of the file; one process of several does.
+    check_sums: read the whole file to verify it, which one process of several does.
     """
     found = load_latest_state(folder, check_sums=check_sums)
     if found:

@@ -7,7 +7,7 @@ Prints a table and writes it to `<output>/results.md`, with the figures in resul
 
     learning  the full-size UNet learns from scratch for some minutes, at each learning rate: losses, and whether the
               mouth follows the audio on held-out clips; then its state is saved and loaded, and the next step repeated
-    steps     one optimizer step of `stage1` and `stage2` at full size, by `chunk_size`: time, operations, memory
+    steps     one micro step of `stage1` and `stage2` at full size, by `chunk_size`: time, operations, memory
     dubbing   frames a second by stage at each of `heights`
 
 Runs on a bare machine: torch 2.11 or newer, numpy 2, no network, no mediapipe. Network sizes are those of `models_dir`,
@@ -40,7 +40,7 @@ class GpuCheckConfig:
     quick: bool = False  # a few seconds for each check instead of minutes
     checks: tuple[Literal["learning", "steps", "dubbing"], ...] = ("learning", "steps", "dubbing")
     presets: tuple[str, ...] = ("stage1", "stage2")  # whose steps are measured
-    chunk_sizes: tuple[int, ...] = (1, 4, 16)
+    chunk_sizes: tuple[int, ...] = (16, 4, 1)
     batch_size: int = 0  # samples of a forward; 0: that of the preset
     heights: tuple[int, ...] = (720, 1080)  # lines of the dubbed videos
     learning_rates: tuple[float, ...] = (2e-5, 1e-4)

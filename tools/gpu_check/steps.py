@@ -24,15 +24,15 @@ SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices whose product shows the pe
 
 
 def time_steps(config: GpuCheckConfig, accelerator: Accelerator, report: Callable) -> None:
-    """Report the last step of each preset, in which all happens that ever does, at each chunk size."""
+    """Report a micro step of each preset, the last one, in which all happens that ever does, at each chunk size."""
     peak = matmul_peak(accelerator.device)
     report("peak", "matrix product in bfloat16", TFLOP_per_s=peak / 1e12)
     for preset in config.presets:
-        constants = replace(PRESETS[preset], models_dir=config.models_dir)
+        constants = replace(PRESETS[preset], models_dir=config.models_dir, grad_accum_steps=1)
         batch_size = config.batch_size or constants.batch_size
         training = untrained_training(constants, accelerator)
         step = partial(training.step, batch_size)
-        samples = batch_size * constants.frames * constants.grad_accum_steps
+        samples = batch_size * constants.frames
         for chunk_size in config.chunk_sizes:
             training.objective.chunk_size = chunk_size
             cost = step_cost(step, accelerator.device, peak, times=1 if config.quick else 3)

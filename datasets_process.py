@@ -5,7 +5,7 @@
 
 Reads every video below `hdtf_dir` (25 frames a second are made of whatever it has), finds and follows the face,
 crops and encodes it, and encodes the audio. Writes one file of tensors and one record per clip into
-`hdtf_samples_dir` (see musetalk/cache.py), a contact sheet of the crops, and a reason for every video it refuses.
+`hdtf_samples_dir` (see musetalk/data/cache.py), a contact sheet of the crops, and a reason for every video it refuses.
 Several processes share the videos where there are many (`num_workers`); they give the same bytes as one.
 Run the same command again to go on after an interruption: clips that are done are not made again. A video that has
 another size than before is prepared anew. `--verify` reads a whole cache and says which of its files have changed.
@@ -28,16 +28,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from musetalk.audio import audio_features, sync_mel, window_start
-from musetalk.cache import (
-    MAX_CLIP_FRAMES,
-    Cache,
-    CacheError,
-    CacheWriter,
-    clip_name,
-    encode_jpegs,
-    verify,
-)
+from musetalk.cli import Pixels, Shift, Workers, check_constants, run_script
 from musetalk.contract import (
     CONTEXT_FRAMES,
     CONTRACTS,
@@ -47,17 +38,28 @@ from musetalk.contract import (
     WINDOW_STEPS,
     FeatureContract,
 )
-from musetalk.crop import MIN_FACE, CroppedClip, crop_clips
+from musetalk.data.audio import audio_features, sync_mel, window_start
+from musetalk.data.cache import (
+    MAX_CLIP_FRAMES,
+    Cache,
+    CacheError,
+    CacheWriter,
+    clip_name,
+    encode_jpegs,
+    verify,
+)
+from musetalk.data.crop import MIN_FACE, CroppedClip, crop_clips
+from musetalk.data.face import FACE_BACKENDS, load_face_backend
+from musetalk.data.face.face import FaceBackend
+from musetalk.data.sample import make_sample
+from musetalk.data.sources import Source, find_sources, independent
+from musetalk.data.video import MediaError, file_size, read_audio, read_frames
+from musetalk.data.workers import Bar, most_processes, share_out
 from musetalk.devices import choose_device, describe, knows_bfloat16
-from musetalk.face import FACE_BACKENDS, FaceBackend, load_face_backend
+from musetalk.errors import printable
 from musetalk.files import own_folder, write_whole
 from musetalk.models.audio_encoder import AudioEncoder, load_audio_encoder
 from musetalk.models.vae import VAE, load_vae
-from musetalk.sample import make_sample
-from musetalk.script import Pixels, Shift, Workers, check_constants, printable, run_script
-from musetalk.sources import Source, find_sources, independent
-from musetalk.video import MediaError, file_size, read_audio, read_frames
-from musetalk.workers import Bar, most_processes, share_out
 
 SAMPLE_DIR = Path("data/sample")  # where the built-in sample is made
 PASSES = 2  # every frame is first looked at, then encoded
@@ -239,7 +241,7 @@ def clip_tensors(
     tools: Tools,
     bar: Bar,
 ) -> dict[str, np.ndarray]:
-    """Tensors of a clip as musetalk/cache.py lists them.
+    """Tensors of a clip as musetalk/data/cache.py lists them.
 
     sound: features and mel from the clip's first frame on, to the end of the source's sound.
     """

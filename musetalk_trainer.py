@@ -40,20 +40,7 @@ from losses.adversarial import Adversary
 from losses.discriminator import PatchDiscriminator
 from losses.objective import ADVERSARIAL, Decode, Objective
 from losses.pixel_branch import Terms
-from musetalk.cache import Cache
-from musetalk.checkpoint import save_unet
-from musetalk.contract import FeatureContract, sync_mel_frames
-from musetalk.crop import crop_mouth, to_tensor
-from musetalk.dataset import FaceDataset, split_clips
-from musetalk.devices import describe
-from musetalk.models.syncnet import SyncNet, load_syncnet
-from musetalk.models.tiny_decoder import load_tiny_decoder
-from musetalk.models.unet import build_unet
-from musetalk.models.vae import VAE
-from musetalk.models.vgg import load_lpips
-from musetalk.pipeline import LipSyncPipeline
-from musetalk.run import TrainError, average_gradients, open_run, placed, start_processes
-from musetalk.script import (
+from musetalk.cli import (
     Count,
     CountOrZero,
     Decay,
@@ -66,8 +53,23 @@ from musetalk.script import (
     parse_preset,
     run_script,
 )
-from musetalk.sync_check import SyncCheck, check_expert
-from musetalk.training import (
+from musetalk.contract import FeatureContract, sync_mel_frames
+from musetalk.data.cache import Cache
+from musetalk.data.crop import crop_mouth
+from musetalk.data.dataset import FaceDataset, split_clips
+from musetalk.devices import describe
+from musetalk.errors import TrainError
+from musetalk.images import to_tensor
+from musetalk.inference.pipeline import LipSyncPipeline
+from musetalk.models.syncnet import SyncNet, load_syncnet
+from musetalk.models.tiny_decoder import load_tiny_decoder
+from musetalk.models.unet import build_unet
+from musetalk.models.vae import VAE
+from musetalk.models.vgg import load_lpips
+from musetalk.training.checkpoint import save_unet
+from musetalk.training.distributed import average_gradients, placed, start_processes
+from musetalk.training.run import open_run
+from musetalk.training.state import (
     OPTIMIZERS,
     TrainState,
     check_weight_decay,
@@ -77,7 +79,8 @@ from musetalk.training import (
     not_finite,
     training_contract,
 )
-from musetalk.validation import GRID_ROWS, Validator, draw_grid
+from musetalk.training.sync_check import SyncCheck, check_expert
+from musetalk.training.validation import GRID_ROWS, Validator, draw_grid
 
 LOSSES = (
     *("latent_l1", "pixel_l1", "lpips", "sync"),

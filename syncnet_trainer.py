@@ -31,12 +31,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from losses.sync import sync_bce
-from musetalk.cache import Cache
-from musetalk.crop import to_tensor
-from musetalk.dataset import split_clips
-from musetalk.models.syncnet import SyncNet, build_syncnet, load_syncnet, save_syncnet
-from musetalk.run import TrainError, average_gradients, open_run, placed, start_processes
-from musetalk.script import (
+from musetalk.cli import (
     Count,
     CountOrZero,
     Decay,
@@ -49,16 +44,23 @@ from musetalk.script import (
     parse_preset,
     run_script,
 )
-from musetalk.sync_check import check_expert
-from musetalk.sync_dataset import SyncDataset
-from musetalk.training import (
+from musetalk.data.cache import Cache
+from musetalk.data.dataset import split_clips
+from musetalk.data.sync_dataset import SyncDataset
+from musetalk.errors import TrainError
+from musetalk.images import to_tensor
+from musetalk.models.syncnet import SyncNet, build_syncnet, load_syncnet, save_syncnet
+from musetalk.models.weights import load_strictly
+from musetalk.training.distributed import average_gradients, placed, start_processes
+from musetalk.training.run import open_run
+from musetalk.training.state import (
     OPTIMIZERS,
     NetworkState,
     check_weight_decay,
     learning_rate,
     not_finite,
 )
-from musetalk.weights import load_strictly
+from musetalk.training.sync_check import check_expert
 
 
 @dataclass

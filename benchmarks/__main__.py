@@ -20,7 +20,8 @@ import tyro
 
 from benchmarks.figures import FIGURES, Figure
 from benchmarks.workplace import NotHereError, Workplace
-from musetalk.script import UserError, run_script
+from musetalk.cli import run_script
+from musetalk.errors import UserError
 
 NAMES = [figure.name for figure in FIGURES]
 

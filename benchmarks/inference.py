@@ -16,7 +16,7 @@ from benchmarks.silent import silent_pipeline
 from benchmarks.timings import ratio
 from benchmarks.workplace import Measured, NotHereError, Workplace, repeat
 from musetalk.contract import AUDIO_SAMPLE_RATE
-from musetalk.video import read_audio, read_frames, write_video
+from musetalk.data.video import read_audio, read_frames, write_video
 
 OUTPUT_SAMPLE_RATE = 48_000
 SECONDS = 10, 120  # of video and audio

@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 import torch
 
-from musetalk.audio import audio_windows
-from musetalk.cache import Cache
 from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, MASK_TOP
+from musetalk.data.audio import audio_windows
+from musetalk.data.cache import Cache
 
 MEAN = np.array([104.0, 117.0, 123.0])  # of S3FD's input, BGR
 KINDS = ("images", "latents", "whisper_chunks")

@@ -10,11 +10,11 @@ from torch import nn
 from benchmarks import ROOT
 from benchmarks.workplace import WHISPER_TINY
 from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, LATENT_SIZE, RIGID
-from musetalk.face.mediapipe import MediapipeFaceMesh
+from musetalk.data.face.mediapipe import MediapipeFaceMesh
 from musetalk.files import read_json
+from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.audio_encoder import SEGMENT_STATES
 from musetalk.models.vae import VAE
-from musetalk.pipeline import LipSyncPipeline
 
 
 def silent_pipeline() -> LipSyncPipeline:

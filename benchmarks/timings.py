@@ -17,14 +17,14 @@ from benchmarks import original
 from benchmarks.silent import recalling_backend, silent_vae
 from benchmarks.workplace import Measured, NotHereError, Workplace, cut, prepare_quietly
 from datasets_process import PrepareConfig
-from musetalk.cache import encode_jpegs
 from musetalk.contract import IMAGE_SIZE, RIGID
-from musetalk.crop import crop_clips, face_box
-from musetalk.dataset import FaceDataset
+from musetalk.data.cache import encode_jpegs
+from musetalk.data.crop import crop_clips, face_box
+from musetalk.data.dataset import FaceDataset
+from musetalk.data.face.mediapipe import MediapipeFaceMesh
+from musetalk.data.video import read_frames
 from musetalk.devices import knows_bfloat16
-from musetalk.face.mediapipe import MediapipeFaceMesh
 from musetalk.models.vae import load_vae
-from musetalk.video import read_frames
 
 REPEATS = 5
 SAMPLES = 200  # read by each side in turn

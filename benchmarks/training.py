@@ -37,8 +37,8 @@ from musetalk.models.syncnet import PIXEL, StableSyncNet
 from musetalk.models.tiny_decoder import TinyDecoder
 from musetalk.models.vae import VAE
 from musetalk.models.vgg import LPIPS, VGG16, Heads
-from musetalk.training import TrainState, frozen_dtype
-from musetalk.weights import freeze
+from musetalk.models.weights import freeze
+from musetalk.training.state import TrainState, frozen_dtype
 from musetalk_trainer import Made, TrainConfig, build_objective, build_state, optimizer_step
 
 STATES = 5  # of Whisper tiny's encoder
@@ -151,7 +151,7 @@ def costs_of_cuda() -> Iterator[None]:
 
 
 def made_up_batch(config: TrainConfig, batch_size: int, width: int) -> dict:
-    """What a loader gives of musetalk.dataset's samples, all zero. width: D."""
+    """What a loader gives of musetalk.data.dataset's samples, all zero. width: D."""
     window = batch_size, config.frames
     latents = (*window, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
     batch = {name: torch.zeros(latents).half() for name in ("masked_latents", "reference_latents", "target_latents")}

@@ -20,12 +20,12 @@ from whisper.model import ModelDimensions
 from benchmarks import ROOT
 from datasets_process import PrepareConfig
 from datasets_process import main as prepare
-from musetalk.cache import MAX_CLIP_FRAMES, TENSORS, Cache, CacheWriter
 from musetalk.contract import VIDEO_FPS
+from musetalk.data.cache import MAX_CLIP_FRAMES, TENSORS, Cache, CacheWriter
+from musetalk.data.sample import make_sample
+from musetalk.data.video import read_frames
 from musetalk.files import read_json
 from musetalk.models.audio_encoder import build_encoder
-from musetalk.sample import make_sample
-from musetalk.video import read_frames
 
 SHARED_CLIPS = ROOT.parent / "shared" / "clips"
 SAMPLE = ROOT / "data" / "sample"

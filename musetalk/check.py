@@ -28,11 +28,13 @@ import psutil
 import torch
 import tyro
 
-from musetalk.cache import Cache
+from musetalk.cli import check_constants, run_script
 from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, LATENT_SIZE, SYNC_MEL_BINS, WINDOW_STEPS
+from musetalk.data.cache import Cache
+from musetalk.data.face.dwpose import INPUT_HEIGHT, INPUT_WIDTH, DWPose, load_dwpose
+from musetalk.data.face.dwpose import WEIGHTS as DWPOSE
 from musetalk.devices import choose_device, describe
-from musetalk.face.dwpose import INPUT_HEIGHT, INPUT_WIDTH, DWPose, load_dwpose
-from musetalk.face.dwpose import WEIGHTS as DWPOSE
+from musetalk.errors import UserError
 from musetalk.models.audio_encoder import SEGMENT_STATES, AudioEncoder, load_audio_encoder
 from musetalk.models.face_parser import WEIGHTS as FACE_PARSER
 from musetalk.models.face_parser import load_face_parser
@@ -40,9 +42,8 @@ from musetalk.models.syncnet import PUBLISHED, load_syncnet
 from musetalk.models.unet import UNet, build_unet, load_unet
 from musetalk.models.vae import VAE, load_vae
 from musetalk.models.vgg import load_lpips
-from musetalk.preflight import SHARED_MEMORY
-from musetalk.script import UserError, check_constants, run_script
-from musetalk.weights import SOURCES
+from musetalk.models.weights import SOURCES
+from musetalk.training.preflight import SHARED_MEMORY
 
 PACKAGES = ("torch", "diffusers", "accelerate", "numpy", "av", "safetensors")
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from reprlib import repr as short
 
-from musetalk.script import UserError
+from musetalk.errors import UserError
 
 VIDEO_FPS = 25  # video frames a second, whatever the source had
 AUDIO_SAMPLE_RATE = 16_000  # samples a second, mono

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from musetalk.script import UserError
+from musetalk.errors import UserError
 
 NVIDIA_DEVICES = ("/dev/nvidia[0-9]*", "/dev/dxg")  # of a Linux driver, and of Windows' driver inside WSL
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")

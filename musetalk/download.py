@@ -24,9 +24,9 @@ import requests
 import tyro
 from tqdm import tqdm
 
+from musetalk.cli import CountOrZero, Positive, check_constants, run_script
 from musetalk.files import own_folder, read_json, write_whole
-from musetalk.script import CountOrZero, Positive, check_constants, run_script
-from musetalk.weights import SOURCES, WeightsError
+from musetalk.models.weights import SOURCES, WeightsError
 
 BLOCK = 1 << 16  # bytes
 WAITS = (1, 2, 4, 8, 16, 32)  # seconds before another try, the last one for all further ones

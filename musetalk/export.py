@@ -22,12 +22,12 @@ from typing import Literal
 import torch
 import tyro
 
-from musetalk.checkpoint import find_unet, load_trained_unet, write_unet
+from musetalk.cli import check_constants, run_script
 from musetalk.contract import ALL_FIELDS, CONTRACTS, ContractError
 from musetalk.files import whole_file
+from musetalk.models.trained_unet import find_unet, load_trained_unet, write_unet
 from musetalk.models.unet import CONFIGS
-from musetalk.script import check_constants, run_script
-from musetalk.weights import find
+from musetalk.models.weights import find
 
 # Layout -> the file of weights, that of the configuration, and the rules of the program that loads them.
 LAYOUTS = {

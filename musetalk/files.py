@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from musetalk.script import UserError
+from musetalk.errors import UserError
 
 MAX_JSON = 16 << 20  # bytes; more is no file of ours
 PARTIAL_NAME = re.compile(r"\.\d+\.partial$")  # as whole_file gives; others' own files may end so too
@@ -101,3 +101,23 @@ def own_folder(folder: Path) -> Iterator[Path]:
             if PARTIAL_NAME.search(left.name):
                 left.unlink()
         yield path
+
+
+def saved_files(run_dir: Path, pattern: str) -> dict[int, Path]:
+    """Returns the files of a run whose names fit a pattern with one group, the step: by step, the newest first."""
+    found = {int(match[1]): path for path in run_dir.glob("*") if (match := re.fullmatch(pattern, path.name))}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def delete_older(path: Path, keep: int, every: int = 0) -> None:
+    """Deletes files named like this one, `<kind>-<step, 7 digits>.<ending>`, but for earlier steps.
+
+    The newest `keep`, this one among them, stay, and those of steps that are multiples of `every`; 0: of none.
+    """
+    kind, step = path.stem.rsplit("-", 1)
+    files = saved_files(path.parent, rf"{re.escape(kind)}-(\d+){re.escape(path.suffix)}")
+    earlier = [other for other in files if other < int(step)]
+    for old in earlier[keep - 1 :]:
+        ours = files[old].name == f"{kind}-{old:07d}{path.suffix}"
+        if ours and (not every or old % every):
+            files[old].unlink()

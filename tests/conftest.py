@@ -22,7 +22,6 @@ from hypothesis import settings
 
 from datasets_process import PrepareConfig
 from datasets_process import main as prepare
-from musetalk.cache import Cache
 from musetalk.contract import (
     AUDIO_SAMPLE_RATE,
     IMAGE_SIZE,
@@ -31,8 +30,9 @@ from musetalk.contract import (
     SAMPLES_PER_FRAME,
     SYNC_MEL_BINS,
 )
-from musetalk.sample import clip_script, render_frames
-from musetalk.video import write_video
+from musetalk.data.cache import Cache
+from musetalk.data.sample import clip_script, render_frames
+from musetalk.data.video import write_video
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -95,7 +95,7 @@ def real_whisper_models(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def face_backend():
-    from musetalk.face import load_face_backend  # heavy
+    from musetalk.data.face import load_face_backend  # heavy
 
     return load_face_backend("mediapipe", Path(), "cpu")
 
@@ -160,8 +160,8 @@ def write_source() -> Callable:
 
 @pytest.fixture(scope="session")
 def random_tensors() -> Callable[..., dict[str, np.ndarray]]:
-    """A function: sizes -> the tensors of a made-up clip, as musetalk/cache.py lists them."""
-    from musetalk.cache import encode_jpegs
+    """A function: sizes -> the tensors of a made-up clip, as musetalk/data/cache.py lists them."""
+    from musetalk.data.cache import encode_jpegs
 
     def make(
         frames: int,

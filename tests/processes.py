@@ -21,12 +21,13 @@ import musetalk_trainer
 import syncnet_trainer
 from losses.discriminator import PatchDiscriminator
 from losses.objective import Objective
-from musetalk import run
-from musetalk.cache import Cache
-from musetalk.crop import to_tensor
+from musetalk.cli import StopRequests
+from musetalk.data.cache import Cache
+from musetalk.images import to_tensor
 from musetalk.models.unet import UNet
-from musetalk.run import open_run, start_processes
-from musetalk.script import StopRequests
+from musetalk.training.distributed import start_processes
+from musetalk.training.run import open_run
+from musetalk.training.state import run
 from musetalk_trainer import VIEWS, TrainConfig, build_state, open_dataset, optimizer_step, weights
 from syncnet_trainer import SyncConfig
 

@@ -21,12 +21,12 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 
-from musetalk import checkpoint, run
-from musetalk.checkpoint import save_state
-from musetalk.distributed import TIMEOUT
-from musetalk.run import Run, average_gradients, open_run, start_processes
-from musetalk.script import UserError, run_script
-from musetalk.training import NetworkState
+from musetalk.cli import run_script
+from musetalk.errors import UserError
+from musetalk.training.checkpoint import save_state
+from musetalk.training.distributed import TIMEOUT, average_gradients, start_processes
+from musetalk.training.run import Run, open_run
+from musetalk.training.state import NetworkState, checkpoint, run
 
 SAVING = 2.0  # seconds
 

@@ -13,11 +13,11 @@ import whisper.audio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from musetalk.audio import SEGMENT_SAMPLES, audio_features, audio_windows, sync_mel
 from musetalk.contract import AUDIO_SAMPLE_RATE, MUSETALK_V1, MUSETALK_V15, FeatureContract
+from musetalk.data.audio import SEGMENT_SAMPLES, audio_features, audio_windows, sync_mel
+from musetalk.data.video import read_audio
 from musetalk.models.audio_encoder import AudioEncoder, build_encoder, load_audio_encoder
-from musetalk.video import read_audio
-from musetalk.weights import WeightsError
+from musetalk.models.weights import WeightsError
 
 CPU = torch.device("cpu")
 

@@ -15,11 +15,11 @@ from benchmarks.__main__ import BenchmarkConfig, main
 from benchmarks.memory import LiveStorages
 from benchmarks.training import made_up_batch, training, without_contents
 from benchmarks.workplace import Measured, NotHereError, Workplace
-from musetalk.cache import MAX_CLIP_FRAMES, Cache, CacheWriter
 from musetalk.contract import FeatureContract, sync_mel_frames
-from musetalk.crop import mask_lower_half, to_tensor
-from musetalk.dataset import FaceDataset, Sample
-from musetalk.script import UserError
+from musetalk.data.cache import MAX_CLIP_FRAMES, Cache, CacheWriter
+from musetalk.data.dataset import FaceDataset, Sample
+from musetalk.errors import UserError
+from musetalk.images import mask_lower_half, to_tensor
 from musetalk_trainer import PRESETS, weights
 
 FIGURES = {figure.name: figure for figure in figures.FIGURES}

@@ -16,17 +16,27 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_crop import FRAME, frame_of, head
 
-from musetalk.blend import FEATHER, RECIPES, Blend, crop_square, face_alpha, face_square, grow_jaw, parsed_alpha
-from musetalk.checkpoint import save_unet
 from musetalk.contract import IMAGE_SIZE, RIGID
-from musetalk.crop import face_box, paste_back, to_tensor
+from musetalk.data.crop import face_box, paste_back
+from musetalk.data.video import read_frames
+from musetalk.errors import UserError
+from musetalk.images import to_tensor
+from musetalk.inference.blend import (
+    FEATHER,
+    RECIPES,
+    Blend,
+    crop_square,
+    face_alpha,
+    face_square,
+    grow_jaw,
+    parsed_alpha,
+)
+from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.face_parser import CLASSES, INPUT_SIZE, BiSeNet, load_face_parser
 from musetalk.models.unet import build_unet
 from musetalk.models.vae import load_vae
-from musetalk.pipeline import LipSyncPipeline
-from musetalk.script import UserError
-from musetalk.video import read_frames
-from musetalk.weights import WeightsError
+from musetalk.models.weights import WeightsError
+from musetalk.training.checkpoint import save_unet
 from tools.draw_blend import draw_classes
 
 BOX = np.array([100, 40, 376, 382], np.int32)  # its square is 512 wide: a pixel of the map is one of the source

@@ -16,7 +16,8 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from musetalk.cache import (
+from musetalk.contract import CACHE_FIELDS, IMAGE_SIZE, ContractError, FeatureContract
+from musetalk.data.cache import (
     TENSORS,
     VERSION,
     Cache,
@@ -26,7 +27,6 @@ from musetalk.cache import (
     encode_jpegs,
     read_contract,
 )
-from musetalk.contract import CACHE_FIELDS, IMAGE_SIZE, ContractError, FeatureContract
 from musetalk.files import write_whole
 
 ABOUT = {"source": "a.mp4", "source_bytes": 9, "identity": "somebody", "start": 0, "last": True}

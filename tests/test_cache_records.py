@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from musetalk.cache import (
+from musetalk.contract import FeatureContract
+from musetalk.data.cache import (
     CLIP_RECORD,
     REJECTED_RECORD,
     TENSORS,
@@ -22,8 +23,7 @@ from musetalk.cache import (
     identity_of,
     verify,
 )
-from musetalk.contract import FeatureContract
-from musetalk.video import MediaError
+from musetalk.data.video import MediaError
 
 CONTRACT = FeatureContract()
 

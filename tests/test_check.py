@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from musetalk.check import CheckConfig, main
-from musetalk.script import UserError
+from musetalk.errors import UserError
 
 
 @pytest.fixture

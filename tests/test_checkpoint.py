@@ -17,17 +17,11 @@ from diffusers import UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
 
-from musetalk.checkpoint import (
-    find_unet,
-    load_latest_state,
-    load_trained_unet,
-    read_unet_contract,
-    save_state,
-    save_unet,
-)
 from musetalk.contract import MUSETALK_V1, MUSETALK_V15, RIGID, ContractError, FeatureContract
+from musetalk.models.trained_unet import find_unet, load_trained_unet, read_unet_contract
 from musetalk.models.unet import build_unet
-from musetalk.weights import WeightsError
+from musetalk.models.weights import WeightsError
+from musetalk.training.checkpoint import load_latest_state, save_state, save_unet
 
 
 def names(folder: Path) -> list[str]:

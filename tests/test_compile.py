@@ -18,8 +18,8 @@ from torch._dynamo.utils import counters
 import musetalk_trainer
 from losses.discriminator import PatchDiscriminator
 from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, LATENT_SIZE, RIGID, WINDOW_STEPS
+from musetalk.errors import TrainError
 from musetalk.models.vae import load_vae
-from musetalk.run import TrainError
 from musetalk_trainer import PRESETS, TrainConfig, build_objective, build_state, check_config, training_step, weights
 
 # The least that has what a UNet is made of: attention to sound, a way down and up again.

@@ -22,7 +22,7 @@ from musetalk.contract import (
     ContractError,
     FeatureContract,
 )
-from musetalk.script import UserError
+from musetalk.errors import UserError
 
 OTHER = {
     "crop": "rigid",

@@ -24,8 +24,6 @@ from whisper.model import AudioEncoder as WhisperEncoder
 
 import datasets_process
 from datasets_process import PrepareConfig
-from musetalk.cache import Cache, CacheWriter
-from musetalk.checkpoint import load_trained_unet, save_state, save_unet
 from musetalk.contract import (
     ALL_FIELDS,
     AUDIO_SAMPLE_RATE,
@@ -36,16 +34,19 @@ from musetalk.contract import (
     ContractError,
     FeatureContract,
 )
-from musetalk.dataset import FaceDataset, read_windows
-from musetalk.face import Face
+from musetalk.data.cache import Cache, CacheWriter
+from musetalk.data.dataset import FaceDataset, read_windows
+from musetalk.data.face.face import Face
+from musetalk.data.sample import clip_script, render_frames
+from musetalk.data.video import forth_and_back_index, read_frames, write_video
+from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.audio_encoder import load_audio_encoder
+from musetalk.models.trained_unet import load_trained_unet
 from musetalk.models.unet import UNet, build_unet
 from musetalk.models.vae import load_vae, posterior_noise
-from musetalk.pipeline import LipSyncPipeline
-from musetalk.run import resume
-from musetalk.sample import clip_script, render_frames
-from musetalk.training import TrainState, training_contract
-from musetalk.video import forth_and_back_index, read_frames, write_video
+from musetalk.training.checkpoint import save_state, save_unet
+from musetalk.training.run import resume
+from musetalk.training.state import TrainState, training_contract
 from musetalk_trainer import PRESETS, train
 
 CPU = torch.device("cpu")

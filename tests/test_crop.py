@@ -15,9 +15,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from musetalk import crop
 from musetalk.contract import IMAGE_SIZE, MASK_TOP, RIGID, FeatureContract
-from musetalk.crop import (
+from musetalk.data import crop
+from musetalk.data.crop import (
     MOUTH_PADDING,
     crop_clips,
     crop_face,
@@ -25,15 +25,13 @@ from musetalk.crop import (
     crop_person,
     face_box,
     in_crop,
-    mask_lower_half,
     mouth_box,
     paste_back,
     skull_size,
-    to_tensor,
-    to_uint8,
 )
-from musetalk.face import Face
-from musetalk.video import read_frames
+from musetalk.data.face.face import Face
+from musetalk.data.video import read_frames
+from musetalk.images import mask_lower_half, to_tensor, to_uint8
 
 FRAME = (480, 640, 3)
 MOVED_BY_SPEECH = [*range(17), *range(48, 68)]  # jaw and lips

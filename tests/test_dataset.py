@@ -12,12 +12,12 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from musetalk.audio import audio_windows
-from musetalk.cache import Cache, CacheError, CacheWriter
 from musetalk.contract import RIGID, FeatureContract
-from musetalk.crop import crop_person, mouth_box
-from musetalk.dataset import FaceDataset, Sample, alike_but_speaking, face_shapes, read_windows, split_clips
-from musetalk.video import read_frames
+from musetalk.data.audio import audio_windows
+from musetalk.data.cache import Cache, CacheError, CacheWriter
+from musetalk.data.crop import crop_person, mouth_box
+from musetalk.data.dataset import FaceDataset, Sample, alike_but_speaking, face_shapes, read_windows, split_clips
+from musetalk.data.video import read_frames
 
 CONTRACT = FeatureContract(margins=(0, 10, 20))
 GAP = 5  # FaceDataset's own

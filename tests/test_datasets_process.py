@@ -20,19 +20,20 @@ import tyro
 from tqdm import tqdm
 
 import datasets_process
-import musetalk.crop
+import musetalk.data.crop
 from datasets_process import PrepareConfig
 from datasets_process import main as prepare
-from musetalk import workers
-from musetalk.audio import audio_features, audio_windows
-from musetalk.cache import Cache, CacheError, Clip
+from musetalk.cli import run_script
 from musetalk.contract import CONTRACTS, RIGID, ContractError
-from musetalk.dataset import read_windows
-from musetalk.face import FACE_BACKENDS
+from musetalk.data import workers
+from musetalk.data.audio import audio_features, audio_windows
+from musetalk.data.cache import Cache, CacheError, Clip
+from musetalk.data.dataset import read_windows
+from musetalk.data.face import FACE_BACKENDS
+from musetalk.data.video import MediaError, read_audio, read_frames, write_video
+from musetalk.errors import UserError
 from musetalk.models.audio_encoder import load_audio_encoder
-from musetalk.script import UserError, run_script
-from musetalk.video import MediaError, read_audio, read_frames, write_video
-from musetalk.weights import WeightsError
+from musetalk.models.weights import WeightsError
 
 ROOT = Path(__file__).parents[1]
 
@@ -154,7 +155,7 @@ def test_sound_that_outlasts_the_picture_is_heard_at_its_end(small_clips, write_
 
 
 def test_a_last_part_that_is_all_edge_is_refused(small_clips, tmp_path, monkeypatch):
-    for module in (datasets_process, musetalk.crop):
+    for module in (datasets_process, musetalk.data.crop):
         monkeypatch.setattr(module, "MAX_CLIP_FRAMES", 28)
     (tmp_path / "videos").mkdir()
     shutil.copy(small_clips / "sample_00.mp4", tmp_path / "videos")
@@ -167,7 +168,7 @@ def test_a_last_part_that_is_all_edge_is_refused(small_clips, tmp_path, monkeypa
 
 
 def test_a_long_video_becomes_several_clips(small_clips, mini, tmp_path, monkeypatch):
-    for module in (datasets_process, musetalk.crop):
+    for module in (datasets_process, musetalk.data.crop):
         monkeypatch.setattr(module, "MAX_CLIP_FRAMES", 12)
     videos = tmp_path / "videos"
     videos.mkdir()
@@ -353,7 +354,7 @@ TWO_PROCESSES = """
 import sys
 from pathlib import Path
 import datasets_process
-from musetalk.script import run_script
+from musetalk.cli import run_script
 datasets_process.FRAMES_A_PROCESS = 1
 config = datasets_process.PrepareConfig(*map(Path, sys.argv[1:]), num_workers=2)
 run_script(datasets_process.main, config)

@@ -12,12 +12,12 @@ import datasets_process
 import musetalk_trainer
 import syncnet_trainer
 from musetalk import devices
-from musetalk.checkpoint import save_unet
 from musetalk.contract import RIGID
 from musetalk.devices import DeviceError, choose_device, describe
+from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.unet import build_unet
-from musetalk.pipeline import LipSyncPipeline
-from musetalk.run import start_processes
+from musetalk.training.checkpoint import save_unet
+from musetalk.training.distributed import start_processes
 from tools import distil_decoder
 
 TOO_OLD = (
@@ -149,7 +149,9 @@ def test_the_pipeline_refuses_unless_the_cpu_is_asked_for(unusable, mini, tmp_pa
 
 def test_trainings_on_a_gpu_alone_give_bits_for_speed(usable, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    monkeypatch.setattr("musetalk.run.Accelerator", lambda **given: SimpleNamespace(distributed_type="NO", **given))
+    monkeypatch.setattr(
+        "musetalk.training.run.Accelerator", lambda **given: SimpleNamespace(distributed_type="NO", **given)
+    )
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     before = torch.get_float32_matmul_precision()
     try:

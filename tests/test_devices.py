@@ -27,18 +27,18 @@ from benchmarks import ROOT
 from benchmarks.counts import STAGE2, TINY_DECODER
 from benchmarks.training import made_up_batch, training, without_contents
 from benchmarks.workplace import WHISPER_TINY
-from musetalk.audio import audio_features
 from musetalk.contract import IMAGE_SIZE, RIGID, SYNC_MEL_BINS
-from musetalk.face.dwpose import DWPose, RTMPose
+from musetalk.data.audio import audio_features
+from musetalk.data.face.dwpose import DWPose, RTMPose
 from musetalk.files import read_json
+from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.audio_encoder import AudioEncoder, build_encoder
 from musetalk.models.face_parser import BiSeNet, FaceParser
 from musetalk.models.tiny_decoder import TinyDecoder
 from musetalk.models.unet import build_unet
 from musetalk.models.vae import VAE
-from musetalk.pipeline import LipSyncPipeline
-from musetalk.sync_check import offset_sweep
-from musetalk.training import OPTIMIZERS, NetworkState
+from musetalk.training.state import OPTIMIZERS, NetworkState
+from musetalk.training.sync_check import offset_sweep
 from tools import distil_decoder
 
 ELSEWHERE = torch.device("meta")

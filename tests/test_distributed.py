@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 
-from musetalk.checkpoint import load_latest_state
+from musetalk.training.checkpoint import load_latest_state
 from tests.conftest import ROOT
 
 

@@ -20,9 +20,10 @@ import pytest
 import tyro
 
 from musetalk import download
+from musetalk.cli import run_script
 from musetalk.download import DownloadConfig, main
-from musetalk.script import UserError, run_script
-from musetalk.weights import SOURCES, Source, WeightsError, find
+from musetalk.errors import UserError
+from musetalk.models.weights import SOURCES, Source, WeightsError, find
 
 CONTENT, OTHER = (random.Random(seed).randbytes(300_000) for seed in (0, 1))
 NAME = "net/a.bin"

@@ -15,8 +15,8 @@ from test_hostile_files import refusal
 from test_hostile_pickles import dictionary, harmful, named, text, zipped
 from torch import nn
 
-from musetalk.face import load_face_backend
-from musetalk.face.dwpose import (
+from musetalk.data.face import load_face_backend
+from musetalk.data.face.dwpose import (
     BATCH,
     FACE,
     MIN_SCORE,
@@ -28,8 +28,8 @@ from musetalk.face.dwpose import (
     load_dwpose,
     warp,
 )
-from musetalk.script import UserError
-from musetalk.weights import STAND_INS, WeightsError
+from musetalk.errors import UserError
+from musetalk.models.weights import STAND_INS, WeightsError
 
 CPU = torch.device("cpu")
 

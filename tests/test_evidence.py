@@ -17,8 +17,8 @@ from benchmarks.evidence.__main__ import EvidenceConfig, main
 from benchmarks.evidence.pieces import AdjacentReferences, Piece, split
 from benchmarks.evidence.recipes import FRAMES, MATERIALS, RECIPES, SEEDS, Material
 from benchmarks.evidence.report import Measure, cell, write_report
-from musetalk.checkpoint import find_unet, read_unet_contract
-from musetalk.script import UserError
+from musetalk.errors import UserError
+from musetalk.models.trained_unet import find_unet, read_unet_contract
 
 LOW, HIGH = Measure("", "", dict.get, 0), Measure("", "", dict.get, np.inf)
 

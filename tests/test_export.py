@@ -10,10 +10,11 @@ import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
 
-from musetalk.checkpoint import load_trained_unet, read_unet_contract, save_unet
 from musetalk.contract import CONTRACTS, ContractError
 from musetalk.export import LAYOUTS, ExportConfig, main
+from musetalk.models.trained_unet import load_trained_unet, read_unet_contract
 from musetalk.models.unet import build_unet
+from musetalk.training.checkpoint import save_unet
 
 CONTRACT = replace(CONTRACTS["musetalk_v15"], vae="abc", audio_encoder="def")
 

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from musetalk.face import MAX_GAP, SAME_PERSON_IOU, Face, area, follow_person, load_face_backend, overlap
-from musetalk.script import UserError
-from musetalk.video import read_frames
+from musetalk.data.face import load_face_backend
+from musetalk.data.face.face import Face, area, overlap
+from musetalk.data.face.tracking import MAX_GAP, SAME_PERSON_IOU, follow_person
+from musetalk.data.video import read_frames
+from musetalk.errors import UserError
 
 ABROAD = (
     "talking_a",

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from musetalk.errors import UserError
 from musetalk.files import MAX_JSON, append_line, own_folder, read_json, whole_file, write_whole
-from musetalk.script import UserError
 
 ROOT = Path(__file__).parents[1]
 TOO_LARGE = os.strerror(errno.EFBIG)

@@ -7,7 +7,7 @@ import json
 import cv2
 import numpy as np
 
-from musetalk.validation import true_openings
+from musetalk.training.validation import true_openings
 from tools.gpu_check.__main__ import GpuCheckConfig, main
 from tools.gpu_check.mouth import MouthReader
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_hostile_files import DEEP, copied, mutated, one_clip, read_all, refusal, survive
 
-from musetalk.cache import Cache, encode_jpegs
+from musetalk.data.cache import Cache, encode_jpegs
 from musetalk.files import own_folder
 
 

@@ -18,7 +18,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from musetalk.cache import (
+from musetalk.contract import ALL_FIELDS, CACHE_FIELDS, FeatureContract
+from musetalk.data.cache import (
     CLIP_RECORD,
     REJECTED_RECORD,
     TENSORS,
@@ -28,10 +29,9 @@ from musetalk.cache import (
     read_contract,
     verify,
 )
-from musetalk.contract import ALL_FIELDS, CACHE_FIELDS, FeatureContract
+from musetalk.errors import UserError
 from musetalk.files import MAX_JSON, read_json
-from musetalk.run_log import RunLog
-from musetalk.script import UserError
+from musetalk.training.log import RunLog
 
 CONTRACT = FeatureContract(margins=(0, 10))
 ABOUT = {"source": "a.mp4", "source_bytes": 9, "identity": "somebody", "start": 0, "last": True}
@@ -156,7 +156,7 @@ HOSTILE_JSON = {
 @pytest.mark.parametrize("content", HOSTILE_JSON.values(), ids=HOSTILE_JSON)
 @pytest.mark.parametrize("name", ["a.json", "contract.json", "identities.json", "clips/a.json"])
 def test_what_is_no_json_object_is_refused_by_every_reader(tmp_path, name, content):
-    from musetalk.sources import read_identities  # heavy
+    from musetalk.data.sources import read_identities  # heavy
 
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
@@ -190,7 +190,7 @@ def test_json_with_accidents_is_read_or_refused(tmp_path_factory, content):
 
 @pytest.mark.parametrize("value", [*ODD[:14], None, [], {}, ["x"]], ids=lambda value: repr(value)[:20])
 def test_an_identity_that_is_no_text_is_refused(tmp_path, value):
-    from musetalk.sources import read_identities  # heavy
+    from musetalk.data.sources import read_identities  # heavy
 
     (tmp_path / "identities.json").write_text(json.dumps({"a": "somebody", "b": value}))
     assert "must be one object of" in refusal(lambda: read_identities(tmp_path), str(tmp_path / "identities.json"))

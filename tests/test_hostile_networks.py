@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from test_hostile_clips import HOSTILE_SAFETENSORS
 from test_hostile_files import HUGE, NESTED, ODD, anything, mutated, refusal, survive
 
-from musetalk.checkpoint import load_latest_state, load_trained_unet, save_state
 from musetalk.contract import ALL_FIELDS, FeatureContract
 from musetalk.models.audio_encoder import load_audio_encoder
+from musetalk.models.trained_unet import load_trained_unet
 from musetalk.models.unet import UNet, build_unet
 from musetalk.models.vae import load_vae
-from musetalk.run import resume
-from musetalk.training import OPTIMIZERS, TrainState
+from musetalk.training.checkpoint import load_latest_state, save_state
+from musetalk.training.run import resume
+from musetalk.training.state import OPTIMIZERS, TrainState
 
 CPU = torch.device("cpu")
 MINI = Path(__file__).parents[1] / "models" / "mini"

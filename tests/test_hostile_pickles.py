@@ -13,10 +13,10 @@ import pytest
 import torch
 from test_hostile_files import refusal
 
-from musetalk.checkpoint import load_latest_state
 from musetalk.models.audio_encoder import load_audio_encoder
 from musetalk.models.unet import load_unet
-from musetalk.weights import StandIn, read_tensors
+from musetalk.models.weights import StandIn, read_tensors
+from musetalk.training.checkpoint import load_latest_state
 
 LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({"little_endian": True}, 2)
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy.io import wavfile
 
 from musetalk.contract import AUDIO_SAMPLE_RATE, SAMPLES_PER_FRAME, VIDEO_FPS
-from musetalk.video import MediaError, count_frames, read_audio, read_frames, write_video
+from musetalk.data.video import MediaError, count_frames, read_audio, read_frames, write_video
 from tests.test_hostile_videos import film
 from tests.test_video import numbered, numbers
 
@@ -28,10 +28,10 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from musetalk.audio import audio_features, sync_mel
+from musetalk.data.audio import audio_features, sync_mel
 from musetalk.contract import CONTRACTS
 from musetalk.models.audio_encoder import load_audio_encoder
-from musetalk.video import read_audio
+from musetalk.data.video import read_audio
 
 torch.set_num_threads(1)
 encoder = load_audio_encoder(Path(sys.argv[1]), "cpu")

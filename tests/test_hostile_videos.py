@@ -22,13 +22,13 @@ from av.stream import Disposition
 
 from datasets_process import PrepareConfig
 from datasets_process import main as prepare
-from musetalk.cache import Cache, Clip, verify
 from musetalk.contract import AUDIO_SAMPLE_RATE, SAMPLES_PER_FRAME
-from musetalk.crop import MIN_FACE
+from musetalk.data.cache import Cache, Clip, verify
+from musetalk.data.crop import MIN_FACE
+from musetalk.data.sample import FRAME_SIZE, clip_script, render_frames
+from musetalk.data.video import write_video
+from musetalk.errors import printable
 from musetalk.files import read_json
-from musetalk.sample import FRAME_SIZE, clip_script, render_frames
-from musetalk.script import printable
-from musetalk.video import write_video
 
 GREY = 90  # of what is nobody
 MIDDLE, HEAD = 188, 90  # pixels: where the nose of the sample is, and the radius of a head that turns

@@ -18,8 +18,9 @@ from test_hostile_files import HUGE, mutated, refusal, survive
 from test_hostile_pickles import dictionary, legacy, read, saved, storage, tensor, text, zipped
 from torch import nn
 
-from musetalk.checkpoint import load_latest_state, read_unet_contract
-from musetalk.weights import load_strictly, read_tensors
+from musetalk.models.trained_unet import read_unet_contract
+from musetalk.models.weights import load_strictly, read_tensors
+from musetalk.training.checkpoint import load_latest_state
 
 # Archives that lie.
 

@@ -12,18 +12,18 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from whisper.model import AudioEncoder, ModelDimensions
 
-from musetalk.checkpoint import save_unet
 from musetalk.contract import MUSETALK_V15
+from musetalk.data.face.dwpose import RTMPose
 from musetalk.export import ExportConfig
 from musetalk.export import main as export
-from musetalk.face.dwpose import RTMPose
 from musetalk.files import read_json
+from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.audio_encoder import build_encoder, load_audio_encoder
 from musetalk.models.face_parser import BiSeNet
 from musetalk.models.unet import build_unet, load_unet
 from musetalk.models.vae import load_vae
-from musetalk.pipeline import LipSyncPipeline
-from musetalk.weights import WeightsError, fingerprint
+from musetalk.models.weights import WeightsError, fingerprint
+from musetalk.training.checkpoint import save_unet
 
 CPU = torch.device("cpu")
 TINY = (80, 1500, 384, 6, 4)  # mel bins, states of 30 s, width, heads, layers

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from musetalk.contract import CONTRACTS
-from musetalk.crop import crop_person, in_crop
-from musetalk.face import Face
-from musetalk.metrics import (
+from musetalk.data.crop import crop_person, in_crop
+from musetalk.data.face.face import Face
+from musetalk.data.video import read_frames
+from musetalk.inference.metrics import (
     CROP_BORDER,
     correlation,
     detect_in_crops,
@@ -23,7 +24,6 @@ from musetalk.metrics import (
     psnr,
     ssim,
 )
-from musetalk.video import read_frames
 
 
 def face(gaps: tuple[float, float, float], eyes: float, shift: float = 0, box: tuple = (0, 0, 100, 100)) -> Face:

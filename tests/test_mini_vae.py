@@ -11,8 +11,9 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, LATENT_SIZE, VAE_FACTOR
-from musetalk.crop import crop_face, face_box, to_tensor
-from musetalk.sample import render_frames
+from musetalk.data.crop import crop_face, face_box
+from musetalk.data.sample import render_frames
+from musetalk.images import to_tensor
 from tools.make_mini import (
     HELD_OUT,
     SCALING_FACTOR,

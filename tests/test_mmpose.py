@@ -12,12 +12,12 @@ import pytest
 import torch
 from test_dwpose import randomised, save_as_trainer
 
-from musetalk.face import load_face_backend
-from musetalk.face.dwpose import MIRRORED, WEIGHTS, DWPose, RTMPose
-from musetalk.face.mmpose import MMPose, NoOperators
-from musetalk.sample import render_frames
-from musetalk.video import read_frames
-from musetalk.weights import STAND_INS, WeightsError, read_tensors
+from musetalk.data.face import load_face_backend
+from musetalk.data.face.dwpose import MIRRORED, WEIGHTS, DWPose, RTMPose
+from musetalk.data.face.mmpose import MMPose, NoOperators
+from musetalk.data.sample import render_frames
+from musetalk.data.video import read_frames
+from musetalk.models.weights import STAND_INS, WeightsError, read_tensors
 
 pytestmark = pytest.mark.skipif(find_spec("mmpose") is None, reason="needs mmpose, see requirements-mmpose.txt")
 
@@ -96,7 +96,7 @@ def test_the_engine_gives_what_mmposes_own_function_does(engine, data_set, monke
     from mmengine.config import Config
     from mmpose.apis import inference_topdown
 
-    from musetalk.face.mmpose import PIPELINE
+    from musetalk.data.face.mmpose import PIPELINE
 
     frames = list(islice(render_frames(0), 0, 20, 10))
     engine.network.cfg = Config({"test_dataloader": {"dataset": {"pipeline": PIPELINE}}})

@@ -13,11 +13,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 
 from musetalk.contract import MASK_TOP, MUSETALK_V1, RIGID
-from musetalk.crop import mask_lower_half, to_tensor
+from musetalk.images import mask_lower_half, to_tensor
 from musetalk.models import vae as vae_module
 from musetalk.models.unet import UNet, build_unet, load_unet, sinusoid
 from musetalk.models.vae import VAE, load_vae, posterior_noise
-from musetalk.weights import WeightsError, fingerprint
+from musetalk.models.weights import WeightsError, fingerprint
 
 CPU = torch.device("cpu")
 FULL = Path(__file__).parents[1] / "models"

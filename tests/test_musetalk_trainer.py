@@ -20,17 +20,18 @@ from safetensors.torch import load_file
 
 import musetalk_trainer
 from losses.discriminator import PatchDiscriminator
-from musetalk.cache import Cache, CacheError
-from musetalk.checkpoint import read_unet_contract, save_state, save_unet
 from musetalk.contract import CONTRACTS, ContractError
+from musetalk.data.cache import Cache, CacheError
+from musetalk.errors import UserError
+from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.syncnet import build_syncnet, save_syncnet
+from musetalk.models.trained_unet import read_unet_contract
 from musetalk.models.unet import build_unet
 from musetalk.models.vgg import VGG16, Heads
-from musetalk.pipeline import LipSyncPipeline
-from musetalk.script import UserError
-from musetalk.sync_check import SyncError
-from musetalk.training import OPTIMIZERS
-from musetalk.weights import WeightsError
+from musetalk.models.weights import WeightsError
+from musetalk.training.checkpoint import save_state, save_unet
+from musetalk.training.state import OPTIMIZERS
+from musetalk.training.sync_check import SyncError
 from musetalk_trainer import (
     LOSSES,
     PRESETS,
@@ -156,7 +157,7 @@ def test_two_steps_and_a_resume_equal_four_steps(config, tmp_path, optimizer):
     parted = replace(config, checkpoint_dir=tmp_path / "parted", log_dir=tmp_path / "parted_log")
     # The learning rate depends on num_steps, so the first half is an interruption, not a shorter run.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("musetalk.run.save_state", interrupt_after(save_state))
+        patch.setattr("musetalk.training.run.save_state", interrupt_after(save_state))
         with pytest.raises(KeyboardInterrupt):
             train("demo", parted)
     assert not (parted.checkpoint_dir / "demo" / "training-state-0000004.pt").exists()
@@ -173,7 +174,7 @@ def test_two_steps_and_a_resume_equal_four_steps_with_every_loss(every_loss, tmp
     train("demo", every_loss)
     parted = replace(every_loss, checkpoint_dir=tmp_path / "parted", log_dir=tmp_path / "parted_log")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("musetalk.run.save_state", interrupt_after(save_state))
+        patch.setattr("musetalk.training.run.save_state", interrupt_after(save_state))
         with pytest.raises(KeyboardInterrupt):
             train("demo", parted)
     train("demo", parted)
@@ -290,7 +291,7 @@ def test_validation_after_the_last_step_tells_what_the_mouth_follows(config):
 
 
 def test_clips_too_short_to_validate_on_are_refused_before_a_step_is_made(config, monkeypatch):
-    monkeypatch.setattr("musetalk.validation.MIN_FRAMES", 30)
+    monkeypatch.setattr("musetalk.training.validation.MIN_FRAMES", 30)
     with pytest.raises(CacheError, match="no clip held out has 40 usable frames in a row to validate on"):
         train("demo", replace(config, val_every=1000))
     assert not config.checkpoint_dir.exists()
@@ -360,7 +361,7 @@ def test_accumulation_equals_one_large_batch(config, monkeypatch):
             num_steps=1,
         )
         AcceleratorState._reset_state(reset_partial_state=True)
-        monkeypatch.setattr("musetalk.run.precision", lambda _: "no")
+        monkeypatch.setattr("musetalk.training.run.precision", lambda _: "no")
         train("demo", run)
         states.append(torch.load(run.checkpoint_dir / "demo" / "training-state-0000001.pt", weights_only=True))
     moments = [flat(state["optimizer"]["state"]) for state in states]

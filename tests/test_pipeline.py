@@ -10,10 +10,7 @@ import pytest
 import torch
 from scipy.io import wavfile
 
-import musetalk.pipeline as pipeline_module
-from musetalk.audio import audio_features, audio_windows
-from musetalk.cache import Cache
-from musetalk.checkpoint import save_unet
+import musetalk.inference.pipeline as pipeline_module
 from musetalk.contract import (
     AUDIO_SAMPLE_RATE,
     CONTRACTS,
@@ -23,12 +20,15 @@ from musetalk.contract import (
     VIDEO_FPS,
     ContractError,
 )
-from musetalk.dataset import FaceDataset
+from musetalk.data.audio import audio_features, audio_windows
+from musetalk.data.cache import Cache
+from musetalk.data.dataset import FaceDataset
+from musetalk.data.video import MediaError, forth_and_back_index, read_audio, read_frames, write_video
+from musetalk.errors import UserError
+from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.unet import build_unet
 from musetalk.models.vae import load_vae
-from musetalk.pipeline import LipSyncPipeline
-from musetalk.script import UserError
-from musetalk.video import MediaError, forth_and_back_index, read_audio, read_frames, write_video
+from musetalk.training.checkpoint import save_unet
 
 MINI = Path("models/mini")
 

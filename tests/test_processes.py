@@ -13,7 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from musetalk.run import SlotSampler, TrainError, start_processes
+from musetalk.data.loader import SlotSampler
+from musetalk.errors import TrainError
+from musetalk.training.distributed import start_processes
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,6 +92,6 @@ def test_other_ways_to_share_a_training_are_refused(monkeypatch, name):
     class Shared:
         distributed_type = DistributedType[name]
 
-    monkeypatch.setattr("musetalk.run.Accelerator", lambda **_: Shared())
+    monkeypatch.setattr("musetalk.training.run.Accelerator", lambda **_: Shared())
     with pytest.raises(TrainError, match=f"^{name} is not supported: start it with python, torchrun or accel"):
         start_processes("auto")

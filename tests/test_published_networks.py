@@ -24,7 +24,7 @@ from musetalk.models.syncnet import (
     load_syncnet,
 )
 from musetalk.models.vgg import VGG16, Heads, load_lpips
-from musetalk.weights import SIGNS, WeightsError, load_strictly, unwrap
+from musetalk.models.weights import SIGNS, WeightsError, load_strictly, unwrap
 
 CPU = torch.device("cpu")
 SMALL = StableConfig(

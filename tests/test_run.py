@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from musetalk.checkpoint import load_latest_state, save_state
-from musetalk.preflight import bytes_of, check_shared_memory, state_bytes, workers_that_fit
-from musetalk.run import open_run, start_processes
-from musetalk.script import UserError
+from musetalk.errors import UserError
+from musetalk.training.checkpoint import load_latest_state, save_state
+from musetalk.training.distributed import start_processes
+from musetalk.training.preflight import bytes_of, check_shared_memory, state_bytes, workers_that_fit
+from musetalk.training.run import open_run
 from tests.ranks import Config, make_state, train
 
 MB = 10**6
@@ -59,9 +60,11 @@ def test_a_run_saved_by_time_and_cut_off_ends_as_one_that_was_not(config, tmp_pa
 def test_saves_by_time_count_from_the_last_save_of_any_kind(config, monkeypatch):
     """A step takes a minute."""
     clock = iter(range(0, 10**6, 60))
-    monkeypatch.setattr("musetalk.run.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("musetalk.training.run.time", SimpleNamespace(monotonic=lambda: next(clock)))
     saved = []
-    monkeypatch.setattr("musetalk.run.save_state", lambda _, step, *__: (saved.append(step), save_state(_, step, *__)))
+    monkeypatch.setattr(
+        "musetalk.training.run.save_state", lambda _, step, *__: (saved.append(step), save_state(_, step, *__))
+    )
     steps_made(replace(config, num_steps=12, save_every=5, save_minutes=3))
     assert saved[0] == 3 and 5 in saved and 12 in saved and len(saved) < 8
 

@@ -10,10 +10,10 @@ import mediapipe
 import numpy as np
 import pytest
 
-from musetalk import sample
 from musetalk.contract import SAMPLES_PER_FRAME
-from musetalk.sample import FRAME_SIZE, NUM_FRAMES, SEEDS, clip_script, make_sample, render_frames
-from musetalk.video import count_frames, read_audio
+from musetalk.data import sample
+from musetalk.data.sample import FRAME_SIZE, NUM_FRAMES, SEEDS, clip_script, make_sample, render_frames
+from musetalk.data.video import count_frames, read_audio
 
 INNER_LIPS, OUTER_EYES, CHIN = (13, 14), (33, 263), 152  # points of mediapipe's face mesh
 

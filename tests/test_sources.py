@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from tqdm import tqdm
 
 import datasets_process
-import musetalk.crop
+import musetalk.data.crop
 from datasets_process import PrepareConfig, load_tools, prepare_all
-from musetalk.cache import Cache, CacheWriter, clip_name
-from musetalk.script import UserError
-from musetalk.sources import Source, find_sources, find_videos, independent, read_identities
-from musetalk.video import read_audio, read_frames, write_video
+from musetalk.data.cache import Cache, CacheWriter, clip_name
+from musetalk.data.sources import Source, find_sources, find_videos, independent, read_identities
+from musetalk.data.video import read_audio, read_frames, write_video
+from musetalk.errors import UserError
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -152,7 +152,7 @@ def prepared(tools, tmp_path, capsys) -> Callable[..., dict[str, str]]:
 @pytest.fixture
 def cut(small_clips, tmp_path, monkeypatch) -> Callable[[str, int], None]:
     """A function that writes a video of so many frames; of more than 4, several clips are made."""
-    for module in (datasets_process, musetalk.crop):
+    for module in (datasets_process, musetalk.data.crop):
         monkeypatch.setattr(module, "MAX_CLIP_FRAMES", 4)
     frames = list(read_frames(small_clips / "sample_00.mp4", 0, 7))
     audio = read_audio(small_clips / "sample_00.mp4")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from musetalk.audio import mel_start
-from musetalk.cache import Cache, CacheError, CacheWriter, encode_jpegs
 from musetalk.contract import RIGID
+from musetalk.data.audio import mel_start
+from musetalk.data.cache import Cache, CacheError, CacheWriter, encode_jpegs
 from musetalk.models.syncnet import ColourSyncNet, SyncNet
-from musetalk.sync_check import (
+from musetalk.training.sync_check import (
     MAX_OFFSET,
     OFFSETS,
     SyncCheck,
@@ -142,7 +142,7 @@ def test_offset_and_confidence_by_hand():
 
 @pytest.fixture
 def few(monkeypatch) -> None:
-    monkeypatch.setattr("musetalk.sync_check.WINDOWS", 30)
+    monkeypatch.setattr("musetalk.training.sync_check.WINDOWS", 30)
 
 
 def test_a_perfect_expert_is_right_about_every_pair(cache, few):
@@ -198,7 +198,7 @@ def test_batch_norms_gather_nothing_while_they_are_checked(cache):
 
 def test_at_most_256_windows_are_looked_at_from_the_first_to_the_last(make_cache_of, monkeypatch):
     cache = make_cache_of({"a": 60, "b": 60})
-    monkeypatch.setattr("musetalk.sync_check.WINDOWS", 9)
+    monkeypatch.setattr("musetalk.training.sync_check.WINDOWS", 9)
     read = []
     monkeypatch.setattr(
         type(cache.clips["a"]), "image", lambda clip, frame, _: read.append((clip.name, frame)) or picture(0, frame)

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from musetalk.audio import mel_start
-from musetalk.cache import Cache, CacheError, CacheWriter
 from musetalk.contract import FeatureContract
+from musetalk.data.audio import mel_start
+from musetalk.data.cache import Cache, CacheError, CacheWriter
+from musetalk.data.sync_dataset import SyncDataset, SyncSample, heard_frames, read_mel, window_starts
 from musetalk.models.syncnet import ColourSyncNet
-from musetalk.sync_dataset import SyncDataset, SyncSample, heard_frames, read_mel, window_starts
 
 CONTRACT = FeatureContract(margins=(0, 10))
 # Clip -> frames, unusable ones, mel frames. "quiet" has sound for its first second only, "short" for 5 windows.

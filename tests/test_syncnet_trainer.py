@@ -16,8 +16,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 import syncnet_trainer
-from musetalk.cache import CacheError
-from musetalk.checkpoint import save_state
+from musetalk.data.cache import CacheError
+from musetalk.data.sync_dataset import SyncDataset
+from musetalk.errors import TrainError, UserError
 from musetalk.models.syncnet import (
     ARCHITECTURES,
     PUBLISHED,
@@ -28,12 +29,10 @@ from musetalk.models.syncnet import (
     load_syncnet,
     save_syncnet,
 )
-from musetalk.run import TrainError
-from musetalk.script import UserError
-from musetalk.sync_check import SyncError, check_expert
-from musetalk.sync_dataset import SyncDataset
-from musetalk.training import OPTIMIZERS
-from musetalk.weights import WeightsError
+from musetalk.models.weights import WeightsError
+from musetalk.training.checkpoint import save_state
+from musetalk.training.state import OPTIMIZERS
+from musetalk.training.sync_check import SyncError, check_expert
 from syncnet_trainer import PRESETS, SyncConfig, parse, sync_step, train
 
 CPU = torch.device("cpu")
@@ -42,7 +41,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def config(sample_cache, tmp_path, monkeypatch) -> SyncConfig:
     """Four steps of the demo, small, looked at by few windows."""
-    monkeypatch.setattr("musetalk.sync_check.WINDOWS", 4)
+    monkeypatch.setattr("musetalk.training.sync_check.WINDOWS", 4)
     return replace(
         PRESETS["demo"],
         hdtf_samples_dir=sample_cache.folder,
@@ -118,7 +117,7 @@ def test_two_steps_and_a_resume_equal_four_steps(config, tmp_path, optimizer):
     parted = replace(config, checkpoint_dir=tmp_path / "parted", log_dir=tmp_path / "parted_log")
     # Rate and gaps depend on num_steps, so the first half is an interruption, not a shorter run.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("musetalk.run.save_state", interrupt_after(save_state))
+        patch.setattr("musetalk.training.run.save_state", interrupt_after(save_state))
         with pytest.raises(KeyboardInterrupt):
             train("demo", parted)
     assert not (parted.checkpoint_dir / "syncnet_demo/training-state-0000004.pt").exists()
@@ -279,8 +278,8 @@ def test_a_check_alone_trains_nothing(config, models, capsys, monkeypatch):
 def test_a_check_alone_is_of_the_newest_of_the_preset(config, capsys, monkeypatch):
     train("demo", config)
     before = records(config)
-    monkeypatch.setattr("musetalk.sync_check.MIN_ACCURACY", 0)
-    monkeypatch.setattr("musetalk.sync_check.MAX_BIAS", 15)
+    monkeypatch.setattr("musetalk.training.sync_check.MIN_ACCURACY", 0)
+    monkeypatch.setattr("musetalk.training.sync_check.MAX_BIAS", 15)
     capsys.readouterr()
     train("demo", replace(config, check_only=True))
     shown = capsys.readouterr().out

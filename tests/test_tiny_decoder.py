@@ -16,13 +16,13 @@ import torch
 from accelerate.state import AcceleratorState
 
 import musetalk_trainer
-from musetalk.cache import Cache, CacheWriter
-from musetalk.checkpoint import save_state
 from musetalk.contract import CONTRACTS, ContractError, FeatureContract
+from musetalk.data.cache import Cache, CacheWriter
+from musetalk.errors import UserError
 from musetalk.models.tiny_decoder import TAESD_WIDTH, TinyDecoder, load_tiny_decoder, save_tiny_decoder
 from musetalk.models.vae import VAE, load_vae
-from musetalk.script import UserError
-from musetalk.weights import WeightsError
+from musetalk.models.weights import WeightsError
+from musetalk.training.checkpoint import save_state
 from musetalk_trainer import PRESETS, TrainConfig, train, weights
 from tools import distil_decoder
 from tools.distil_decoder import DistilConfig
@@ -203,7 +203,7 @@ def test_it_is_distilled_from_a_cache(cache, mini, vae, tmp_path, capsys):
 def test_two_steps_and_a_resume_equal_four_steps(cache, mini, tmp_path):
     whole = distil(cache, mini, tmp_path / "whole", 4)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("musetalk.run.save_state", partial(save_and_interrupt, save_state))
+        patch.setattr("musetalk.training.run.save_state", partial(save_and_interrupt, save_state))
         distil(cache, mini, tmp_path / "parted", 4)
     assert not (tmp_path / "parted/tiny_decoder.safetensors").exists()
     parted = distil(cache, mini, tmp_path / "parted", 4)
@@ -271,7 +271,7 @@ def test_a_resumed_training_takes_the_same_turns(config, decoded, tmp_path):
     decoded.clear()
     parted = replace(config, checkpoint_dir=tmp_path / "parted", log_dir=tmp_path / "parted_log")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("musetalk.run.save_state", partial(save_and_interrupt, save_state))
+        patch.setattr("musetalk.training.run.save_state", partial(save_and_interrupt, save_state))
         train("demo", parted)
     train("demo", parted)
     assert decoded == whole and whole[:3] == ["tiny", "tiny", "full"]

@@ -16,9 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from musetalk.contract import AUDIO_SAMPLE_RATE, SAMPLES_PER_FRAME, VIDEO_FPS
-from musetalk.video import (
+from musetalk.data.video import (
     MediaError,
-    batched,
     count_frames,
     forth_and_back,
     forth_and_back_index,
@@ -26,6 +25,7 @@ from musetalk.video import (
     read_frames,
     write_video,
 )
+from musetalk.images import batched
 
 BITS, BLOCK = 12, 8  # of the number that a picture carries; pixels of a bit
 NTSC, FILM = Fraction(30_000, 1001), Fraction(24)

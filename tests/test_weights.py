@@ -14,7 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from musetalk.weights import SOURCES, WeightsError, find, fingerprint, freeze, load_strictly, read_tensors, unwrap
+from musetalk.models.weights import (
+    SOURCES,
+    WeightsError,
+    find,
+    fingerprint,
+    freeze,
+    load_strictly,
+    read_tensors,
+    unwrap,
+)
 
 
 def network(seed: int = 0) -> nn.Module:

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from musetalk.cache import CacheError
-from musetalk.script import UserError
-from musetalk.workers import Bar, most_processes, share_out
+from musetalk.data.cache import CacheError
+from musetalk.data.workers import Bar, most_processes, share_out
+from musetalk.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -164,8 +164,8 @@ def test_a_process_that_cannot_begin_ends_all(run):
 TWO_AT_WORK = """
 import sys
 from pathlib import Path
-from musetalk.script import run_script
-from musetalk.workers import share_out
+from musetalk.cli import run_script
+from musetalk.data.workers import share_out
 from tests.test_workers import Drawn
 jobs = {name: f"write {name}" for name in "ab"}
 run_script(lambda folder: share_out("tests.test_workers:begin", (folder,), jobs, 2, Drawn()), Path(sys.argv[1]))

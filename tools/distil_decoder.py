@@ -28,15 +28,17 @@ from accelerate import Accelerator
 from torch.nn import functional
 
 from losses.reconstruction import pixel_l1
-from musetalk.cache import Cache
-from musetalk.crop import to_tensor, to_uint8
-from musetalk.dataset import FaceDataset, split_clips
-from musetalk.metrics import psnr
+from musetalk.cli import Count, Positive, PositiveOrZero, Seed, Share, Workers, check_constants, run_script
+from musetalk.data.cache import Cache
+from musetalk.data.dataset import FaceDataset, split_clips
+from musetalk.data.loader import loader
+from musetalk.images import to_tensor, to_uint8
+from musetalk.inference.metrics import psnr
 from musetalk.models.tiny_decoder import TAESD_WIDTH, TinyDecoder, Width, load_tiny_decoder, save_tiny_decoder
 from musetalk.models.vae import VAE
-from musetalk.run import average_gradients, loader, open_run, start_processes
-from musetalk.script import Count, Positive, PositiveOrZero, Seed, Share, Workers, check_constants, run_script
-from musetalk.training import NetworkState, learning_rate, load_pixel_vae
+from musetalk.training.distributed import average_gradients, start_processes
+from musetalk.training.run import open_run
+from musetalk.training.state import NetworkState, learning_rate, load_pixel_vae
 
 SHOWN = 8  # faces in the picture
 

@@ -16,11 +16,11 @@ import cv2
 import numpy as np
 from skimage import data
 
-from musetalk.blend import crop_square, face_alpha, face_square, parsed_alpha
-from musetalk.crop import crop_face, face_box, paste_back
-from musetalk.face import load_face_backend
+from musetalk.data.crop import crop_face, face_box, paste_back
+from musetalk.data.face import load_face_backend
+from musetalk.data.video import read_frames
+from musetalk.inference.blend import crop_square, face_alpha, face_square, parsed_alpha
 from musetalk.models.face_parser import CLASSES, INPUT_SIZE
-from musetalk.video import read_frames
 
 GREEN, WHITE = (60, 170, 60), (255, 255, 255)
 PANEL, HEADER = 248, 28  # px

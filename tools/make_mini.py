@@ -35,13 +35,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from whisper.model import ModelDimensions, Whisper
 
+from musetalk.cli import run_script
 from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, MASK_TOP, VAE_FACTOR
-from musetalk.crop import crop_face, face_box, in_crop, mask_lower_half, to_tensor
-from musetalk.face import FaceBackend, follow_person, load_face_backend
+from musetalk.data.crop import crop_face, face_box, in_crop
+from musetalk.data.face import load_face_backend
+from musetalk.data.face.face import FaceBackend
+from musetalk.data.face.tracking import follow_person
+from musetalk.data.sample import SEEDS, render_frames
+from musetalk.data.video import read_frames
 from musetalk.files import whole_file
-from musetalk.sample import SEEDS, render_frames
-from musetalk.script import run_script
-from musetalk.video import read_frames
+from musetalk.images import mask_lower_half, to_tensor
 
 HELD_OUT = ("talking_b", "portrait_hevc_1080x1920", "person_3", "person_5", "person_l8")
 

@@ -39,13 +39,14 @@ import tyro
 from tqdm import tqdm
 
 import datasets_process
-import musetalk.crop
-import musetalk.sample
+import musetalk.data.crop
+import musetalk.data.sample
 import musetalk_trainer
-from musetalk.audio import sync_mel
+from musetalk.cli import Count, Seed, check_constants, run_script
 from musetalk.contract import AUDIO_SAMPLE_RATE
+from musetalk.data.audio import sync_mel
+from musetalk.errors import UserError
 from musetalk.models.unet import build_unet
-from musetalk.script import Count, Seed, UserError, check_constants, run_script
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "models" / "mini"
@@ -143,8 +144,11 @@ class Victim:
 
 def prepare() -> None:
     """datasets_process.py on a small sample, which it makes first."""
-    musetalk.sample.SEEDS, musetalk.sample.NUM_FRAMES = musetalk.sample.SEEDS[:SAMPLE_CLIPS], SAMPLE_FRAMES
-    datasets_process.MAX_CLIP_FRAMES = musetalk.crop.MAX_CLIP_FRAMES = CLIP_FRAMES
+    musetalk.data.sample.SEEDS, musetalk.data.sample.NUM_FRAMES = (
+        musetalk.data.sample.SEEDS[:SAMPLE_CLIPS],
+        SAMPLE_FRAMES,
+    )
+    datasets_process.MAX_CLIP_FRAMES = musetalk.data.crop.MAX_CLIP_FRAMES = CLIP_FRAMES
     run_script(datasets_process.main, datasets_process.PrepareConfig(models_dir=MODELS, num_workers=1))
 
 

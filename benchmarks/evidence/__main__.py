@@ -25,7 +25,8 @@ from benchmarks import ROOT
 from benchmarks.evidence.pieces import KINDS, WORK, Piece
 from benchmarks.evidence.recipes import MATERIALS, SEEDS
 from benchmarks.evidence.report import write_report
-from musetalk.script import UserError, run_script
+from musetalk.cli import run_script
+from musetalk.errors import UserError
 
 MOST_SECONDS = 570  # of a process; then it saves its state, and the next one goes on
 

@@ -34,13 +34,13 @@ from benchmarks.evidence.recipes import (
 from datasets_process import PrepareConfig
 from datasets_process import main as prepare
 from losses.discriminator import PatchDiscriminator
-from musetalk.cache import Cache
-from musetalk.dataset import FaceDataset
+from musetalk.data.cache import Cache
+from musetalk.data.dataset import FaceDataset
 from musetalk.files import read_json, write_whole
+from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.syncnet import SyncNet, load_syncnet
-from musetalk.pipeline import LipSyncPipeline
-from musetalk.sync_check import check_expert
-from musetalk.validation import Look, Validator
+from musetalk.training.sync_check import check_expert
+from musetalk.training.validation import Look, Validator
 from tools.distil_decoder import DistilConfig
 from tools.distil_decoder import main as distil
 
@@ -230,7 +230,7 @@ class AdjacentReferences(FaceDataset):
 
 
 def split(material: str, cache: Cache, *_: object) -> tuple[list[str], list[str], str]:
-    """As `musetalk.dataset.split_clips`, but always the same clips held out, whatever the seed."""
+    """As `musetalk.data.dataset.split_clips`, but always the same clips held out, whatever the seed."""
     wanted = set(MATERIALS[material].held_out)
     held = sorted(name for name, clip in cache.clips.items() if wanted & {name, clip.identity})
     return sorted(cache.clips.keys() - set(held)), held, f"held out: {', '.join(held)}"

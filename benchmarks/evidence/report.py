@@ -26,7 +26,7 @@ from benchmarks.evidence.recipes import (
     TRAINING_EXPERT,
 )
 from musetalk.files import read_json, write_whole
-from musetalk.run_log import rendered
+from musetalk.training.log import rendered
 
 FOLDER = ROOT / "benchmarks/evidence"
 ACROSS = 3  # plots beside each other

@@ -14,7 +14,16 @@ from whisper.model import AudioEncoder as WhisperEncoder
 from whisper.model import ModelDimensions
 
 from musetalk.files import read_json
-from musetalk.weights import NONSENSE, WeightsError, find, fingerprint, freeze, load_strictly, read_tensors, reason
+from musetalk.models.weights import (
+    NONSENSE,
+    WeightsError,
+    find,
+    fingerprint,
+    freeze,
+    load_strictly,
+    read_tensors,
+    reason,
+)
 
 # Parts of the encoder's names in openai-whisper -> in Hugging Face's transformers.
 HUGGING_FACE_NAMES = {

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from musetalk.weights import find, freeze, load_strictly, read_tensors, unwrap
+from musetalk.models.weights import find, freeze, load_strictly, read_tensors, unwrap
 
 WEIGHTS = "face-parse-bisent/79999_iter.pth"
 INPUT_SIZE = 512  # pixels, width and height

@@ -24,7 +24,16 @@ from torch.nn import functional
 
 from musetalk.contract import SYNC_MEL_BINS, sync_mel_frames
 from musetalk.files import read_json
-from musetalk.weights import NONSENSE, WeightsError, find, freeze, load_strictly, read_tensors, unwrap, write_tensors
+from musetalk.models.weights import (
+    NONSENSE,
+    WeightsError,
+    find,
+    freeze,
+    load_strictly,
+    read_tensors,
+    unwrap,
+    write_tensors,
+)
 
 GROUPS = 32  # of a group norm
 HEADS = 8  # of an attention

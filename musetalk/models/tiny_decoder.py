@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from musetalk.contract import LATENT_CHANNELS
 from musetalk.models.vae import VAE
-from musetalk.weights import WeightsError, freeze, load_strictly, read_tensors, write_tensors
+from musetalk.models.weights import WeightsError, freeze, load_strictly, read_tensors, write_tensors
 
 TAESD_WIDTH = 64
 BLOCKS = (3, 3, 3, 1)  # residual ones at 32, 64, 128 and 256 pixels

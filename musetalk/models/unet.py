@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.grad import conv2d_weight
 
 from musetalk.contract import LATENT_CHANNELS, LATENT_SIZE, WINDOW_STEPS
-from musetalk.weights import WeightsError, build_network, find, load_strictly, read_tensors, unwrap
+from musetalk.models.weights import WeightsError, build_network, find, load_strictly, read_tensors, unwrap
 
 CONFIGS = ("musetalk/musetalk.json", "musetalkV15/musetalk.json")  # in a models folder; the first that is there is used
 SINGLE_STEP_TIMESTEP = 0  # the network was made for diffusion and asks for one

@@ -16,9 +16,8 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, LATENT_SIZE, FeatureContract
-from musetalk.crop import mask_lower_half, to_tensor
-from musetalk.video import batched
-from musetalk.weights import build_network, find, fingerprint, freeze, load_strictly, read_tensors, unwrap
+from musetalk.images import batched, mask_lower_half, to_tensor
+from musetalk.models.weights import build_network, find, fingerprint, freeze, load_strictly, read_tensors, unwrap
 
 # What the published file calls the layers of the middle attention -> what diffusers does today.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}

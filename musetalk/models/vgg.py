@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from musetalk.weights import find, freeze, load_strictly, read_tensors, unwrap
+from musetalk.models.weights import find, freeze, load_strictly, read_tensors, unwrap
 
 WIDTHS = (64, 128, 256, 512, 512)  # channels of the five stages
 DEPTHS = (2, 2, 3, 3, 3)  # convolutions of each

@@ -50,7 +50,7 @@ class GpuCheckConfig:
 def main(config: GpuCheckConfig) -> None:
     """Run all checks, each printing its rows as soon as they are known."""
     from musetalk.devices import describe
-    from musetalk.run import start_processes
+    from musetalk.training.distributed import start_processes
     from tools.gpu_check.dubbing import dub
     from tools.gpu_check.learning import learn
     from tools.gpu_check.steps import time_steps
@@ -90,6 +90,6 @@ if __name__ == "__main__":
         sys.exit(f"these packages are missing: {', '.join(missing)}; requirements.txt names their versions")
     import tyro
 
-    from musetalk.script import run_script
+    from musetalk.cli import run_script
 
     run_script(main, tyro.cli(GpuCheckConfig, description=__doc__))

@@ -14,15 +14,15 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import nn
 
-from musetalk.cache import Cache, Clip
 from musetalk.contract import AUDIO_SAMPLE_RATE, IMAGE_SIZE, SAMPLES_PER_FRAME
-from musetalk.crop import in_crop
-from musetalk.face import Face
+from musetalk.data.cache import Cache, Clip
+from musetalk.data.crop import in_crop
+from musetalk.data.face.face import Face
+from musetalk.data.video import write_video
 from musetalk.files import read_json
+from musetalk.inference.pipeline import LipSyncPipeline, PreparedVideo, Stages
 from musetalk.models.unet import build_unet
 from musetalk.models.vae import VAE
-from musetalk.pipeline import LipSyncPipeline, PreparedVideo, Stages
-from musetalk.video import write_video
 
 if TYPE_CHECKING:
     from tools.gpu_check.__main__ import GpuCheckConfig

@@ -17,18 +17,18 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.memory import GIB
-from musetalk.cache import Cache, Clip
-from musetalk.checkpoint import load_latest_state, save_state
 from musetalk.contract import FeatureContract
-from musetalk.crop import to_uint8
-from musetalk.dataset import FaceDataset, read_windows, split_clips
-from musetalk.metrics import correlation
+from musetalk.data.cache import Cache, Clip
+from musetalk.data.dataset import FaceDataset, read_windows, split_clips
+from musetalk.data.loader import loader
+from musetalk.images import to_uint8
+from musetalk.inference.metrics import correlation
 from musetalk.models.vae import VAE
-from musetalk.preflight import workers_that_fit
-from musetalk.run import loader
-from musetalk.run_log import rendered
-from musetalk.training import TrainState, load_pixel_vae, training_contract
-from musetalk.validation import true_openings
+from musetalk.training.checkpoint import load_latest_state, save_state
+from musetalk.training.log import rendered
+from musetalk.training.preflight import workers_that_fit
+from musetalk.training.state import TrainState, load_pixel_vae, training_contract
+from musetalk.training.validation import true_openings
 from musetalk_trainer import (
     PRESETS,
     Made,

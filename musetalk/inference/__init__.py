@@ -1,0 +1,1 @@
+"""Weights, video and audio -> lip-synced video."""

@@ -1,0 +1,1 @@
+"""What the trainers share: runs, states, checkpoints, logs and validation."""

@@ -1,0 +1,117 @@
+"""What a training tells: lines, records and pictures, and what a new start makes of those of an earlier one."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from musetalk.training.log import RunLog
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A function that begins the log of a run at a step, and closes it in the end."""
+    opened = []
+
+    def begin(step: int) -> RunLog:
+        opened.append(RunLog(tmp_path / "log", "demo", step))
+        return opened[-1]
+
+    yield begin
+    for log in opened:
+        log.board.close()
+
+
+def stats(log: RunLog) -> list[dict]:
+    return [json.loads(line) for line in log.stats.read_text().splitlines()]
+
+
+def test_a_record_is_a_line_for_people_one_for_programs_and_a_point_for_tensorboard(start, capsys):
+    log = start(0)
+    log.record(3, {"latent_l1": 0.123456789, "grad_norm": 2.0})
+    assert capsys.readouterr().out == "step 3  latent_l1 0.1235  grad_norm 2\n"
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d step 3  latent_l1 0.1235  grad_norm 2\n", log.lines.read_text()
+    )
+    assert stats(log) == [{"step": 3, "latent_l1": 0.123456789, "grad_norm": 2.0}]
+    events = EventAccumulator(str(log.folder)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("grad_norm")] == [(3, 2.0)]
+
+
+def test_lines_of_all_runs_are_kept(start, tmp_path):
+    start(0).line("one")
+    start(0).line("J\u00fcrgen \udcff")
+    lines = (tmp_path / "log" / "trainer.log").read_text(encoding="utf-8").splitlines()
+    assert [line[20:] for line in lines] == ["one", "J\u00fcrgen \\udcff"]
+
+
+def test_records_of_steps_that_are_made_again_are_dropped(start):
+    log = start(0)
+    for step in (1, 2, 3, 4):
+        log.record(step, {"latent_l1": float(step)})
+    again = start(2)
+    assert stats(again) == [{"step": 1, "latent_l1": 1.0}, {"step": 2, "latent_l1": 2.0}]
+    again.record(3, {"latent_l1": 7.0})
+    assert [record["latent_l1"] for record in stats(again)] == [1.0, 2.0, 7.0]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"step": 2, "latent_',
+        b"",
+        b"\xff\xfe",
+        b"[2]",
+        b"2",
+        b"null",
+        b'{"latent_l1": 0.5}',
+        b'{"step": "2"}',
+        b'{"step": null}',
+        b'{"step": [1]}',
+        b'{"step": NaN}',
+        b'{"step": 1e999}',
+        b"[" * 100_000,
+    ],
+    ids=lambda line: line[:20],
+)
+def test_a_line_that_is_no_record_is_dropped_and_the_others_stay(start, line):
+    log = start(0)
+    log.record(1, {"latent_l1": 0.5})
+    log.record(2, {"latent_l1": 0.25})
+    good = log.stats.read_bytes().splitlines(keepends=True)
+    log.stats.write_bytes(good[0] + line + b"\n" + good[1])
+    assert start(2).stats.read_bytes() == b"".join(good)
+    log.stats.write_bytes(b"".join(good) + line)  # as a full disk or a power cut leaves it
+    again = start(2)
+    again.record(3, {"latent_l1": 0.125})
+    assert [record["step"] for record in stats(again)] == [1, 2, 3]
+
+
+def test_a_picture_is_stored_under_its_step(start):
+    image = np.random.default_rng(0).integers(256, size=(8, 6, 3), dtype=np.uint8)
+    log = start(0)
+    path = log.picture(12, image)
+    assert path == log.folder / "samples" / "0000012.png"
+    np.testing.assert_array_equal(cv2.imread(str(path)), image)
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "demo").touch()
+    with pytest.raises(FileExistsError) as caught:
+        RunLog(tmp_path / "log", "demo", 0)
+    assert caught.value.filename == str(tmp_path / "log" / "demo")
+
+
+def test_a_folder_in_place_of_the_log_is_named(start, tmp_path):
+    log = start(0)
+    (tmp_path / "log" / "trainer.log").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        log.line("one")
+    assert caught.value.filename == str(Path(tmp_path / "log" / "trainer.log"))

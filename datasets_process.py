@@ -54,10 +54,10 @@ from musetalk.data.face.face import FaceBackend
 from musetalk.data.sample import make_sample
 from musetalk.data.sources import Source, find_sources, independent
 from musetalk.data.video import MediaError, file_size, read_audio, read_frames
-from musetalk.data.workers import Bar, most_processes, share_out
-from musetalk.devices import choose_device, describe, knows_bfloat16
+from musetalk.data.workers import Bar, map_jobs, most_processes
+from musetalk.devices import choose_device, describe, supports_bf16
 from musetalk.errors import printable
-from musetalk.files import own_folder, write_whole
+from musetalk.files import atomic_write_bytes, folder_lock
 from musetalk.models.audio_encoder import AudioEncoder, load_audio_encoder
 from musetalk.models.vae import VAE, load_vae
 
@@ -90,7 +90,7 @@ class PrepareConfig:
 
 
 @dataclass
-class Tools:
+class Models:
     """The frozen networks, and the rules they are used under."""
 
     backend: FaceBackend
@@ -115,10 +115,10 @@ def main(config: PrepareConfig) -> None:
     jobs = independent(sources)
     frames = sum(source.frames for source in sources)
     processes = min(config.num_workers, len(jobs), frames // FRAMES_A_PROCESS)
-    with own_folder(config.hdtf_samples_dir):
+    with folder_lock(config.hdtf_samples_dir):
         with tqdm(total=PASSES * frames, desc="prepare", unit="frame", unit_scale=1 / PASSES) as bar:
             if processes > 1:
-                results = share_out("datasets_process:start_worker", (vars(config),), jobs, processes, bar)
+                results = map_jobs("datasets_process:start_worker", (vars(config),), jobs, processes, bar)
                 records = [record for done in results.values() for record in done]
             else:
                 records = start_worker(0, vars(config))(sources, bar)
@@ -134,7 +134,7 @@ def start_worker(number: int, constants: dict) -> Callable[[list[Source], Bar], 
     return partial(prepare_all, config.hdtf_dir, CacheWriter(config.hdtf_samples_dir, tools.contract), tools)
 
 
-def prepare_all(folder: Path, writer: CacheWriter, tools: Tools, sources: list[Source], bar: Bar) -> list[dict]:
+def prepare_all(folder: Path, writer: CacheWriter, tools: Models, sources: list[Source], bar: Bar) -> list[dict]:
     """Prepare one video after another; a bad one is recorded and never ends the run. Returns all records."""
     records = []
     for source in sources:
@@ -158,14 +158,14 @@ def prepare_all(folder: Path, writer: CacheWriter, tools: Tools, sources: list[S
     return records
 
 
-def load_tools(config: PrepareConfig) -> Tools:
+def load_tools(config: PrepareConfig) -> Models:
     """Networks and contract of a configuration. Raises WeightsError, ContractError."""
     base = CONTRACTS[config.contract]
     contract = replace(
         base,
         bbox_shift=config.bbox_shift,
         margins=config.margins or base.margins,
-        encode_dtype=config.encode_dtype or (base.encode_dtype if knows_bfloat16(config.device) else "float32"),
+        encode_dtype=config.encode_dtype or (base.encode_dtype if supports_bf16(config.device) else "float32"),
     )
     if config.device == "cpu":
         torch.set_num_threads(1)  # with more, a batch of another size would give other last bits
@@ -178,10 +178,10 @@ def load_tools(config: PrepareConfig) -> Tools:
         audio_encoder=audio_encoder.fingerprint,
         face_backend=FACE_BACKENDS[config.face_backend],
     )
-    return Tools(backend, vae, audio_encoder, contract)
+    return Models(backend, vae, audio_encoder, contract)
 
 
-def prepare_source(source: Path, about: dict, writer: CacheWriter, tools: Tools, bar: Bar) -> Iterator[dict]:
+def prepare_source(source: Path, about: dict, writer: CacheWriter, tools: Models, bar: Bar) -> Iterator[dict]:
     """Put the clips of one video into the cache; gives their records in order, those of earlier runs first.
 
     about: what its records have in common. Raises MediaError.
@@ -238,7 +238,7 @@ def clip_tensors(
     usable: np.ndarray,
     sound: tuple[np.ndarray, np.ndarray],
     *,
-    tools: Tools,
+    tools: Models,
     bar: Bar,
 ) -> dict[str, np.ndarray]:
     """Tensors of a clip as musetalk/data/cache.py lists them.
@@ -316,7 +316,7 @@ def write_contact_sheet(folder: Path) -> Path:
             )
             rows.append(cv2.putText(row, clip.name, (4, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 255, 0)))
     path = folder / "contact_sheet.png"
-    write_whole(path, cv2.imencode(".png", np.vstack(rows))[1].tobytes())
+    atomic_write_bytes(path, cv2.imencode(".png", np.vstack(rows))[1].tobytes())
     return path
 
 

@@ -36,7 +36,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 
-from losses.adversarial import Adversary
+from losses.adversarial import GANLoss
 from losses.discriminator import PatchDiscriminator
 from losses.objective import ADVERSARIAL, Decode, Objective
 from losses.pixel_branch import Terms
@@ -67,7 +67,7 @@ from musetalk.models.unet import build_unet
 from musetalk.models.vae import VAE
 from musetalk.models.vgg import load_lpips
 from musetalk.training.checkpoint import save_unet
-from musetalk.training.distributed import average_gradients, placed, start_processes
+from musetalk.training.distributed import average_gradients, prepare_model, start_processes
 from musetalk.training.run import open_run
 from musetalk.training.state import (
     OPTIMIZERS,
@@ -76,7 +76,7 @@ from musetalk.training.state import (
     frozen_dtype,
     learning_rate,
     load_pixel_vae,
-    not_finite,
+    nonfinite_error,
     training_contract,
 )
 from musetalk.training.sync_check import SyncCheck, check_expert
@@ -86,7 +86,10 @@ LOSSES = (
     *("latent_l1", "pixel_l1", "lpips", "sync"),
     *("adv_g", "feat_match", "adv_g_mouth", "feat_match_mouth"),
 )
-VIEWS = {"": lambda images, _: images, "_mouth": crop_mouth}  # what the discriminators see, by their terms' endings
+DISC_CROPS = {
+    "": lambda images, _: images,
+    "_mouth": crop_mouth,
+}  # what the discriminators see, by their terms' endings
 
 
 def weights(**given: float) -> dict[str, float]:
@@ -142,7 +145,7 @@ class TrainConfig:
     weight_decay: PositiveOrZero = 1e-2  # with adamw only
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     max_grad_norm: Positive = 1.0
-    not_finite: Literal["stop", "skip"] = "stop"  # what to do in a step whose gradient is not finite
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # what to do in a step whose gradient is not finite
     ema_decay: Decay = 0.999  # of the weights that are used; kept in host memory
     ema_every: Count = 10  # steps
     gradient_checkpointing: bool = False  # of the UNet: less memory, a third more time
@@ -239,7 +242,7 @@ def train(preset: str, config: TrainConfig) -> None:
     cache = Cache(config.hdtf_samples_dir)
     contract = training_contract(config.contract, cache, config.positional_encoding)
     train_clips, held_clips, note = split_clips(cache, config.held_out, config.seed)
-    draw = partial(open_dataset, config, cache, train_clips, contract, ranks=accelerator.num_processes)
+    draw = partial(open_dataset, config, cache, train_clips, contract, world_size=accelerator.num_processes)
     draw(sync_offset=0)
     held_clips = held_clips or train_clips
     shown = FaceDataset(cache, held_clips, contract, seed=config.seed, slots=GRID_ROWS)
@@ -282,8 +285,8 @@ def train(preset: str, config: TrainConfig) -> None:
             made = optimizer_step(state, objective, batches, config, accelerator)
             if not made.finite:
                 terms, drawn = accelerator.reduce(made.terms, "mean"), gather_object(made.drawn)
-                fault = not_finite(terms, drawn, state.step + 1, run.folder)
-                if config.not_finite == "stop":
+                fault = nonfinite_error(terms, drawn, state.step + 1, run.folder)
+                if config.on_nonfinite == "stop":
                     raise fault
                 run.log.line(f"skipped: {fault}")
             state.step += 1
@@ -293,7 +296,7 @@ def train(preset: str, config: TrainConfig) -> None:
             # Report.
             if run.due(config.log_every):
                 values = accelerator.reduce(made.terms, "mean") | {"grad_norm": made.norm}
-                values |= {f"pull{ending}": pull for ending, pull in state.pulls.items()}
+                values |= {f"pull{ending}": pull for ending, pull in state.adaptive_weights.items()}
                 run.log.record(state.step, {k: v.item() for k, v in values.items()} | {"learning_rate": made.rate})
 
             # Sample, validate and save.
@@ -345,7 +348,7 @@ def check_config(config: TrainConfig) -> None:
         raise TrainError("loss_weights must have a term with a weight over 0")
     if config.pixel_every > 1 and "latent_l1" not in heard:
         raise TrainError("pixel_every must be 1 where latent_l1 has no weight, or steps between would have no loss")
-    if config.adversarial_start and heard <= {f"{name}{ending}" for name in ADVERSARIAL for ending in VIEWS}:
+    if config.adversarial_start and heard <= {f"{name}{ending}" for name in ADVERSARIAL for ending in DISC_CROPS}:
         raise TrainError("adversarial_start must be 0 where only discriminators have a weight")
     if config.adaptive_every and not heard & {"pixel_l1", "lpips"}:
         raise TrainError("adaptive_every must be 0 where neither pixel_l1 nor lpips has a weight to be as strong as")
@@ -356,10 +359,10 @@ def check_config(config: TrainConfig) -> None:
 
 
 def open_dataset(
-    config: TrainConfig, cache: Cache, clips: list[str], contract: FeatureContract, *, ranks: int, sync_offset: int
+    config: TrainConfig, cache: Cache, clips: list[str], contract: FeatureContract, *, world_size: int, sync_offset: int
 ) -> FaceDataset:
     """The samples to train on. ranks: processes. Raises TrainError where there are fewer than a step takes."""
-    slots = config.batch_size * config.grad_accum_steps * ranks
+    slots = config.batch_size * config.grad_accum_steps * world_size
     dataset = FaceDataset(
         cache,
         clips,
@@ -392,17 +395,17 @@ def build_state(config: TrainConfig, contract: FeatureContract, accelerator: Acc
     make = partial(OPTIMIZERS[config.optimizer], weight_decay=config.weight_decay)
     optimizer = make(unet.parameters(), config.learning_rate, config.betas)
     ema = {name: value.clone() for name, value in unet.model.state_dict().items()}
-    unet = placed(unet, accelerator)
-    adversaries = {}
-    for ending in VIEWS:
+    unet = prepare_model(unet, accelerator)
+    gan_losses = {}
+    for ending in DISC_CROPS:
         if any(config.loss_weights.get(f"{name}{ending}") for name in ADVERSARIAL):
             torch.manual_seed(config.seed)
             network = PatchDiscriminator().to(accelerator.device)
             rate, betas = config.discriminator_learning_rate, config.discriminator_betas
-            adversaries[ending] = Adversary(network, make(network.parameters(), rate, betas))
-    told = [ending for ending in adversaries if config.loss_weights.get(f"adv_g{ending}")]
-    pulls = {ending: torch.zeros((), device=accelerator.device) for ending in told if config.adaptive_every}
-    return TrainState(unet, contract, optimizer, config.optimizer, ema, adversaries, pulls)
+            gan_losses[ending] = GANLoss(network, make(network.parameters(), rate, betas))
+    told = [ending for ending in gan_losses if config.loss_weights.get(f"adv_g{ending}")]
+    adaptive_weights = {ending: torch.zeros((), device=accelerator.device) for ending in told if config.adaptive_every}
+    return TrainState(unet, contract, optimizer, config.optimizer, ema, gan_losses, adaptive_weights)
 
 
 def build_objective(
@@ -427,14 +430,14 @@ def build_objective(
         config.chunk_size,
         distance=load_lpips(config.models_dir, *frozen) if "lpips" in heard else None,
         embed=expert and expert.embed,
-        adversaries=state.adversaries,
-        views={ending: VIEWS[ending] for ending in state.adversaries},
-        pulls=state.pulls,
+        gan_losses=state.gan_losses,
+        views={ending: DISC_CROPS[ending] for ending in state.gan_losses},
+        adaptive_weights=state.adaptive_weights,
     )
     return objective, expert
 
 
-class Made(NamedTuple):
+class StepResult(NamedTuple):
     """What an optimizer step came to."""
 
     terms: Terms  # means over its samples, on the device
@@ -446,7 +449,7 @@ class Made(NamedTuple):
 
 def optimizer_step(
     state: TrainState, objective: Objective, batches: Iterator[dict], config: TrainConfig, accelerator: Accelerator
-) -> Made:
+) -> StepResult:
     """One update of all networks, unless a gradient is not finite: then of none."""
     terms, drawn, rate = {}, [], learning_rate(state.step, config)
     for part in range(config.grad_accum_steps):
@@ -455,7 +458,7 @@ def optimizer_step(
         values = training_step(state, objective, batch, config, accelerator, measure=part == 0)
         for name, value in values.items():
             terms[name] = terms.get(name, 0) + value / config.grad_accum_steps
-    playing = [one for ending, one in state.adversaries.items() if f"adv_d{ending}" in terms]
+    playing = [one for ending, one in state.gan_losses.items() if f"adv_d{ending}" in terms]
     average_gradients(chain(state.unet.parameters(), *(one.network.parameters() for one in playing)))
     norm = accelerator.clip_grad_norm_(state.unet.parameters(), config.max_grad_norm)
     norms = [norm, *(one.clip(config.max_grad_norm) for one in playing)]
@@ -466,7 +469,7 @@ def optimizer_step(
         for one in playing:
             one.update()
     state.zero_grad()
-    return Made(terms, drawn, norm, rate, finite)
+    return StepResult(terms, drawn, norm, rate, finite)
 
 
 def training_step(
@@ -493,12 +496,12 @@ def training_step(
     unet_input = torch.cat([data["masked_latents"], data["reference_latents"]], dim=1).to(dtype)
     pred_latents = state.unet(unet_input, data["audio_window"].to(dtype))
     count, rest = divmod(state.step + 1, config.pixel_every)  # of steps with losses on images
-    adversarial = bool(state.adversaries) and state.step >= config.adversarial_start
+    adversarial = bool(state.gan_losses) and state.step >= config.adversarial_start
     turn = count if rest == 0 and objective.sees_images(adversarial) else 0
     playing = turn > 0 and adversarial
-    if playing and state.pulls and measure and count % config.adaptive_every == 0:
-        objective.measure_pulls(pred_latents, state.unet.last_layer_gradient, data, turn)
-        broadcast(state.pulls)  # those that the first process has measured
+    if playing and state.adaptive_weights and measure and count % config.adaptive_every == 0:
+        objective.update_adaptive_weights(pred_latents, state.unet.last_layer_gradient, data, turn)
+        broadcast(state.adaptive_weights)  # those that the first process has measured
     loss, terms, images = objective.generator(pred_latents, data, turn=turn, adversarial=adversarial)
     accelerator.backward(loss / config.grad_accum_steps)
 

@@ -51,14 +51,14 @@ from musetalk.errors import TrainError
 from musetalk.images import to_tensor
 from musetalk.models.syncnet import SyncNet, build_syncnet, load_syncnet, save_syncnet
 from musetalk.models.weights import load_strictly
-from musetalk.training.distributed import average_gradients, placed, start_processes
+from musetalk.training.distributed import average_gradients, prepare_model, start_processes
 from musetalk.training.run import open_run
 from musetalk.training.state import (
     OPTIMIZERS,
     NetworkState,
     check_weight_decay,
     learning_rate,
-    not_finite,
+    nonfinite_error,
 )
 from musetalk.training.sync_check import check_expert
 
@@ -145,8 +145,8 @@ def train(preset: str, config: SyncConfig) -> None:
     check_constants(config)
     check_weight_decay(config.optimizer, config.weight_decay)
     accelerator = start_processes(config.device)
-    ranks = accelerator.num_processes
-    if config.batch_size * ranks == 1 and config.architecture.startswith("wav2lip"):
+    world_size = accelerator.num_processes
+    if config.batch_size * world_size == 1 and config.architecture.startswith("wav2lip"):
         raise TrainError(f"batch_size must be 2 or more for {config.architecture}, whose batch norms compare windows")
     cache = Cache(config.hdtf_samples_dir)
     train_clips, held_clips, note = split_clips(cache, config.held_out, config.seed)
@@ -156,7 +156,7 @@ def train(preset: str, config: SyncConfig) -> None:
         check_only(config, cache, shown, name, accelerator.device)
         return
     state = build_state(config, accelerator)
-    dataset = open_dataset(config, cache, train_clips, state.network.frames, ranks)
+    dataset = open_dataset(config, cache, train_clips, state.network.frames, world_size)
 
     with open_run(name, config, state, accelerator, state.network.state_dict()) as run:
         size = sum(parameter.numel() for parameter in state.network.parameters())
@@ -210,15 +210,15 @@ def build_state(config: SyncConfig, accelerator: Accelerator) -> NetworkState:
     make = OPTIMIZERS[config.optimizer]
     optimizer = make(expert.parameters(), config.learning_rate, config.betas, weight_decay=config.weight_decay)
     fixed = {"architecture": config.architecture, "optimizer_name": config.optimizer}
-    return NetworkState(placed(expert, accelerator), optimizer, fixed)
+    return NetworkState(prepare_model(expert, accelerator), optimizer, fixed)
 
 
-def open_dataset(config: SyncConfig, cache: Cache, clips: list[str], frames: int, ranks: int) -> SyncDataset:
+def open_dataset(config: SyncConfig, cache: Cache, clips: list[str], frames: int, world_size: int) -> SyncDataset:
     """The samples to train on. ranks: processes.
 
     Raises TrainError where they are fewer than those of a step, CacheError for none.
     """
-    slots = config.batch_size * config.grad_accum_steps * ranks
+    slots = config.batch_size * config.grad_accum_steps * world_size
     dataset = SyncDataset(
         cache,
         clips,
@@ -248,7 +248,9 @@ def optimizer_step(
     average_gradients(state.network.parameters())
     norm = accelerator.clip_grad_norm_(state.network.parameters(), config.max_grad_norm)
     if not torch.isfinite(norm):
-        raise not_finite({"sync_bce": accelerator.reduce(loss, "mean")}, gather_object(drawn), state.step + 1, run_dir)
+        raise nonfinite_error(
+            {"sync_bce": accelerator.reduce(loss, "mean")}, gather_object(drawn), state.step + 1, run_dir
+        )
     state.optimizer.param_groups[0]["lr"] = rate
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)

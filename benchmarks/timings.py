@@ -23,7 +23,7 @@ from musetalk.data.crop import crop_clips, face_box
 from musetalk.data.dataset import FaceDataset
 from musetalk.data.face.mediapipe import MediapipeFaceMesh
 from musetalk.data.video import read_frames
-from musetalk.devices import knows_bfloat16
+from musetalk.devices import supports_bf16
 from musetalk.models.vae import load_vae
 
 REPEATS = 5
@@ -130,5 +130,5 @@ def preprocess_ratio(workplace: Workplace) -> Measured:
 
 def require_bf16() -> None:
     """Raises NotHereError where the CPU does not compute in bfloat16."""
-    if not knows_bfloat16("cpu"):
+    if not supports_bf16("cpu"):
         raise NotHereError("this CPU does not compute in bfloat16")

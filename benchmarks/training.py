@@ -33,13 +33,13 @@ from musetalk.contract import (
     sync_mel_frames,
 )
 from musetalk.files import read_json
-from musetalk.models.syncnet import PIXEL, StableSyncNet
+from musetalk.models.syncnet import STABLE_SYNCNET_16, StableSyncNet
 from musetalk.models.tiny_decoder import TinyDecoder
 from musetalk.models.vae import VAE
 from musetalk.models.vgg import LPIPS, VGG16, Heads
 from musetalk.models.weights import freeze
 from musetalk.training.state import TrainState, frozen_dtype
-from musetalk_trainer import Made, TrainConfig, build_objective, build_state, optimizer_step
+from musetalk_trainer import StepResult, TrainConfig, build_objective, build_state, optimizer_step
 
 STATES = 5  # of Whisper tiny's encoder
 
@@ -72,7 +72,7 @@ class Training:
     state: TrainState
     objective: Objective
 
-    def step(self, batch_size: int) -> Made:
+    def step(self, batch_size: int) -> StepResult:
         """The last update of all networks, in which all happens that ever does, from batches of as many samples."""
         self.state.step = self.config.num_steps - 1
         width = self.state.unet.model.config.cross_attention_dim
@@ -81,7 +81,7 @@ class Training:
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        return [self.state.optimizer, *(one.optimizer for one in self.state.adversaries.values())]
+        return [self.state.optimizer, *(one.optimizer for one in self.state.gan_losses.values())]
 
     def begin(self) -> None:
         """Let the optimizers have their moments."""
@@ -114,7 +114,7 @@ def untrained_training(config: TrainConfig, accelerator: Accelerator) -> Trainin
     untrained = {
         "load_lpips": lambda _, device, dtype: LPIPS(VGG16().to(device, dtype), Heads().to(device)),
         "load_tiny_decoder": lambda _, vae: freeze(TinyDecoder()).to(*frozen),
-        "load_syncnet": lambda _, __, device, dtype: freeze(StableSyncNet(PIXEL)).to(device, dtype),
+        "load_syncnet": lambda _, __, device, dtype: freeze(StableSyncNet(STABLE_SYNCNET_16)).to(device, dtype),
     }
     state = build_state(config, CONTRACTS[config.contract], accelerator)
     autoencoder = AutoencoderKL.from_config(read_json(config.models_dir / "sd-vae-ft-mse/config.json"))

@@ -12,7 +12,7 @@ from losses.discriminator import PatchDiscriminator
 
 
 @dataclass
-class Adversary:
+class GANLoss:
     """A discriminator and the optimizer of its parameters.
 
     One step of it, after the generator's losses were taken: `backward` for each batch, `clip`, and, where the norm is

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from losses import weighted_sum
-from losses.adversarial import Adversary, adaptive_weight
+from losses.adversarial import GANLoss, adaptive_weight
 from losses.perceptual import Distance, lpips
 from losses.pixel_branch import Terms, pixel_branch
 from losses.reconstruction import latent_l1, pixel_l1
@@ -36,13 +36,13 @@ class Objective:
     chunk_size: int  # samples decoded at once
     distance: Distance | None = None  # LPIPS
     embed: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None  # the sync expert
-    adversaries: dict[str, Adversary] = field(default_factory=dict)  # by the ending of their terms
+    gan_losses: dict[str, GANLoss] = field(default_factory=dict)  # by the ending of their terms
     views: dict[str, View] = field(default_factory=dict)  # what each of them sees of images with mouth boxes
-    pulls: dict[str, torch.Tensor] = field(default_factory=dict)  # how much the adv_g of each counts
+    adaptive_weights: dict[str, torch.Tensor] = field(default_factory=dict)  # how much the adv_g of each counts
 
     def sees_images(self, adversarial: bool) -> bool:
         """Whether any term is on images, with those of the discriminators or without."""
-        told = {f"{name}{ending}" for name in ADVERSARIAL for ending in self.adversaries}
+        told = {f"{name}{ending}" for name in ADVERSARIAL for ending in self.gan_losses}
         return bool(self.weights.keys() - {"latent_l1"} - (set() if adversarial else told))
 
     def generator(
@@ -75,10 +75,10 @@ class Objective:
             f"adv_d{ending}": adversary.backward(
                 self._view(ending, real, batch), self._view(ending, images, batch), self.chunk_size, share
             )
-            for ending, adversary in self.adversaries.items()
+            for ending, adversary in self.gan_losses.items()
         }
 
-    def measure_pulls(
+    def update_adaptive_weights(
         self,
         pred_latents: torch.Tensor,
         at_last_layer: Callable[[torch.Tensor], torch.Tensor],
@@ -99,12 +99,14 @@ class Objective:
             return at_last_layer(torch.autograd.grad(loss, leaf, retain_graph=True)[0])
 
         wanted = pull(weighted_sum(fidelity, self.weights))
-        for ending in self.pulls:
-            self.pulls[ending] = adaptive_weight(wanted, pull(terms[f"adv_g{ending}"]))
+        for ending in self.adaptive_weights:
+            self.adaptive_weights[ending] = adaptive_weight(wanted, pull(terms[f"adv_g{ending}"]))
 
     def _weights(self) -> dict[str, float | torch.Tensor]:
         """The weights of today."""
-        pulled = {f"adv_g{ending}": self.weights[f"adv_g{ending}"] * pull for ending, pull in self.pulls.items()}
+        pulled = {
+            f"adv_g{ending}": self.weights[f"adv_g{ending}"] * pull for ending, pull in self.adaptive_weights.items()
+        }
         return self.weights | pulled
 
     def _view(self, ending: str, images: torch.Tensor, batch: Batch, chunk: slice = slice(None)) -> torch.Tensor:
@@ -118,7 +120,7 @@ class Objective:
             terms["pixel_l1"] = pixel_l1(images, target)
         if "lpips" in self.weights:
             terms["lpips"] = lpips(self.distance, images, target)
-        for ending, adversary in self.adversaries.items() if adversarial else ():
+        for ending, adversary in self.gan_losses.items() if adversarial else ():
             matched = f"feat_match{ending}" in self.weights
             real = self._view(ending, target, batch, chunk) if matched else None
             told = adversary.generator_loss(real, self._view(ending, images, batch, chunk))

@@ -79,7 +79,7 @@ def describe(device: torch.device) -> str:
     return ", ".join(filter(None, [about.name, f"{about.total_memory / 2**30:.1f} GiB", driver(), torch_build()]))
 
 
-def knows_bfloat16(device: torch.device | str) -> bool:
+def supports_bf16(device: torch.device | str) -> bool:
     """Whether a device computes in bfloat16; one that does not is several times slower in it than in float32."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -25,7 +25,7 @@ import tyro
 from tqdm import tqdm
 
 from musetalk.cli import CountOrZero, Positive, check_constants, run_script
-from musetalk.files import own_folder, read_json, write_whole
+from musetalk.files import atomic_write_bytes, folder_lock, read_json
 from musetalk.models.weights import SOURCES, WeightsError
 
 BLOCK = 1 << 16  # bytes
@@ -57,7 +57,7 @@ def main(config: DownloadConfig) -> None:
             print(f"{name:<50} {size:>13} bytes  {state:<5}  {source}")
         return
     names = [name for place in config.places for name in files_of(place)]
-    with own_folder(config.models_dir):
+    with folder_lock(config.models_dir):
         for name in dict.fromkeys(names):
             provide(name, config)
 
@@ -116,7 +116,7 @@ def verify(path: Path, name: str, folder: Path, remedy: str) -> None:
         if not found.startswith(str(wanted)):
             raise WeightsError(f"{path} has the sha256 {found} and not {wanted}, as {owner}; {remedy}")
     if len(published) < len(found) and not pins.get(name):
-        write_whole(pins_path, f"{json.dumps(pins | {name: found}, indent=1, sort_keys=True)}\n".encode())
+        atomic_write_bytes(pins_path, f"{json.dumps(pins | {name: found}, indent=1, sort_keys=True)}\n".encode())
 
 
 def fetch(name: str, part: Path, note: Path, config: DownloadConfig) -> None:
@@ -175,7 +175,7 @@ def fetch_rest(name: str, part: Path, note: Path, timeout: float) -> None:
             raise WeightsError(f"{source.url} has {news['size']} bytes and not {source.size}; get the file elsewhere")
         with open(part, "ab" if begun else "wb") as file, _bar("fetch", name, news["size"], begun) as bar:
             if not begun:
-                write_whole(note, json.dumps(news).encode())
+                atomic_write_bytes(note, json.dumps(news).encode())
             for block in response.iter_content(BLOCK):
                 file.write(block)
                 bar.update(len(block))

@@ -24,7 +24,7 @@ import tyro
 
 from musetalk.cli import check_constants, run_script
 from musetalk.contract import ALL_FIELDS, CONTRACTS, ContractError
-from musetalk.files import whole_file
+from musetalk.files import atomic_write
 from musetalk.models.trained_unet import find_unet, load_trained_unet, write_unet
 from musetalk.models.unet import CONFIGS
 from musetalk.models.weights import find
@@ -62,11 +62,11 @@ def main(config: ExportConfig) -> None:
         except ContractError as error:
             raise ContractError(f"{error}, or export it for diffusers; {config.layout} has the rules {rules}") from None
     if rules:
-        with whole_file(config.output / weights) as partial:
+        with atomic_write(config.output / weights) as partial:
             torch.save(unet.model.state_dict(), partial)
     else:
         write_unet(config.output / weights, unet.model.state_dict(), contract)
-    with whole_file(config.output / description) as partial:
+    with atomic_write(config.output / description) as partial:
         shutil.copyfile(find(config.models_dir, *CONFIGS), partial)
     print(f"{path} has been exported to {config.output / weights}")
 

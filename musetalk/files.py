@@ -13,11 +13,11 @@ from pathlib import Path
 from musetalk.errors import UserError
 
 MAX_JSON = 16 << 20  # bytes; more is no file of ours
-PARTIAL_NAME = re.compile(r"\.\d+\.partial$")  # as whole_file gives; others' own files may end so too
+PARTIAL_NAME = re.compile(r"\.\d+\.partial$")  # as atomic_write gives; others' own files may end so too
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Gives a path beside `path` to write to; the file gets its name when the block ends without an error.
 
     No reader takes what ends in .partial. Raises OSError that names the file.
@@ -47,9 +47,9 @@ def _named(error: OSError, path: Path) -> OSError:
     return OSError(error.errno, error.strerror, str(path))
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def atomic_write_bytes(path: Path, content: bytes) -> None:
     """Write a file of these bytes."""
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_bytes(content)
 
 
@@ -84,7 +84,7 @@ def read_json(path: Path) -> dict:
 
 
 @contextmanager
-def own_folder(folder: Path) -> Iterator[Path]:
+def folder_lock(folder: Path) -> Iterator[Path]:
     """Within it no other process that asks may write to the folder; what a killed one left unfinished is removed.
 
     Gives the path of the lock, which goes with the process, not with its children. Raises UserError where another

@@ -25,22 +25,22 @@ from musetalk.cli import StopRequests
 from musetalk.data.cache import Cache
 from musetalk.images import to_tensor
 from musetalk.models.unet import UNet
+from musetalk.training import distributed, run
 from musetalk.training.distributed import start_processes
 from musetalk.training.run import open_run
-from musetalk.training.state import run
-from musetalk_trainer import VIEWS, TrainConfig, build_state, open_dataset, optimizer_step, weights
+from musetalk_trainer import DISC_CROPS, TrainConfig, build_state, open_dataset, optimizer_step, weights
 from syncnet_trainer import SyncConfig
 
 HEARD = {"latent_l1": 1.0, "pixel_l1": 1.0, "adv_g": 0.1, "feat_match": 0.1, "adv_g_mouth": 0.1}
-ALIKE = {"grad_accum_steps": 2, "num_workers": 0, "warmup_steps": 1, "learning_rate": 1e-3, "num_steps": 100}
+QUANTILE = {"grad_accum_steps": 2, "num_workers": 0, "warmup_steps": 1, "learning_rate": 1e-3, "num_steps": 100}
 CONFIG = TrainConfig(
-    **ALIKE,
+    **QUANTILE,
     loss_weights=weights(**HEARD),
     adaptive_every=1,
     chunk_size=1,
     discriminator_learning_rate=1e-3,
 )
-SYNC_CONFIG = SyncConfig(**ALIKE, held_out=0.25, gaps=(9, 3), other_clips=0.5)
+SYNC_CONFIG = SyncConfig(**QUANTILE, held_out=0.25, gaps=(9, 3), other_clips=0.5)
 
 
 def small_unet(width: int) -> UNet:
@@ -80,7 +80,7 @@ def train_unet(cache: Cache, config: TrainConfig) -> None:
     musetalk_trainer.PatchDiscriminator = partial(PatchDiscriminator, width=4, layers=2)
     accelerator = start_processes("cpu")
     dataset = open_dataset(
-        config, cache, sorted(cache.clips), cache.contract, ranks=accelerator.num_processes, sync_offset=0
+        config, cache, sorted(cache.clips), cache.contract, world_size=accelerator.num_processes, sync_offset=0
     )
     state = build_state(config, cache.contract, accelerator)
     torch.manual_seed(1)
@@ -90,9 +90,9 @@ def train_unet(cache: Cache, config: TrainConfig) -> None:
         lambda _: decoder,
         lambda images: to_tensor(images).to(torch.get_default_dtype()),
         config.chunk_size,
-        adversaries=state.adversaries,
-        views={ending: VIEWS[ending] for ending in state.adversaries},
-        pulls=state.pulls,
+        gan_losses=state.gan_losses,
+        views={ending: DISC_CROPS[ending] for ending in state.gan_losses},
+        adaptive_weights=state.adaptive_weights,
     )
     with open_run("unet", config, state, accelerator) as going:
         batches = going.batches(dataset)
@@ -102,7 +102,7 @@ def train_unet(cache: Cache, config: TrainConfig) -> None:
 
 
 def main(what: str, cache: str, folder: str, batch_size: str, steps: str, dtype: str) -> None:
-    run.precision = lambda _: "no"
+    distributed.precision = lambda _: "no"
     run.stop_requests = partial(asked_after, int(steps))
     torch.set_default_dtype(getattr(torch, dtype))
     torch.Tensor.float = lambda tensor: tensor.to(torch.get_default_dtype())  # where the code asks for float32

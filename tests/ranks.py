@@ -23,10 +23,11 @@ from torch.utils.data import Dataset
 
 from musetalk.cli import run_script
 from musetalk.errors import UserError
+from musetalk.training import checkpoint, distributed
 from musetalk.training.checkpoint import save_state
 from musetalk.training.distributed import TIMEOUT, average_gradients, start_processes
 from musetalk.training.run import Run, open_run
-from musetalk.training.state import NetworkState, checkpoint, run
+from musetalk.training.state import NetworkState
 
 SAVING = 2.0  # seconds
 
@@ -99,7 +100,7 @@ def differing(config: Config, accelerator: Accelerator, *, seed: int, step: int,
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    run.precision = lambda _: "no"
+    distributed.precision = lambda _: "no"
     rank = int(os.environ["RANK"])
     accelerator = start_processes("cpu")
     own = Config(folder / str(rank), folder / str(rank), batch_size=1)

@@ -27,7 +27,7 @@ from musetalk.data.cache import (
     encode_jpegs,
     read_contract,
 )
-from musetalk.files import write_whole
+from musetalk.files import atomic_write_bytes
 
 ABOUT = {"source": "a.mp4", "source_bytes": 9, "identity": "somebody", "start": 0, "last": True}
 CONTRACT = FeatureContract(margins=(0, 10), vae="abc")
@@ -226,8 +226,8 @@ def test_a_contract_cut_off_while_it_is_written_leaves_no_cache(monkeypatch, tmp
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
     path = tmp_path / "new" / "file"
-    write_whole(path, b"first")
-    write_whole(path, b"second")
+    atomic_write_bytes(path, b"first")
+    atomic_write_bytes(path, b"second")
     assert path.read_bytes() == b"second" and files(tmp_path) == {"new/file"}
 
 

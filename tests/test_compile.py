@@ -65,7 +65,7 @@ def results(config: TrainConfig, mini: Path, precision: str = "no") -> dict[str,
     for state.step in range(2):
         terms = training_step(state, objective, batch, config, accelerator, measure=True)
     gradients = {name: parameter.grad for name, parameter in state.unet.named_parameters()}
-    return {"pull": state.pulls[""]} | terms | gradients
+    return {"pull": state.adaptive_weights[""]} | terms | gradients
 
 
 def test_compiling_without_a_compiler_is_refused_at_once(config, monkeypatch):

@@ -38,7 +38,7 @@ from musetalk.data.cache import Cache, CacheWriter
 from musetalk.data.dataset import FaceDataset, read_windows
 from musetalk.data.face.face import Face
 from musetalk.data.sample import clip_script, render_frames
-from musetalk.data.video import forth_and_back_index, read_frames, write_video
+from musetalk.data.video import ping_pong_index, read_frames, write_video
 from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.audio_encoder import load_audio_encoder
 from musetalk.models.trained_unet import load_trained_unet
@@ -146,7 +146,7 @@ def test_released_weights_see_what_the_official_inference_shows_them(
     np.testing.assert_allclose(tokens, wanted, rtol=1e-3, atol=5e-3)  # the cache's float16
     frames, margin = list(read_frames(video)), 10 if version == "musetalk_v15" else 0
     for k in range(count):
-        index = forth_and_back_index(k, len(frames))
+        index = ping_pong_index(k, len(frames))
         noise = posterior_noise("face", index, margin)
         wanted = official_latents(autoencoder, frames[index], prepared.faces[index].landmarks, noise, version)
         np.testing.assert_allclose(unet_input[k], wanted, rtol=1e-3, atol=2e-3)

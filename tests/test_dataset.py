@@ -16,7 +16,7 @@ from musetalk.contract import RIGID, FeatureContract
 from musetalk.data.audio import audio_windows
 from musetalk.data.cache import Cache, CacheError, CacheWriter
 from musetalk.data.crop import crop_person, mouth_box
-from musetalk.data.dataset import FaceDataset, Sample, alike_but_speaking, face_shapes, read_windows, split_clips
+from musetalk.data.dataset import FaceDataset, Sample, face_shapes, pose_matched_candidates, read_windows, split_clips
 from musetalk.data.video import read_frames
 
 CONTRACT = FeatureContract(margins=(0, 10, 20))
@@ -214,9 +214,9 @@ def test_frames_without_a_face_have_shapes_that_nobody_looks_at():
 def test_a_reference_has_the_pose_of_its_frame_and_another_mouth():
     """Frames 1-4: turned little or much, with the mouth of frame 0 or open. Of four, 51 % are three."""
     points = heads(5, {1: 1, 2: 2, 3: 60, 4: 50}, {1: 1, 2: 30, 3: 2, 4: 40})
-    found = alike_but_speaking(*face_shapes(points), 0, np.array([1, 2, 3, 4]))
+    found = pose_matched_candidates(*face_shapes(points), 0, np.array([1, 2, 3, 4]))
     assert found.tolist() == [2, 4]  # 1, 2, 4 are nearer by the jaw, 2, 3, 4 farther by the mouth
-    assert alike_but_speaking(*face_shapes(points), 0, np.array([3])).tolist() == [3]
+    assert pose_matched_candidates(*face_shapes(points), 0, np.array([3])).tolist() == [3]
 
 
 @given(seed=st.integers(0, 9999), count=st.integers(1, 300))
@@ -226,7 +226,7 @@ def test_there_is_a_reference_even_where_the_mouth_moves_with_the_pose(seed, cou
     rng = np.random.default_rng(seed)
     turns = np.append(0, rng.permutation(count) + 1)[:, None]
     candidates = rng.permutation(count) + 1
-    found = alike_but_speaking(turns * np.ones(17), turns * np.ones(8), 0, candidates)
+    found = pose_matched_candidates(turns * np.ones(17), turns * np.ones(8), 0, candidates)
     assert len(found) == 2 * -(-51 * count // 100) - count >= 1
     assert set(found) <= set(candidates) and len(set(found)) == len(found)
 
@@ -241,7 +241,7 @@ def test_the_pose_and_mouth_of_the_landmarks_in_the_cache_choose_the_references(
     usable, shapes = np.delete(np.arange(60), 40), face_shapes(tensors["landmarks"])
     for sample in drawn:
         far = usable[np.abs(usable - sample.start) >= GAP]
-        assert sample.references[0] in alike_but_speaking(*shapes, sample.start, far)
+        assert sample.references[0] in pose_matched_candidates(*shapes, sample.start, far)
     straight = [sample for sample in drawn if sample.start % 3]
     assert np.mean([sample.references[0] % 3 > 0 for sample in straight]) > 0.95
     assert np.mean([(sample.references[0] - sample.start) % 2 for sample in straight]) > 0.95
@@ -258,7 +258,7 @@ def test_real_faces_give_references_of_a_nearer_pose_with_another_mouth(clips, f
     pose, mouth, shares = [], [], []
     for frame in range(0, len(points), 5):
         far = np.flatnonzero(np.abs(np.arange(len(points)) - frame) >= GAP)
-        chosen = alike_but_speaking(*shapes, frame, far)
+        chosen = pose_matched_candidates(*shapes, frame, far)
         away = np.linalg.norm(noses - noses[frame], axis=1)
         opened = np.abs(openings - openings[frame])
         pose.append((away[chosen].mean(), away[far].mean()))

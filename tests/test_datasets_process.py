@@ -245,7 +245,7 @@ UNFIT = {
 def test_an_unfit_constant_is_refused_by_name_before_anything_is_done(name, tmp_path, monkeypatch):
     """A constant without an entry in UNFIT fails."""
     monkeypatch.chdir(tmp_path)
-    for stage in ("start_worker", "share_out", "find_sources", "make_sample", "own_folder", "verify_cache"):
+    for stage in ("start_worker", "map_jobs", "find_sources", "make_sample", "folder_lock", "verify_cache"):
         monkeypatch.setattr(datasets_process, stage, lambda *_: pytest.fail("it went on"))
     for value in UNFIT[name]:
         with pytest.raises(UserError, match=rf"^{name}(\.\d)? must .*, not ") as caught:
@@ -301,7 +301,7 @@ def test_the_contract_says_whose_landmarks_made_the_boxes(name, mini, monkeypatc
     ],
 )
 def test_bfloat16_is_only_chosen_where_the_device_computes_in_it(contract, asked, known, made, mini, monkeypatch):
-    monkeypatch.setattr(datasets_process, "knows_bfloat16", lambda device: known)
+    monkeypatch.setattr(datasets_process, "supports_bf16", lambda device: known)
     config = PrepareConfig(models_dir=mini, contract=contract, encode_dtype=asked, device="cpu")
     tools = datasets_process.load_tools(config)
     assert tools.contract.encode_dtype == made

@@ -150,7 +150,7 @@ def test_the_pipeline_refuses_unless_the_cpu_is_asked_for(unusable, mini, tmp_pa
 def test_trainings_on_a_gpu_alone_give_bits_for_speed(usable, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(
-        "musetalk.training.run.Accelerator", lambda **given: SimpleNamespace(distributed_type="NO", **given)
+        "musetalk.training.distributed.Accelerator", lambda **given: SimpleNamespace(distributed_type="NO", **given)
     )
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     before = torch.get_float32_matmul_precision()

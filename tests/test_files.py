@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from musetalk.errors import UserError
-from musetalk.files import MAX_JSON, append_line, own_folder, read_json, whole_file, write_whole
+from musetalk.files import MAX_JSON, append_line, atomic_write, atomic_write_bytes, folder_lock, read_json
 
 ROOT = Path(__file__).parents[1]
 TOO_LARGE = os.strerror(errno.EFBIG)
@@ -43,7 +43,7 @@ def names(folder: Path) -> list[str]:
 
 def test_a_file_gets_its_name_when_it_is_whole(tmp_path):
     path = tmp_path / "new" / "deeper" / "file"
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("half")
         assert partial.parent == path.parent and partial.name.endswith(".partial") and not path.exists()
         partial.write_text("whole")
@@ -52,24 +52,26 @@ def test_a_file_gets_its_name_when_it_is_whole(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("x"), KeyboardInterrupt(), OSError("no number")])
 def test_an_error_within_passes_through_and_leaves_the_old_file(tmp_path, error):
-    write_whole(tmp_path / "file", b"old")
-    with pytest.raises(type(error)) as caught, whole_file(tmp_path / "file") as partial:
+    atomic_write_bytes(tmp_path / "file", b"old")
+    with pytest.raises(type(error)) as caught, atomic_write(tmp_path / "file") as partial:
         partial.write_text("half")
         raise error
     assert caught.value is error
     assert (tmp_path / "file").read_text() == "old" and names(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize("write", [write_whole, lambda path, content: torch.save(torch.zeros(len(content)), path)])
+@pytest.mark.parametrize(
+    "write", [atomic_write_bytes, lambda path, content: torch.save(torch.zeros(len(content)), path)]
+)
 def test_a_disk_that_is_full_is_told_with_the_name_that_people_know(tmp_path, write):
     """torch.save hides the system's error behind a RuntimeError when it closes its archive."""
     path = tmp_path / "file"
-    write_whole(path, b"old")
+    atomic_write_bytes(path, b"old")
     with disk_full_after(5000), pytest.raises(OSError) as caught:
-        if write is write_whole:
+        if write is atomic_write_bytes:
             write(path, bytes(20_000))
         else:
-            with whole_file(path) as partial, open(partial, "wb") as file:
+            with atomic_write(path) as partial, open(partial, "wb") as file:
                 torch.save(torch.zeros(20_000), file)
     assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
     assert str(caught.value) == f"[Errno {errno.EFBIG}] {TOO_LARGE}: '{path}'"
@@ -77,13 +79,13 @@ def test_a_disk_that_is_full_is_told_with_the_name_that_people_know(tmp_path, wr
 
 
 def test_an_error_about_another_file_keeps_its_name(tmp_path):
-    with pytest.raises(FileNotFoundError) as caught, whole_file(tmp_path / "file"):
+    with pytest.raises(FileNotFoundError) as caught, atomic_write(tmp_path / "file"):
         open(tmp_path / "source")
     assert caught.value.filename == str(tmp_path / "source") and names(tmp_path) == []
 
 
 def test_an_error_of_torch_that_is_none_of_the_system_stays_one(tmp_path):
-    with pytest.raises(RuntimeError, match="size"), whole_file(tmp_path / "file"):
+    with pytest.raises(RuntimeError, match="size"), atomic_write(tmp_path / "file"):
         torch.ones(2) + torch.ones(3)
     assert names(tmp_path) == []
 
@@ -101,7 +103,7 @@ def test_a_place_where_no_file_can_be_is_named(tmp_path, place, number, named):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError) as caught:
-        write_whole(tmp_path / place, b"content")
+        atomic_write_bytes(tmp_path / place, b"content")
     assert (caught.value.errno, caught.value.filename) == (number, str(tmp_path / named))
     assert names(tmp_path) == ["file"]
 
@@ -178,8 +180,8 @@ def test_a_json_file_that_cannot_be_opened_is_told_with_its_name(tmp_path, name,
 OWNER = """
 import os, sys, time
 from pathlib import Path
-from musetalk.files import own_folder
-with own_folder(Path(sys.argv[1])):
+from musetalk.files import folder_lock
+with folder_lock(Path(sys.argv[1])):
     child = os.fork()
     if child:
         print(child, flush=True)
@@ -195,14 +197,14 @@ def test_a_folder_is_of_one_process_until_that_ends_however_it_ends(tmp_path):
     try:
         (folder / "deeper").mkdir()
         (folder / "deeper" / f"a.json.{owner.pid}.partial").write_text("half")
-        with pytest.raises(UserError) as caught, own_folder(folder):
+        with pytest.raises(UserError) as caught, folder_lock(folder):
             pytest.fail("two have it")
         assert str(caught.value) == f"{folder} is in use by another process; wait until it ends, or stop it"
         assert names(folder) == [".lock", f"deeper/a.json.{owner.pid}.partial"]
         owner.kill()
         owner.wait()
         os.kill(child, 0)  # is alive
-        with own_folder(folder) as lock:
+        with folder_lock(folder) as lock:
             assert lock == folder / ".lock" and names(folder) == [".lock"]
     finally:
         owner.kill()
@@ -212,7 +214,7 @@ def test_a_folder_is_of_one_process_until_that_ends_however_it_ends(tmp_path):
 
 def test_a_folder_can_be_had_again_and_again(tmp_path):
     for _ in range(2):
-        with own_folder(tmp_path):
+        with folder_lock(tmp_path):
             (tmp_path / "file").touch()
     assert names(tmp_path) == [".lock", "file"]
 
@@ -223,19 +225,19 @@ def test_only_what_a_process_left_unfinished_is_removed(tmp_path):
     (tmp_path / "deeper").mkdir()
     for name in [*mine, "deeper/a.json.1234.partial", "b.safetensors.7.partial"]:
         (tmp_path / name).touch()
-    with own_folder(tmp_path):
+    with folder_lock(tmp_path):
         assert names(tmp_path) == sorted([".lock", *mine])
 
 
 @pytest.mark.parametrize("place", ["file", "file/folder"])
 def test_a_folder_that_cannot_be_is_named(tmp_path, place):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError) as caught, own_folder(tmp_path / place):
+    with pytest.raises(OSError) as caught, folder_lock(tmp_path / place):
         pytest.fail("there is no such folder")
     assert caught.value.filename == str(tmp_path / place) and caught.value.errno in (errno.EEXIST, errno.ENOTDIR)
 
 
 def test_a_record_written_and_read_is_the_same(tmp_path):
     values = {"source": "a\udcff\n.mp4", "last": True}
-    write_whole(tmp_path / "a.json", json.dumps(values).encode())
+    atomic_write_bytes(tmp_path / "a.json", json.dumps(values).encode())
     assert read_json(tmp_path / "a.json") == values

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_hostile_files import DEEP, copied, mutated, one_clip, read_all, refusal, survive
 
 from musetalk.data.cache import Cache, encode_jpegs
-from musetalk.files import own_folder
+from musetalk.files import folder_lock
 
 
 @pytest.fixture(scope="module")
@@ -231,5 +231,5 @@ def test_a_lock_that_links_elsewhere_empties_no_file(tmp_path):
     (tmp_path / "precious").write_text("work of years")
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / ".lock").symlink_to(tmp_path / "precious")
-    with own_folder(tmp_path / "cache"):
+    with folder_lock(tmp_path / "cache"):
         assert (tmp_path / "precious").read_text() == "work of years"

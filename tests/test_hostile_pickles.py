@@ -15,7 +15,7 @@ from test_hostile_files import refusal
 
 from musetalk.models.audio_encoder import load_audio_encoder
 from musetalk.models.unet import load_unet
-from musetalk.models.weights import StandIn, read_tensors
+from musetalk.models.weights import IgnoredGlobal, read_tensors
 from musetalk.training.checkpoint import load_latest_state
 
 LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({"little_endian": True}, 2)
@@ -162,7 +162,7 @@ def test_a_stand_in_for_a_function_does_nothing(tmp_path):
     module = call("builtins.getattr", call("argparse.Namespace"), text("__class__"))
     values = read(tmp_path / "a.pt", zipped(dictionary(text("a"), tensor(), text("b"), method, text("c"), module)))
     assert values["a"].tolist() == [0, 0, 0, 0]
-    assert type(values["b"]) is type(values["c"]) is StandIn and not hasattr(values["b"], "__dict__")
+    assert type(values["b"]) is type(values["c"]) is IgnoredGlobal and not hasattr(values["b"], "__dict__")
 
 
 # Numbers that fit no tensor.

@@ -10,18 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from losses.adversarial import Adversary, adaptive_weight
+from losses.adversarial import GANLoss, adaptive_weight
 from losses.discriminator import PatchDiscriminator
 
 SIZE = 32  # pixels of images here
 
 
-def small_adversary(device: str = "cpu") -> Adversary:
+def small_adversary(device: str = "cpu") -> GANLoss:
     """The same one each time: narrow, in float64."""
     torch.manual_seed(0)
     with torch.device(device):
         network = PatchDiscriminator(width=4, layers=2).double()
-    return Adversary(network, torch.optim.SGD(network.parameters(), lr=0.5))
+    return GANLoss(network, torch.optim.SGD(network.parameters(), lr=0.5))
 
 
 def images(count: int, seed: int) -> torch.Tensor:
@@ -30,11 +30,11 @@ def images(count: int, seed: int) -> torch.Tensor:
     return torch.rand(count, 3, SIZE, SIZE, dtype=torch.float64, generator=generator) * 2 - 1
 
 
-def tensors(adversary: Adversary) -> dict[str, torch.Tensor]:
+def tensors(adversary: GANLoss) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in adversary.network.state_dict().items()}
 
 
-def gradients(adversary: Adversary) -> list[torch.Tensor]:
+def gradients(adversary: GANLoss) -> list[torch.Tensor]:
     return [parameter.grad.clone() for parameter in adversary.network.parameters()]
 
 
@@ -50,9 +50,9 @@ class Mean(nn.Module):
 
 
 @pytest.fixture
-def mean_adversary() -> Adversary:
+def mean_adversary() -> GANLoss:
     network = Mean()
-    return Adversary(network, torch.optim.SGD(network.parameters(), lr=1.0))
+    return GANLoss(network, torch.optim.SGD(network.parameters(), lr=1.0))
 
 
 def flat(*values: float) -> torch.Tensor:
@@ -152,7 +152,7 @@ def test_losses_have_the_gradients_of_their_finite_differences():
     def discriminator_loss(*values):
         changed = dict(zip(parameters, values, strict=True))
         network = partial(torch.func.functional_call, adversary.network, changed)
-        return Adversary(network, adversary.optimizer).discriminator_loss(real, fake)
+        return GANLoss(network, adversary.optimizer).discriminator_loss(real, fake)
 
     assert torch.autograd.gradcheck(discriminator_loss, tuple(parameters.values()), fast_mode=True)
 
@@ -189,7 +189,7 @@ def test_losses_are_taken_in_float32_at_least():
     assert adversary.discriminator_loss(images(1, 0), images(1, 1)).dtype == torch.float64
     halves = Mean().bfloat16()
     logits = flat(-1, -1.0078125).bfloat16()
-    adv, feat_match = Adversary(halves, torch.optim.SGD(halves.parameters())).generator_loss(logits, logits)
+    adv, feat_match = GANLoss(halves, torch.optim.SGD(halves.parameters())).generator_loss(logits, logits)
     assert adv.item() == 1.00390625 and feat_match.dtype == torch.float32
 
 
@@ -268,7 +268,7 @@ def test_the_host_reads_nothing():
 def test_it_learns_to_tell_bright_from_dark():
     torch.manual_seed(0)
     network = PatchDiscriminator(width=4, layers=2)
-    adversary = Adversary(network, torch.optim.Adam(network.parameters(), lr=1e-2))
+    adversary = GANLoss(network, torch.optim.Adam(network.parameters(), lr=1e-2))
     losses = []
     for seed in range(40):
         real, fake = images(4, seed=seed).float() / 2 + 0.3, images(4, seed=100 + seed).float() / 2 - 0.3

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from losses import weighted_sum
-from losses.adversarial import Adversary
+from losses.adversarial import GANLoss
 from losses.discriminator import PatchDiscriminator
 from losses.perceptual import lpips
 from losses.pixel_branch import pixel_branch
@@ -38,7 +38,7 @@ def networks() -> SimpleNamespace:
     """Small networks of all losses in float64; the expert, unlike the real one, is not even frozen."""
     torch.manual_seed(4)
     discriminator = PatchDiscriminator(width=4, layers=2).double()
-    adversary = Adversary(discriminator, torch.optim.SGD(discriminator.parameters(), lr=1.0))
+    adversary = GANLoss(discriminator, torch.optim.SGD(discriminator.parameters(), lr=1.0))
     trunk, heads = VGG16((2,) * 5), Heads((2,) * 5)
     for tensor in trunk.state_dict().values():
         tensor.mul_(3)  # or nothing would be left at the end of 13 convolutions

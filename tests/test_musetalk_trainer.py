@@ -181,7 +181,17 @@ def test_two_steps_and_a_resume_equal_four_steps_with_every_loss(every_loss, tmp
     whole = state_of(every_loss, 4)
     assert_equal(whole, state_of(parted, 4))
     assert {name.split("/")[1] for name in whole} == {
-        *("unet", "optimizer", "optimizer_name", "ema", "adversaries", "pulls", "sync_offset", "step", "contract")
+        *(
+            "unet",
+            "optimizer",
+            "optimizer_name",
+            "ema",
+            "gan_losses",
+            "adaptive_weights",
+            "sync_offset",
+            "step",
+            "contract",
+        )
     }
     assert (every_loss.log_dir / "demo/stats.jsonl").read_bytes() == (parted.log_dir / "demo/stats.jsonl").read_bytes()
     assert (every_loss.log_dir / "demo/sync_check/0000000.png").is_file()
@@ -195,7 +205,7 @@ def test_two_steps_and_a_resume_equal_four_steps_with_every_loss(every_loss, tmp
     assert whole["/pulls/"] > 0 and whole["/pulls/_mouth"] > 0
     before = state_of(every_loss, 2)
     for ending in ("", "_mouth"):
-        names = [name for name in whole if name.startswith(f"/adversaries/{ending}/network") and "original" in name]
+        names = [name for name in whole if name.startswith(f"/gan_losses/{ending}/network") and "original" in name]
         assert names and all(not torch.equal(before[name], whole[name]) for name in names)
     assert "accuracy" in (every_loss.log_dir / "trainer.log").read_text()
 
@@ -361,7 +371,7 @@ def test_accumulation_equals_one_large_batch(config, monkeypatch):
             num_steps=1,
         )
         AcceleratorState._reset_state(reset_partial_state=True)
-        monkeypatch.setattr("musetalk.training.run.precision", lambda _: "no")
+        monkeypatch.setattr("musetalk.training.distributed.precision", lambda _: "no")
         train("demo", run)
         states.append(torch.load(run.checkpoint_dir / "demo" / "training-state-0000001.pt", weights_only=True))
     moments = [flat(state["optimizer"]["state"]) for state in states]
@@ -391,7 +401,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(config, m
         patch.setattr(musetalk_trainer, "training_step", poisoned)
         calls.clear()
         other = config.checkpoint_dir.parent / "skipping"
-        train("demo", replace(config, not_finite="skip", checkpoint_dir=other))
+        train("demo", replace(config, on_nonfinite="skip", checkpoint_dir=other))
         assert (other / "demo/training-state-0000004.pt").exists()
         assert re.search(r"skipped: step 3: .*not finite: pixel_l1\)", (config.log_dir / "trainer.log").read_text())
     monkeypatch.undo()
@@ -508,7 +518,7 @@ UNFIT = {
     "weight_decay": NO_NUMBER,
     "betas": NO_BETAS,
     "max_grad_norm": [*NO_NUMBER, 0.0, 0],
-    "not_finite": ["go on", "", None, True],
+    "on_nonfinite": ["go on", "", None, True],
     "ema_decay": [*NO_NUMBER, 1.0, 1, 1.5],
     "ema_every": NO_COUNT,
     "gradient_checkpointing": [0, 1, "yes", None],

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
-from losses.adversarial import Adversary
+from losses.adversarial import GANLoss
 from losses.discriminator import PatchDiscriminator
 from losses.objective import ADVERSARIAL, Objective
 
@@ -42,11 +42,11 @@ class Small:
         self.expert = Expert().double()
         for network in (self.decoder, self.features, self.expert):
             network.requires_grad_(False)
-        self.adversaries = {}
+        self.gan_losses = {}
         for ending in ("", "_mouth"):
             network = PatchDiscriminator(width=4, layers=1).double()
             if any(f"{name}{ending}" in weights for name in ADVERSARIAL):
-                self.adversaries[ending] = Adversary(network, torch.optim.SGD(network.parameters(), 0.1))
+                self.gan_losses[ending] = GANLoss(network, torch.optim.SGD(network.parameters(), 0.1))
         self.objective = Objective(
             weights,
             lambda _: self.decoder,
@@ -54,7 +54,7 @@ class Small:
             chunk_size,
             distance=lambda a, b: (self.features(a) - self.features(b)).square().mean(dim=(1, 2, 3)),
             embed=self.expert,
-            adversaries=self.adversaries,
+            gan_losses=self.gan_losses,
             views={"": lambda images, _: images, "_mouth": mouth},
         )
         count = CLIPS * FRAMES
@@ -97,7 +97,7 @@ def test_chunks_change_nothing(chunk_size):
     assert losses[0].keys() == {"adv_d", "adv_d_mouth"}
     for ending in ("", "_mouth"):
         torch.testing.assert_close(losses[0][f"adv_d{ending}"], losses[1][f"adv_d{ending}"], atol=1e-10, rtol=0)
-        networks = [small.adversaries[ending].network for small in (whole, parts)]
+        networks = [small.gan_losses[ending].network for small in (whole, parts)]
         for one, other in zip(*(list(network.parameters()) for network in networks), strict=True):
             torch.testing.assert_close(one.grad, other.grad, atol=1e-10, rtol=0)
 
@@ -122,7 +122,7 @@ def test_each_term_reaches_the_generator_and_nothing_else():
         small = Small({name: 1.0}, 2)
         small.backward(turn=int(name != "latent_l1"), adversarial=True)
         assert all(gradient is not None for gradient in small.gradients()), name
-        others = [small.decoder, small.features, small.expert, *(one.network for one in small.adversaries.values())]
+        others = [small.decoder, small.features, small.expert, *(one.network for one in small.gan_losses.values())]
         assert all(parameter.grad is None for network in others for parameter in network.parameters()), name
 
 
@@ -150,13 +150,13 @@ def test_images_are_decoded_only_for_terms_on_them(names, alone, with_discrimina
 
 def test_pulls_make_adv_g_pull_as_hard_as_the_pixels_do_on_the_first_chunk():
     small = Small({name: WEIGHTS[name] for name in ("pixel_l1", "lpips", "adv_g", "adv_g_mouth", "feat_match")}, 4)
-    small.objective.pulls |= {"": torch.zeros(()), "_mouth": torch.zeros(())}
+    small.objective.adaptive_weights |= {"": torch.zeros(()), "_mouth": torch.zeros(())}
     pred, last = small.generator(small.x), small.generator[2].weight
 
     def at_last_layer(gradient: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(pred[: len(gradient)], last, gradient, retain_graph=True)[0]
 
-    small.objective.measure_pulls(pred, at_last_layer, small.batch, 1)
+    small.objective.update_adaptive_weights(pred, at_last_layer, small.batch, 1)
     assert last.grad is None
 
     norms = {}
@@ -165,21 +165,21 @@ def test_pulls_make_adv_g_pull_as_hard_as_the_pixels_do_on_the_first_chunk():
     terms = {
         "fidelity": WEIGHTS["pixel_l1"] * (image - target).abs().mean()
         + WEIGHTS["lpips"] * (small.features(image) - small.features(target)).square().mean(),
-        "": -small.adversaries[""].network(image)[0].mean(),
-        "_mouth": -small.adversaries["_mouth"].network(mouth(image, boxes))[0].mean(),
+        "": -small.gan_losses[""].network(image)[0].mean(),
+        "_mouth": -small.gan_losses["_mouth"].network(mouth(image, boxes))[0].mean(),
     }
     for name, value in terms.items():
         norms[name] = torch.autograd.grad(value, last, retain_graph=True)[0].norm()
     for ending in ("", "_mouth"):
         wanted = (norms["fidelity"] / (norms[ending] + 1e-4)).clamp(max=1)
-        torch.testing.assert_close(small.objective.pulls[ending], wanted, atol=1e-10, rtol=0)
+        torch.testing.assert_close(small.objective.adaptive_weights[ending], wanted, atol=1e-10, rtol=0)
         assert 0 < wanted
 
     # They count in the loss, and are no term.
     one, _ = small.backward(turn=1, adversarial=True)
     heard = [gradient.clone() for gradient in small.gradients()]
     plain = Small({**small.objective.weights}, 4)
-    for ending, pull in small.objective.pulls.items():
+    for ending, pull in small.objective.adaptive_weights.items():
         plain.objective.weights[f"adv_g{ending}"] *= pull.item()
     other, _ = plain.backward(turn=1, adversarial=True)
     assert one == other

@@ -23,7 +23,7 @@ from musetalk.contract import (
 from musetalk.data.audio import audio_features, audio_windows
 from musetalk.data.cache import Cache
 from musetalk.data.dataset import FaceDataset
-from musetalk.data.video import MediaError, forth_and_back_index, read_audio, read_frames, write_video
+from musetalk.data.video import MediaError, ping_pong_index, read_audio, read_frames, write_video
 from musetalk.errors import UserError
 from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.unet import build_unet
@@ -80,7 +80,7 @@ def test_an_audio_longer_than_the_video_runs_it_forth_and_back(small_clips, samp
     features = audio_features(read_audio(speech), pipeline.audio_encoder, pipeline.contract)
     changed = 0
     for k, frame in enumerate(pipeline.frames(prepared, features, count)):
-        index = forth_and_back_index(k, length)
+        index = ping_pong_index(k, length)
         x1, y1, x2, y2 = prepared.boxes[index]
         outside = np.ones(frame.shape[:2], bool)
         outside[y1:y2, x1:x2] = False

@@ -22,15 +22,15 @@ ROOT = Path(__file__).parents[1]
 
 @given(
     batch=st.integers(1, 3),
-    ranks=st.integers(1, 4),
+    world_size=st.integers(1, 4),
     parts=st.integers(1, 3),
     begin=st.integers(0, 5),
     count=st.integers(0, 3),
 )
-def test_a_part_of_a_step_holds_the_same_slots_on_any_number_of_processes(batch, ranks, parts, begin, count):
-    whole, steps = batch * ranks, range(begin, begin + count)
+def test_a_part_of_a_step_holds_the_same_slots_on_any_number_of_processes(batch, world_size, parts, begin, count):
+    whole, steps = batch * world_size, range(begin, begin + count)
     one = list(SlotSampler(whole * parts, steps, whole))
-    shares = [list(SlotSampler(whole * parts, steps, batch, rank, ranks)) for rank in range(ranks)]
+    shares = [list(SlotSampler(whole * parts, steps, batch, rank, world_size)) for rank in range(world_size)]
     assert one == list(range(begin * whole * parts, (begin + count) * whole * parts))
     for part in range(count * parts):
         together = [item for share in shares for item in share[part * batch : (part + 1) * batch]]
@@ -92,6 +92,6 @@ def test_other_ways_to_share_a_training_are_refused(monkeypatch, name):
     class Shared:
         distributed_type = DistributedType[name]
 
-    monkeypatch.setattr("musetalk.training.run.Accelerator", lambda **_: Shared())
+    monkeypatch.setattr("musetalk.training.distributed.Accelerator", lambda **_: Shared())
     with pytest.raises(TrainError, match=f"^{name} is not supported: start it with python, torchrun or accel"):
         start_processes("auto")

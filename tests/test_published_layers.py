@@ -13,11 +13,11 @@ from torch.nn import functional
 from musetalk.models.face_parser import CLASSES, BiSeNet, FaceParser
 from musetalk.models.syncnet import (
     AttentionBlock,
-    ColourSyncNet,
     EncoderConfig,
     ResnetBlock,
     StableConfig,
     StableSyncNet,
+    Wav2LipSyncNet,
 )
 from musetalk.models.vgg import EPS, LPIPS, SCALE, SHIFT, VGG16, Heads
 
@@ -46,8 +46,8 @@ def random_weights(network: nn.Module, seed: int = 0) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def colour() -> ColourSyncNet:
-    return random_weights(ColourSyncNet())
+def colour() -> Wav2LipSyncNet:
+    return random_weights(Wav2LipSyncNet())
 
 
 @pytest.fixture(scope="module")

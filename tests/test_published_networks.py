@@ -15,16 +15,16 @@ from torch import nn
 
 from musetalk.models.face_parser import BiSeNet, load_face_parser
 from musetalk.models.syncnet import (
-    PIXEL,
     PIXEL_ATTENTION,
-    ColourSyncNet,
+    STABLE_SYNCNET_16,
     EncoderConfig,
     StableConfig,
     StableSyncNet,
+    Wav2LipSyncNet,
     load_syncnet,
 )
 from musetalk.models.vgg import VGG16, Heads, load_lpips
-from musetalk.models.weights import SIGNS, WeightsError, load_strictly, unwrap
+from musetalk.models.weights import SIGNATURE_KEYS, WeightsError, load_strictly, unwrap
 
 CPU = torch.device("cpu")
 SMALL = StableConfig(
@@ -44,8 +44,8 @@ def plain(config: StableConfig) -> StableConfig:
 
 
 @pytest.fixture(scope="module")
-def colour() -> ColourSyncNet:
-    return ColourSyncNet()
+def colour() -> Wav2LipSyncNet:
+    return Wav2LipSyncNet()
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def save_as_of_2017(tensors: dict[str, torch.Tensor], path: Path) -> None:
     "build, entries, parameters, shapes",
     [
         (
-            ColourSyncNet,
+            Wav2LipSyncNet,
             217,
             16_435_072,
             {
@@ -125,7 +125,7 @@ def save_as_of_2017(tensors: dict[str, torch.Tensor], path: Path) -> None:
             },
         ),
         (
-            lambda: StableSyncNet(PIXEL),
+            lambda: StableSyncNet(STABLE_SYNCNET_16),
             178,
             371_766_496,
             {
@@ -194,8 +194,8 @@ def test_the_parts_of_the_parser_that_run_are_as_large_as_those_of_the_published
 @pytest.mark.parametrize(
     "build, frames, mel_frames, size, width",
     [
-        (ColourSyncNet, 5, 16, 96, 512),
-        (lambda: StableSyncNet(PIXEL), 16, 52, 256, 2048),
+        (Wav2LipSyncNet, 5, 16, 96, 512),
+        (lambda: StableSyncNet(STABLE_SYNCNET_16), 16, 52, 256, 2048),
         (lambda: StableSyncNet(PIXEL_ATTENTION), 16, 52, 256, 2048),
     ],
     ids=["colour", "stable", "stable with attention"],
@@ -284,10 +284,10 @@ def test_a_stable_syncnet_of_the_other_kind_is_told_for_what_it_is(tmp_path, sta
 def test_a_file_in_the_place_of_another_is_told_for_what_it_is(tmp_path):
     with torch.device("meta"):
         built = [
-            *(ColourSyncNet(1), StableSyncNet(plain(SMALL)), StableSyncNet(SMALL)),
+            *(Wav2LipSyncNet(1), StableSyncNet(plain(SMALL)), StableSyncNet(SMALL)),
             *(BiSeNet(), BiSeNet().cp.resnet, VGG16(), Heads()),
         ]
-    for network, what in zip(built, SIGNS.values(), strict=False):
+    for network, what in zip(built, SIGNATURE_KEYS.values(), strict=False):
         tensors = {name: torch.empty(()).expand(tensor.shape) for name, tensor in network.state_dict().items()}
         with pytest.raises(WeightsError, match=f"a.pth does not fit Linear: .* looks like {what}$"):
             load_strictly(nn.Linear(1, 1), tensors, Path("a.pth"))

@@ -126,7 +126,7 @@ def test_no_two_groups_can_want_one_name(names):
 
 
 @pytest.fixture(scope="module")
-def tools() -> datasets_process.Tools:
+def tools() -> datasets_process.Models:
     return load_tools(PrepareConfig(device="cpu"))
 
 

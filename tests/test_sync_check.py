@@ -13,7 +13,7 @@ from torch import nn
 from musetalk.contract import RIGID
 from musetalk.data.audio import mel_start
 from musetalk.data.cache import Cache, CacheError, CacheWriter, encode_jpegs
-from musetalk.models.syncnet import ColourSyncNet, SyncNet
+from musetalk.models.syncnet import SyncNet, Wav2LipSyncNet
 from musetalk.training.sync_check import (
     MAX_OFFSET,
     OFFSETS,
@@ -186,7 +186,7 @@ def test_the_check_is_the_same_for_a_seed_and_leaves_the_network_as_it_was(cache
 
 def test_batch_norms_gather_nothing_while_they_are_checked(cache):
     torch.manual_seed(0)
-    expert = ColourSyncNet(1)
+    expert = Wav2LipSyncNet(1)
     before = {name: tensor.clone() for name, tensor in expert.state_dict().items()}
     check_expert(expert, cache, ["c"], seed=0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in expert.state_dict().items())
@@ -224,7 +224,7 @@ def test_a_clip_without_audio_far_enough_away_gives_no_accuracy(make_cache_of):
 
 
 def test_weights_that_are_no_numbers_are_refused(cache):
-    expert = ColourSyncNet(1)
+    expert = Wav2LipSyncNet(1)
     nn.init.constant_(expert.audio_encoder[0].conv_block[0].weight, float("nan"))
     with pytest.raises(SyncError, match="is no number"):
         check_expert(expert, cache, ["c"], seed=0)

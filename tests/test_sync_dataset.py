@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from musetalk.contract import FeatureContract
 from musetalk.data.audio import mel_start
 from musetalk.data.cache import Cache, CacheError, CacheWriter
-from musetalk.data.sync_dataset import SyncDataset, SyncSample, heard_frames, read_mel, window_starts
-from musetalk.models.syncnet import ColourSyncNet
+from musetalk.data.sync_dataset import SyncDataset, SyncSample, frames_with_audio, read_mel, window_starts
+from musetalk.models.syncnet import Wav2LipSyncNet
 
 CONTRACT = FeatureContract(margins=(0, 10))
 # Clip -> frames, unusable ones, mel frames. "quiet" has sound for its first second only, "short" for 5 windows.
@@ -55,7 +55,7 @@ def test_audio_as_long_as_its_video_has_mel_for_every_window(frames, window):
         def rows(self, _: str) -> int:
             return 80 * frames // 25 + 1
 
-    assert heard_frames(Whole(range(frames)), window) >= frames - window + 1
+    assert frames_with_audio(Whole(range(frames)), window) >= frames - window + 1
 
 
 def test_the_clips_drawn_are_those_with_room(cache):
@@ -181,7 +181,7 @@ def test_items_make_batches_in_the_order_of_their_slots(cache):
 
 
 def test_a_batch_fits_the_expert(cache):
-    expert = ColourSyncNet(1).eval()
+    expert = Wav2LipSyncNet(1).eval()
     data = SyncDataset(cache, ["b"], seed=0, slots=2, frames=5, num_steps=1, gaps=(3, 3), other_clips=0.5)
     item = data[0]
     images = item["images"].permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -22,8 +22,8 @@ from musetalk.errors import TrainError, UserError
 from musetalk.models.syncnet import (
     ARCHITECTURES,
     PUBLISHED,
-    ColourSyncNet,
     StableSyncNet,
+    Wav2LipSyncNet,
     build_syncnet,
     find_trained,
     load_syncnet,
@@ -242,7 +242,7 @@ def test_it_starts_from_an_expert_of_its_own(config, tmp_path):
     name = "face_encoder.0.conv_block.0.weight"
     torch.testing.assert_close(weights[name], begin.state_dict()[name])
     assert not torch.equal(weights[name], build_syncnet("wav2lip_narrow", run.seed).state_dict()[name])
-    with pytest.raises(WeightsError, match="does not fit ColourSyncNet: .*wrongly shaped"):
+    with pytest.raises(WeightsError, match="does not fit Wav2LipSyncNet: .*wrongly shaped"):
         train("demo", replace(run, architecture="wav2lip"))
     with pytest.raises(WeightsError, match="does not fit StableSyncNet: .*looks like Wav2Lip's SyncNet"):
         train("demo", replace(run, architecture="latentsync_narrow"))
@@ -344,7 +344,7 @@ def write(path: Path, tensors: dict, metadata: dict | None) -> Path:
 
 
 def test_what_is_no_trained_expert_is_refused_in_a_sentence(tmp_path):
-    weights = ColourSyncNet(8).state_dict()
+    weights = Wav2LipSyncNet(8).state_dict()
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.safetensors").write_text("no weights")
     torch.save(weights, tmp_path / "torch.pth")
@@ -378,7 +378,7 @@ def test_what_is_no_trained_expert_is_refused_in_a_sentence(tmp_path):
         (lambda s: s.update(step=-1), "holds no step of a training"),
         (lambda s: s.update(step=True), "holds no step of a training"),
         (lambda s: s.update(optimizer={"state": {0: 1}}), "holds no state of this optimizer"),
-        (lambda s: s["network"].pop(next(iter(s["network"]))), "does not fit ColourSyncNet: 1 missing"),
+        (lambda s: s["network"].pop(next(iter(s["network"]))), "does not fit Wav2LipSyncNet: 1 missing"),
         (lambda s: s.update(network=[1]), "holds no weights by name but a list"),
     ],
     ids=["missing", "architecture", "optimizer", "negative", "bool", "moments", "weights", "list"],

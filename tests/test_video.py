@@ -19,8 +19,8 @@ from musetalk.contract import AUDIO_SAMPLE_RATE, SAMPLES_PER_FRAME, VIDEO_FPS
 from musetalk.data.video import (
     MediaError,
     count_frames,
-    forth_and_back,
-    forth_and_back_index,
+    ping_pong,
+    ping_pong_index,
     read_audio,
     read_frames,
     write_video,
@@ -437,13 +437,13 @@ def test_batches_hold_all_items_in_order_and_only_the_last_is_shorter(count, siz
 @given(length=st.integers(1, 50), k=st.integers(0, 300))
 def test_forth_and_back_index_runs_to_the_end_and_back(length, k):
     forth = list(range(length))
-    assert forth_and_back_index(k, length) == ((forth + forth[::-1]) * 400)[k]
+    assert ping_pong_index(k, length) == ((forth + forth[::-1]) * 400)[k]
 
 
 @pytest.mark.parametrize(("length", "count"), [(60, 130), (60, 30), (7, 40), (26, 60), (1, 3)])
 def test_forth_and_back_shows_the_frames_that_its_index_names(counted, length, count):
-    shown = [number(picture) for picture in forth_and_back(counted, length, count)]
-    assert shown == [forth_and_back_index(k, length) for k in range(count)]
+    shown = [number(picture) for picture in ping_pong(counted, length, count)]
+    assert shown == [ping_pong_index(k, length) for k in range(count)]
 
 
 def test_pictures_of_another_size_within_a_video_are_left_out(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from musetalk.data.cache import CacheError
-from musetalk.data.workers import Bar, most_processes, share_out
+from musetalk.data.workers import Bar, map_jobs, most_processes
 from musetalk.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +99,7 @@ def run(tmp_path) -> Callable:
     def share(jobs: list[str], count: int, start: str = "begin") -> tuple[dict[str, object], Drawn]:
         bar = Drawn()
         try:
-            return share_out(f"tests.test_workers:{start}", (tmp_path,), {job: job for job in jobs}, count, bar), bar
+            return map_jobs(f"tests.test_workers:{start}", (tmp_path,), {job: job for job in jobs}, count, bar), bar
         finally:
             for path in tmp_path.glob("*.pid"):
                 with pytest.raises(ProcessLookupError):
@@ -165,10 +165,10 @@ TWO_AT_WORK = """
 import sys
 from pathlib import Path
 from musetalk.cli import run_script
-from musetalk.data.workers import share_out
+from musetalk.data.workers import map_jobs
 from tests.test_workers import Drawn
 jobs = {name: f"write {name}" for name in "ab"}
-run_script(lambda folder: share_out("tests.test_workers:begin", (folder,), jobs, 2, Drawn()), Path(sys.argv[1]))
+run_script(lambda folder: map_jobs("tests.test_workers:begin", (folder,), jobs, 2, Drawn()), Path(sys.argv[1]))
 """
 
 

@@ -43,7 +43,7 @@ from musetalk.data.face.face import FaceBackend
 from musetalk.data.face.tracking import follow_person
 from musetalk.data.sample import SEEDS, render_frames
 from musetalk.data.video import read_frames
-from musetalk.files import whole_file
+from musetalk.files import atomic_write
 from musetalk.images import mask_lower_half, to_tensor
 
 HELD_OUT = ("talking_b", "portrait_hevc_1080x1920", "person_3", "person_5", "person_l8")
@@ -134,7 +134,7 @@ def make_audio_encoder(config: Config) -> None:
         for conv in (model.encoder.conv1, model.encoder.conv2):
             conv.weight *= CONV_GAIN
     tensors = {name: value.half() for name, value in model.state_dict().items()}
-    with whole_file(config.models_dir / "whisper" / "tiny.pt") as path:
+    with atomic_write(config.models_dir / "whisper" / "tiny.pt") as path:
         torch.save({"dims": asdict(AUDIO_DIMENSIONS), "model_state_dict": tensors}, path)
 
 

@@ -36,11 +36,11 @@ from datasets_process import main as prepare
 from losses.discriminator import PatchDiscriminator
 from musetalk.data.cache import Cache
 from musetalk.data.dataset import FaceDataset
-from musetalk.files import read_json, write_whole
+from musetalk.files import atomic_write_bytes, read_json
 from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.syncnet import SyncNet, load_syncnet
 from musetalk.training.sync_check import check_expert
-from musetalk.training.validation import Look, Validator
+from musetalk.training.validation import ClipResult, Validator
 from tools.distil_decoder import DistilConfig
 from tools.distil_decoder import main as distil
 
@@ -100,8 +100,8 @@ class Piece:
     def finish(self) -> None:
         """Do what is left of it."""
         if found := KINDS[self.kind][0](self.folder, *self.subject):
-            write_whole(self.result, (json.dumps(found, indent=1) + "\n").encode())
-        write_whole(self.folder.with_suffix(".done"), b"")
+            atomic_write_bytes(self.result, (json.dumps(found, indent=1) + "\n").encode())
+        atomic_write_bytes(self.folder.with_suffix(".done"), b"")
 
 
 def make_cache(folder: Path, material: str, crop: str) -> dict:
@@ -189,8 +189,8 @@ def make_measurement(_: Path, material: str, recipe: str, seed: str) -> dict:
     pipeline = LipSyncPipeline.from_checkpoint(weights_folder(material, recipe, seed), models_folder(material))
     found = Validator(pipeline, cache, split(material, cache)[1], frames=LOOKED_AT, expert=expert)()
     path = Piece("measurement", (material, recipe, seed)).result.with_suffix(".jpg")
-    write_whole(path, strip(found.looks, lambda look: look.images["prediction"]))
-    write_whole(RESULTS / f"truth-{material}.jpg", strip(found.looks, lambda look: look.truth))
+    atomic_write_bytes(path, strip(found.looks, lambda look: look.images["prediction"]))
+    atomic_write_bytes(RESULTS / f"truth-{material}.jpg", strip(found.looks, lambda look: look.truth))
     return {"figures": found.figures, "openings": [openings(look) for look in found.looks]}
 
 
@@ -236,7 +236,7 @@ def split(material: str, cache: Cache, *_: object) -> tuple[list[str], list[str]
     return sorted(cache.clips.keys() - set(held)), held, f"held out: {', '.join(held)}"
 
 
-def strip(looks: Sequence[Look], images: Callable[[Look], np.ndarray]) -> bytes:
+def strip(looks: Sequence[ClipResult], images: Callable[[ClipResult], np.ndarray]) -> bytes:
     """Faces side by side as a JPEG: a closed mouth, one between and an open one, each of the next clip."""
     faces = []
     for index, share in enumerate(STRIP):
@@ -246,7 +246,7 @@ def strip(looks: Sequence[Look], images: Callable[[Look], np.ndarray]) -> bytes:
     return cv2.imencode(".jpg", np.hstack(faces), [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
 
 
-def openings(look: Look) -> dict:
+def openings(look: ClipResult) -> dict:
     """Openings of the mouths of a clip, as they are and as they were made."""
     series = {"truth": look.window.openings, "prediction": look.openings["prediction"]}
     return {"clip": look.window.clip.name} | {k: [round(float(x), 4) for x in v] for k, v in series.items()}
@@ -260,8 +260,8 @@ def models_folder(material: str) -> Path:
     if not (folder / "whisper/tiny.pt").exists():
         shutil.copytree(MINI, folder, dirs_exist_ok=True)
         unet = read_json(MINI / "musetalk/musetalk.json") | {"cross_attention_dim": 384}
-        write_whole(folder / "musetalk/musetalk.json", json.dumps(unet).encode())
-        write_whole(folder / "whisper/tiny.pt", WHISPER.read_bytes())
+        atomic_write_bytes(folder / "musetalk/musetalk.json", json.dumps(unet).encode())
+        atomic_write_bytes(folder / "whisper/tiny.pt", WHISPER.read_bytes())
     return folder
 
 

@@ -25,7 +25,7 @@ from benchmarks.evidence.recipes import (
     STEPS,
     TRAINING_EXPERT,
 )
-from musetalk.files import read_json, write_whole
+from musetalk.files import atomic_write_bytes, read_json
 from musetalk.training.log import rendered
 
 FOLDER = ROOT / "benchmarks/evidence"
@@ -48,9 +48,7 @@ MEASURES = (
     Measure("lmd", "distance of the lips from the true ones, in distances of the eyes", lambda f: f["lmd"], 0),
     Measure("r own", "correlation of the mouth's opening with the true one", lambda f: f["r_own_audio"], 1),
     Measure("r other", "the same with the audio of another clip and its mouth", lambda f: f["r_other_audio"], 1),
-    Measure(
-        "r unheard", "then with the video's own mouth, whose audio is not given", lambda f: f["r_audio_not_heard"], 0
-    ),
+    Measure("r unheard", "then with the video's own mouth, whose audio is not given", lambda f: f["r_source_audio"], 0),
     Measure("reference", "share of the mouth of another reference that shows", lambda f: f["reference_share"], 0),
     Measure("jitter", "second difference of the lips over the truth's", lambda f: f["jitter"] / f["jitter_truth"], 1),
     Measure(
@@ -93,10 +91,10 @@ def write_report() -> Path:
         found = {recipe: results for recipe, results in found.items() if results}
         text += f"\n## {name}\n\n{material.about}\n\n{experts(name)}"
         if found:
-            write_whole(FOLDER / f"{name}.png", cv2.imencode(".png", draw_openings(found))[1].tobytes())
+            atomic_write_bytes(FOLDER / f"{name}.png", cv2.imencode(".png", draw_openings(found))[1].tobytes())
             text += f"\n{table(found)}\n{faces(name, found)}\n![openings of mouths]({name}.png)\n"
     path = FOLDER / "results.md"
-    write_whole(path, text.encode())
+    atomic_write_bytes(path, text.encode())
     return path
 
 

@@ -36,7 +36,7 @@ from musetalk.contract import (
 )
 from musetalk.data.video import MediaError
 from musetalk.errors import UserError, printable
-from musetalk.files import read_json, write_whole
+from musetalk.files import atomic_write_bytes, read_json
 
 VERSION = 3
 MAX_NAME = 200  # bytes; file systems take 255, endings included
@@ -131,7 +131,7 @@ def _require_source(path: Path, record: dict, about: dict) -> None:
 
 
 class CacheWriter:
-    """Clips into a cache folder, each under its name only when complete. One process at a time: see own_folder."""
+    """Clips into a cache folder, each under its name only when complete. One process at a time: see folder_lock."""
 
     def __init__(self, folder: Path, contract: FeatureContract) -> None:
         """Opens or makes the folder. Raises ContractError where it already holds clips made under other rules."""
@@ -142,7 +142,7 @@ class CacheWriter:
             have.require(contract, CACHE_FIELDS, str(folder))
             contract.require(have, ("margins",), "this run")
         else:
-            write_whole(path, _json_bytes({"version": VERSION, "contract": contract.as_dict(CACHE_FIELDS)}))
+            atomic_write_bytes(path, _json_bytes({"version": VERSION, "contract": contract.as_dict(CACHE_FIELDS)}))
 
     def finished(self, about: dict) -> list[dict]:
         """Records of the clips of a source that are done, refused ones included, in order; [] to begin with.
@@ -167,7 +167,7 @@ class CacheWriter:
         for path, record in zip(paths, records, strict=True):
             if record["identity"] != about["identity"]:
                 record["identity"] = about["identity"]
-                write_whole(path, _json_bytes(record))
+                atomic_write_bytes(path, _json_bytes(record))
         return records
 
     def _record(self, clip: str) -> Path | None:
@@ -190,8 +190,8 @@ class CacheWriter:
             "bytes": len(content),
             "sha256": hashlib.sha256(content).hexdigest(),
         }
-        write_whole(self.folder / "clips" / f"{clip}.safetensors", content)
-        write_whole(self.folder / "clips" / f"{clip}.json", _json_bytes(record))
+        atomic_write_bytes(self.folder / "clips" / f"{clip}.safetensors", content)
+        atomic_write_bytes(self.folder / "clips" / f"{clip}.json", _json_bytes(record))
         return record
 
     def reject(self, clip: str, about: dict, kind: str, reason: str) -> dict:
@@ -203,7 +203,7 @@ class CacheWriter:
         if path and _read_record(path)["source"] != about["source"]:
             clip += PurePath(about["source"]).suffix
         record = about | {"kind": kind, "reason": reason}
-        write_whole(self.folder / "rejected" / f"{clip}.json", _json_bytes(record))
+        atomic_write_bytes(self.folder / "rejected" / f"{clip}.json", _json_bytes(record))
         return record
 
 

@@ -21,7 +21,7 @@ from musetalk.data.cache import Cache, CacheError, Clip
 from musetalk.data.crop import EYE_CORNERS, INNER_LIPS, JAW, mouth_box, skull_size
 
 References = Literal["random", "pose_and_mouth"]
-ALIKE = 0.51  # share of the frames whose pose is near, and of those whose mouth is far; two such shares always meet
+QUANTILE = 0.51  # share of the frames whose pose is near, and of those whose mouth is far; two such shares always meet
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class FaceDataset(Dataset):
         """slots: samples in one optimizer step, over accumulation and processes. frames: T.
 
         references: any frame at least min_reference_gap away (nearer ones show the same mouth, and copying it would
-        be a short cut), or one that `alike_but_speaking` finds among them.
+        be a short cut), or one that `pose_matched_candidates` finds among them.
         mel_frames: of the window's time, for a sync expert; 0 is none. sync_offset: frames that this mel is later than
         the window. It is measured with the expert, and whether it is due to the expert (Wav2Lip's published one is a
         frame off) or to the data, moving what the UNet hears too would gain nothing and disturb published weights.
@@ -119,7 +119,7 @@ class FaceDataset(Dataset):
             return far
         if name not in self._shapes:
             self._shapes[name] = face_shapes(clip.tensor("landmarks"))
-        return alike_but_speaking(*self._shapes[name], frame, far)
+        return pose_matched_candidates(*self._shapes[name], frame, far)
 
     def __len__(self) -> int:
         return 2**62  # steps never run out
@@ -167,14 +167,14 @@ def face_shapes(landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return jaw.astype(np.complex64), mouth.astype(np.complex64)
 
 
-def alike_but_speaking(jaw: np.ndarray, mouth: np.ndarray, frame: int, candidates: np.ndarray) -> np.ndarray:
+def pose_matched_candidates(jaw: np.ndarray, mouth: np.ndarray, frame: int, candidates: np.ndarray) -> np.ndarray:
     """Those of some frames of a clip that show the pose of a frame, but another mouth; at least one.
 
     Nearer than most by the jaw and farther than most by the mouth (MuseTalk v1.5's choice; its distances are between
     landmarks in the face's box). Both shares are rounded up to more than half, so that they always have one in common.
     jaw, mouth: as `face_shapes` gives them. candidates: int (N,), N at least 1.
     """
-    count = math.ceil(ALIKE * len(candidates))
+    count = math.ceil(QUANTILE * len(candidates))
     turned = np.linalg.norm(jaw[candidates] - jaw[frame], axis=1)
     spoken = np.linalg.norm(mouth[candidates] - mouth[frame], axis=1)
     near, far = np.argsort(turned, kind="stable")[:count], np.argsort(-spoken, kind="stable")[:count]

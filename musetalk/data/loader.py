@@ -23,11 +23,11 @@ class SlotSampler:
     steps: range
     batch_size: int  # of one process
     rank: int = 0
-    ranks: int = 1
+    world_size: int = 1
 
     def __iter__(self) -> Iterator[int]:
         for step in self.steps:
-            for begin in range(self.rank * self.batch_size, self.slots, self.ranks * self.batch_size):
+            for begin in range(self.rank * self.batch_size, self.slots, self.world_size * self.batch_size):
                 yield from range(step * self.slots + begin, step * self.slots + begin + self.batch_size)
 
 
@@ -39,14 +39,14 @@ def loader(
     prefetch: int = 2,
     *,
     rank: int = 0,
-    ranks: int = 1,
+    world_size: int = 1,
     pin_memory: bool = False,
 ) -> DataLoader:
     """Batches of some steps for one of several processes, in the order of their slots. dataset: has `slots`."""
     return DataLoader(
         dataset,
         batch_size,
-        sampler=SlotSampler(dataset.slots, steps, batch_size, rank, ranks),
+        sampler=SlotSampler(dataset.slots, steps, batch_size, rank, world_size),
         num_workers=num_workers,
         prefetch_factor=prefetch if num_workers else None,
         pin_memory=pin_memory,

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from musetalk.contract import AUDIO_SAMPLE_RATE, VIDEO_FPS
 from musetalk.data.video import write_video
-from musetalk.files import own_folder, write_whole
+from musetalk.files import atomic_write_bytes, folder_lock
 
 # One seed per clip, found by search: mouths that open wide, and tracks no two of which correlate by 0.1.
 SEEDS = (93, 94, 278, 732, 1533, 1890, 3203, 3826)
@@ -291,12 +291,12 @@ def make_sample(folder: Path) -> list[Path]:
         raise FileExistsError(f"{folder}: exists already; the sample needs a new folder")
     unfinished = folder.with_name(folder.name + ".unfinished")
     names = [f"sample_{index:02d}" for index in range(len(SEEDS))]
-    with own_folder(unfinished) as lock:
+    with folder_lock(unfinished) as lock:
         for index, name in enumerate(tqdm(names, "sample", unit="clip")):
             audio = clip_script(index).audio
             write_video(unfinished / f"{name}.mp4", render_frames(index), audio, AUDIO_SAMPLE_RATE)
         identities = dict.fromkeys(names, "astronaut")
-        write_whole(unfinished / "identities.json", (json.dumps(identities, indent=2) + "\n").encode())
+        atomic_write_bytes(unfinished / "identities.json", (json.dumps(identities, indent=2) + "\n").encode())
         lock.unlink()
         os.replace(unfinished, folder)
     return [folder / f"{name}.mp4" for name in names]

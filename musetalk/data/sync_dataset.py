@@ -56,7 +56,7 @@ class SyncDataset(Dataset):
         self.num_steps, self.gaps, self.other_clips = num_steps, gaps, other_clips
         self.starts, self.heard = {}, {}  # clip -> first frames of windows, and how many frames mel begins at
         for name in clips:
-            starts, heard = window_starts(cache.clips[name], frames), heard_frames(cache.clips[name], frames)
+            starts, heard = window_starts(cache.clips[name], frames), frames_with_audio(cache.clips[name], frames)
             if len(starts) and heard > 2 * min(gaps):
                 self.starts[name], self.heard[name] = starts, heard
         if not self.starts:
@@ -110,7 +110,7 @@ class SyncDataset(Dataset):
         return tensors | {"where": f"{sample.clip}, frame {sample.start}"}
 
 
-def heard_frames(clip: Clip, frames: int) -> int:
+def frames_with_audio(clip: Clip, frames: int) -> int:
     """How many frames of a clip are the first of a window of mel that is whole; they are the first ones of the clip."""
     begins = mel_start(np.arange(len(clip)))
     return int((begins + sync_mel_frames(frames) <= clip.rows("mel")).sum())
@@ -121,7 +121,7 @@ def window_starts(clip: Clip, frames: int) -> np.ndarray:
     if len(clip) < frames:
         return np.zeros(0, int)
     starts = np.flatnonzero(np.lib.stride_tricks.sliding_window_view(clip.usable, frames).all(axis=1))
-    return starts[starts < heard_frames(clip, frames)]
+    return starts[starts < frames_with_audio(clip, frames)]
 
 
 def read_images(clip: Clip, start: int, frames: int, variant: int = 0) -> np.ndarray:

@@ -17,7 +17,7 @@ from av.stream import Disposition
 
 from musetalk.contract import AUDIO_SAMPLE_RATE, VIDEO_FPS
 from musetalk.errors import UserError
-from musetalk.files import whole_file
+from musetalk.files import atomic_write
 
 EXACT_SEEK = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # formats that seek to a key frame before the time asked for
 LOST_SOUND = Fraction(1, 20)  # s, a gap between pieces of sound that is no rounding of their times
@@ -226,12 +226,12 @@ def read_audio(path: str | Path, sample_rate: int = AUDIO_SAMPLE_RATE) -> np.nda
         if resampler:
             runs[-1][1].extend(_samples(resampler, None, path))
     origin = runs[0][0] if runs and origin is None else origin
-    placed = [(round((begin - origin) * sample_rate), parts) for begin, parts in runs]
-    length = max((at + sum(map(len, parts)) for at, parts in placed), default=0)
+    prepare_model = [(round((begin - origin) * sample_rate), parts) for begin, parts in runs]
+    length = max((at + sum(map(len, parts)) for at, parts in prepare_model), default=0)
     if length <= 0:
         raise MediaError("no audio", f"{path}: no audio in it can be decoded")
     result = np.zeros(length, np.float32)
-    for at, parts in placed:
+    for at, parts in prepare_model:
         for part in parts:
             result[max(0, at) : max(0, at + len(part))] = part[max(0, -at) :] / FULL_SCALE
             at += len(part)
@@ -270,7 +270,7 @@ def write_video(path: Path, frames: Iterable[np.ndarray], audio: np.ndarray, sam
         raise ValueError(f"{path}: there is no frame to write")
     height, width = first.shape[:2]
     count = 0
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             picture = container.add_stream("libx264", rate=VIDEO_FPS, options={"crf": "15", "preset": "fast"})
             picture.width, picture.height = width + width % 2, height + height % 2
@@ -302,7 +302,7 @@ def write_video(path: Path, frames: Iterable[np.ndarray], audio: np.ndarray, sam
     return count
 
 
-def forth_and_back(path: Path, length: int, count: int) -> Iterator[np.ndarray]:
+def ping_pong(path: Path, length: int, count: int) -> Iterator[np.ndarray]:
     """`count` frames of a video of `length` frames that runs to its end, back to its start, and so on.
 
     Memory stays flat: backwards, it is read in pieces of a second.
@@ -317,7 +317,7 @@ def forth_and_back(path: Path, length: int, count: int) -> Iterator[np.ndarray]:
     return islice(endless(), count)
 
 
-def forth_and_back_index(k: int, length: int) -> int:
-    """Which frame of the video is the k-th that `forth_and_back` shows."""
+def ping_pong_index(k: int, length: int) -> int:
+    """Which frame of the video is the k-th that `ping_pong` shows."""
     k %= 2 * length
     return k if k < length else 2 * length - 1 - k

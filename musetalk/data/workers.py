@@ -72,7 +72,7 @@ def most_processes() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), whole // MEMORY))
 
 
-def share_out(start: str, arguments: tuple, jobs: dict[str, object], count: int, bar: tqdm) -> dict[str, object]:
+def map_jobs(start: str, arguments: tuple, jobs: dict[str, object], count: int, bar: tqdm) -> dict[str, object]:
     """Have jobs done by `count` processes, the first ones first. Returns what each gave, by its name.
 
     start: "module:function". The function is called in each process with its number and the arguments, and gives one
@@ -103,7 +103,7 @@ def share_out(start: str, arguments: tuple, jobs: dict[str, object], count: int,
                     workers.remove(worker)
                     bar.update(-worker.moved)
                     waiting += [worker.job] * (worker.job is not None)
-                    bar.write(_obituary(worker, len(workers)))
+                    bar.write(_exit_message(worker, len(workers)))
                     continue
                 if what == "done":
                     results[worker.job], worker.job = value, None
@@ -130,7 +130,7 @@ def _launch(start: str, arguments: tuple) -> Worker:
     return Worker(process, pipe)
 
 
-def _obituary(worker: Worker, left: int) -> str:
+def _exit_message(worker: Worker, left: int) -> str:
     """What to say of a process that was killed. Raises UserError where it was the last, RuntimeError if it failed."""
     code = worker.process.wait()
     if code >= 0:

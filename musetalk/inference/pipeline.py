@@ -28,8 +28,8 @@ from musetalk.data.face.face import Face, FaceBackend
 from musetalk.data.video import (
     MediaError,
     count_frames,
-    forth_and_back,
-    forth_and_back_index,
+    ping_pong,
+    ping_pong_index,
     read_audio,
     read_frames,
     write_video,
@@ -221,10 +221,10 @@ class LipSyncPipeline:
         A frame without a face is passed on as it is. stage: told which part of the work begins.
         """
         length = len(prepared.faces)
-        source = forth_and_back(prepared.path, length, count)
+        source = ping_pong(prepared.path, length, count)
         for batch in batched(range(count), BATCH[self.vae.autoencoder.device.type]):
             stage("generate")
-            index = [forth_and_back_index(k, length) for k in batch]
+            index = [ping_pong_index(k, length) for k in batch]
             windows = audio_windows(features, batch, self.contract)
             faces = self.generate(prepared.masked_latents[index], prepared.latents[index], windows)
             stage("read and blend")

@@ -15,7 +15,7 @@ from whisper.model import ModelDimensions
 
 from musetalk.files import read_json
 from musetalk.models.weights import (
-    NONSENSE,
+    LOAD_ERRORS,
     WeightsError,
     find,
     fingerprint,
@@ -156,5 +156,5 @@ def _plan(sizes: tuple, tensors: int, path: Path) -> WhisperEncoder:
     try:
         with torch.device("meta"):
             return WhisperEncoder(*sizes)
-    except NONSENSE as error:
+    except LOAD_ERRORS as error:
         raise WeightsError(f"{path} describes no audio encoder that can be built: {reason(error)}") from error

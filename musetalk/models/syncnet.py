@@ -25,7 +25,7 @@ from torch.nn import functional
 from musetalk.contract import SYNC_MEL_BINS, sync_mel_frames
 from musetalk.files import read_json
 from musetalk.models.weights import (
-    NONSENSE,
+    LOAD_ERRORS,
     WeightsError,
     find,
     freeze,
@@ -94,7 +94,7 @@ class SyncNet(nn.Module):
         faces = images.float().clamp(-1, 1).flatten(0, 1)  # (B frames, 3, H, W)
         if faces.shape[2:] != (self.image_size, self.image_size):
             faces = functional.interpolate(faces, (self.image_size,) * 2, mode="bilinear", antialias=True)
-        faces = self.as_trained(faces[:, :, self.image_size // 2 :])  # (B frames, 3, size / 2, size)
+        faces = self.preprocess(faces[:, :, self.image_size // 2 :])  # (B frames, 3, size / 2, size)
         faces = faces.unflatten(0, (-1, self.frames)).flatten(1, 2)  # (B, 3 frames, size / 2, size)
         return _unit(self.face_encoder, faces)
 
@@ -103,7 +103,7 @@ class SyncNet(nn.Module):
         assert mel.shape[1:] == (self.mel_frames, SYNC_MEL_BINS), mel.shape
         return _unit(self.audio_encoder, mel.transpose(1, 2)[:, None])  # of (B, 1, 80, mel_frames)
 
-    def as_trained(self, faces: torch.Tensor) -> torch.Tensor:
+    def preprocess(self, faces: torch.Tensor) -> torch.Tensor:
         """Faces RGB in [-1, 1] as the network was trained to see them."""
         return faces
 
@@ -180,7 +180,7 @@ def _stages(stages: tuple[tuple, ...], width: int) -> nn.Sequential:
     return nn.Sequential(*blocks)
 
 
-class ColourSyncNet(SyncNet):
+class Wav2LipSyncNet(SyncNet):
     """Wav2Lip's expert: 5 faces (B, 15, 48, 96), BGR in [0, 1], and mel (B, 1, 80, 16) -> D = 16 width = 512."""
 
     def __init__(self, width: int = 32) -> None:
@@ -188,7 +188,7 @@ class ColourSyncNet(SyncNet):
         self.face_encoder = _stages(FACE_STAGES, width)
         self.audio_encoder = _stages(MEL_STAGES, width)
 
-    def as_trained(self, faces: torch.Tensor) -> torch.Tensor:
+    def preprocess(self, faces: torch.Tensor) -> torch.Tensor:
         return (faces.flip(1) + 1) / 2
 
 
@@ -234,10 +234,10 @@ class StableConfig:
     )
 
 
-PIXEL = StableConfig()  # syncnet_16_pixel
+STABLE_SYNCNET_16 = StableConfig()  # syncnet_16_pixel
 PIXEL_ATTENTION = StableConfig(  # syncnet_16_pixel_attn
-    visual_encoder=replace(PIXEL.visual_encoder, attn_blocks=(0, 0, 0, 0, 1, 1, 0, 0)),
-    audio_encoder=replace(PIXEL.audio_encoder, attn_blocks=(0, 0, 0, 1, 1, 0, 0)),
+    visual_encoder=replace(STABLE_SYNCNET_16.visual_encoder, attn_blocks=(0, 0, 0, 0, 1, 1, 0, 0)),
+    audio_encoder=replace(STABLE_SYNCNET_16.audio_encoder, attn_blocks=(0, 0, 0, 1, 1, 0, 0)),
 )
 
 
@@ -353,15 +353,15 @@ class StableSyncNet(SyncNet):
 PIXEL_NARROW = StableConfig(  # ours, to try things with: 16.3 million parameters instead of 371.8
     resolution=128,
     visual_encoder=EncoderConfig(48, (32, 32, 64, 64, 128, 256, 512), ((1, 2), 2, 2, 2, 2, 2, 2), (0,) * 7),
-    audio_encoder=replace(PIXEL.audio_encoder, block_out_channels=(32, 32, 64, 64, 128, 256, 512)),
+    audio_encoder=replace(STABLE_SYNCNET_16.audio_encoder, block_out_channels=(32, 32, 64, 64, 128, 256, 512)),
 )
 
 # Building, saving and loading.
 
 ARCHITECTURES: dict[str, Callable[[], SyncNet]] = {
-    "wav2lip": ColourSyncNet,
-    "wav2lip_narrow": lambda: ColourSyncNet(width=8),
-    "latentsync": lambda: StableSyncNet(PIXEL),
+    "wav2lip": Wav2LipSyncNet,
+    "wav2lip_narrow": lambda: Wav2LipSyncNet(width=8),
+    "latentsync": lambda: StableSyncNet(STABLE_SYNCNET_16),
     "latentsync_attention": lambda: StableSyncNet(PIXEL_ATTENTION),
     "latentsync_narrow": lambda: StableSyncNet(PIXEL_NARROW),
 }
@@ -453,7 +453,7 @@ def _plan(path: Path) -> StableSyncNet:
         fault = error.errors()[0]
         where = ".".join(str(part) for part in fault["loc"])
         raise WeightsError(f"{path} describes no StableSyncNet: {where}: {fault['msg']}") from error
-    except NONSENSE as error:
+    except LOAD_ERRORS as error:
         raise WeightsError(f"{path} describes no StableSyncNet: {str(error).splitlines()[0]}") from error
     if made[0] != made[1]:
         raise WeightsError(f"{path} describes no StableSyncNet: of faces it makes {made[0]}, of mel {made[1]}")

@@ -108,14 +108,14 @@ def load_vae(
     path = find(models_dir, *FILES)
     autoencoder = build_network(AutoencoderKL, path.with_name("config.json"), use)
     tensors = unwrap(read_tensors(path), path)
-    load_strictly(autoencoder, {_today(name): tensor for name, tensor in tensors.items()}, path)
+    load_strictly(autoencoder, {_rename_key(name): tensor for name, tensor in tensors.items()}, path)
     vae = VAE(autoencoder)  # its fingerprint is of the float32 tensors
     # nn.Module's own `to`: diffusers' warns of layers to keep in float32 even where there are none.
     nn.Module.to(autoencoder, device, dtype, memory_format=memory_format)
     return vae
 
 
-def _today(name: str) -> str:
+def _rename_key(name: str) -> str:
     """Today's name of a tensor."""
     for old, new in OLD_NAMES.items():
         name = name.replace(old, new)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from musetalk.errors import UserError
-from musetalk.files import read_json, whole_file
+from musetalk.files import atomic_write, read_json
 
 HUGGING_FACE = "https://huggingface.co/{}/resolve/main/{}"
 
@@ -117,7 +117,7 @@ SOURCES = {
 }
 
 # A tensor that only this file has -> what the file is.
-SIGNS = {
+SIGNATURE_KEYS = {
     "face_encoder.0.conv_block.0.weight": "Wav2Lip's SyncNet",
     "audio_encoder.down_blocks.4.conv1.weight": "a StableSyncNet without attention",
     "audio_encoder.down_blocks.4.attn.to_q.weight": "a StableSyncNet with attention",
@@ -131,13 +131,13 @@ SIGNS = {
 }
 
 # What Python, torch and diffusers let through where a file makes no sense.
-NONSENSE = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError)
-BROKEN_PICKLE = (*NONSENSE, EOFError, MemoryError, struct.error)
+LOAD_ERRORS = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError)
+PICKLE_ERRORS = (*LOAD_ERRORS, EOFError, MemoryError, struct.error)
 MAX_LAYERS, MAX_PARAMETERS = 16, 4_000_000_000  # the largest network here has 850 million
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What trainers store beside tensors: mmengine's log and settings, NumPy's scalars and arrays, options, paths. Loading
-# replaces each by a StandIn; a file that asks for any other class or function is refused.
-STAND_INS = (
+# replaces each by a IgnoredGlobal; a file that asks for any other class or function is refused.
+IGNORED_GLOBALS = (
     "mmengine.logging.history_buffer.HistoryBuffer",
     *("mmengine.config.config.Config", "mmengine.config.config.ConfigDict"),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
@@ -146,12 +146,12 @@ STAND_INS = (
 )
 
 
-class StandIn:
-    """Replaces a class or function of `STAND_INS`: accepts any arguments and state, keeps and does nothing."""
+class IgnoredGlobal:
+    """Replaces a class or function of `IGNORED_GLOBALS`: accepts any arguments and state, keeps and does nothing."""
 
     __slots__ = ()
 
-    def __new__(cls, *_: object) -> StandIn:
+    def __new__(cls, *_: object) -> IgnoredGlobal:
         return super().__new__(cls)
 
     def __setstate__(self, _: object) -> None:
@@ -179,11 +179,11 @@ def find(models_dir: Path, *names: str) -> Path:
 def read_tensors(path: Path) -> dict:
     """Reads a .safetensors or a torch file by torch's own guard, so that nothing in it is run.
 
-    Returns what the file holds, with a StandIn for each object of a class of `STAND_INS`. Raises WeightsError where it
-    is no such file, asks for any other class or function, or holds no dictionary.
+    Returns what the file holds, with an IgnoredGlobal for each object of a class of `IGNORED_GLOBALS`. Raises
+    WeightsError where it is no such file, asks for any other class or function, or holds no dictionary.
     """
     unreadable = f"{path} cannot be read as weights"
-    stand_ins = torch.serialization.safe_globals([(StandIn, name) for name in STAND_INS])
+    stand_ins = torch.serialization.safe_globals([(IgnoredGlobal, name) for name in IGNORED_GLOBALS])
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -193,7 +193,7 @@ def read_tensors(path: Path) -> dict:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it asks for {asked[1]}, but only tensors are loaded" if asked else "it is no pickle of tensors"
         raise WeightsError(f"{unreadable}: {what}; get a file of tensors alone") from error
-    except (OSError, SafetensorError, *BROKEN_PICKLE) as error:
+    except (OSError, SafetensorError, *PICKLE_ERRORS) as error:
         if isinstance(error, RuntimeError) and "TorchScript" in str(error):
             raise WeightsError(f"{path} is a TorchScript program, not weights; get its state_dict instead") from error
         raise WeightsError(f"{unreadable}: {reason(error)}") from error
@@ -208,7 +208,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
     metadata: one key at most, for several are written in any order.
     """
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         try:
             safetensors.torch.save_file(tensors, partial, metadata)
         except SafetensorError as error:
@@ -239,7 +239,7 @@ def build_network(kind: type[ModelMixin], path: Path, use: Callable[[ModelMixin]
         with torch.device("meta"), torch.no_grad():
             network = kind.from_config(config)
             use(network)
-    except NONSENSE as error:
+    except LOAD_ERRORS as error:
         raise WeightsError(f"{what}: {reason(error)}") from error
     if (size := sum(parameter.numel() for parameter in network.parameters())) > MAX_PARAMETERS:
         raise WeightsError(f"{path} describes a network of {size:,} parameters, more than {MAX_PARAMETERS:,}")
@@ -294,7 +294,7 @@ def load_strictly(module: nn.Module, tensors: dict, path: Path) -> None:
     }
     if any(faults.values()):
         listed = "; ".join(f"{len(names)} {fault}: {_first(names)}" for fault, names in faults.items() if names)
-        other = [what for sign, what in SIGNS.items() if sign in tensors and sign not in own]
+        other = [what for sign, what in SIGNATURE_KEYS.items() if sign in tensors and sign not in own]
         raise WeightsError(
             f"{path} does not fit {type(module).__name__}: {listed}"
             + "".join(f"; it looks like {x}" for x in other[:1])

@@ -11,9 +11,9 @@ import torch
 from torch.utils.serialization import config as serialization
 
 from musetalk.contract import FeatureContract
-from musetalk.files import delete_older, saved_files, whole_file
+from musetalk.files import atomic_write, delete_older, saved_files
 from musetalk.models.trained_unet import write_unet
-from musetalk.models.weights import BROKEN_PICKLE, WeightsError, read_tensors
+from musetalk.models.weights import PICKLE_ERRORS, WeightsError, read_tensors
 
 STATE_NAME = r"training-state-(\d+)\.pt"
 WEIGHTS_NAME = r"[a-z]+-(\d+)\.safetensors"  # of any network
@@ -23,7 +23,7 @@ GO_BACK = "delete it, and the run goes on from the state before it"
 def save_state(run_dir: Path, step: int, state: dict, keep: int) -> Path:
     """Write a training state that is either whole or not there; only the newest `keep` of a run stay."""
     path = run_dir / f"training-state-{step:07d}.pt"
-    with whole_file(path) as partial, open(partial, "wb") as file:
+    with atomic_write(path) as partial, open(partial, "wb") as file:
         torch.save(state | {"step": step}, file)
     delete_older(path, keep)
     return path
@@ -47,7 +47,7 @@ def load_latest_state(run_dir: Path, *, check_sums: bool = True) -> tuple[Path, 
             # torch reads nothing of a folder, and maps a compressed record as if it were not.
             odd = next((entry.filename for entry in entries if entry.external_attr or entry.compress_type), None)
             broken = odd or (archive.testzip() if check_sums else None)
-    except (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, *BROKEN_PICKLE) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, *PICKLE_ERRORS) as error:
         raise WeightsError(f"{path} is no whole training state ({error}); {GO_BACK}") from error
     if broken is not None:
         raise WeightsError(f"{path} has changed since it was saved ({broken}); {GO_BACK}")

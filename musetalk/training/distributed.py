@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from torch import nn
 
-from musetalk.devices import choose_device, knows_bfloat16
+from musetalk.devices import choose_device, supports_bf16
 from musetalk.errors import TrainError, UserError
 
 # Of every collective, on GPUs too: the other processes wait in one while the first validates, or saves to a slow disk.
@@ -79,10 +79,10 @@ def start_processes(device: str) -> Accelerator:
 
 def precision(device: torch.device) -> str:
     """bf16 where the device computes in it, else full float32; accelerate's word for it."""
-    return "bf16" if knows_bfloat16(device) else "no"
+    return "bf16" if supports_bf16(device) else "no"
 
 
-def placed(network: nn.Module, accelerator: Accelerator) -> nn.Module:
+def prepare_model(network: nn.Module, accelerator: Accelerator) -> nn.Module:
     """A network on its device and in the training's precision; `average_gradients` makes processes learn as one."""
     return accelerator.prepare_model(network, evaluation_mode=True)
 

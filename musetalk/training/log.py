@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from musetalk.files import append_line, write_whole
+from musetalk.files import append_line, atomic_write_bytes
 
 COMPARED = re.compile("_(truth|reference)$")  # ending of what stands beside a figure to compare it with
 CURVES_ACROSS = 4  # in the picture of all figures
@@ -40,7 +40,7 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.stats.exists():
             lines = self.stats.read_text(encoding="utf-8", errors="replace").splitlines()
-            write_whole(self.stats, "".join(f"{line}\n" for line in lines if _step(line) <= step).encode())
+            atomic_write_bytes(self.stats, "".join(f"{line}\n" for line in lines if _step(line) <= step).encode())
         self.board = SummaryWriter(self.folder, purge_step=step + 1)
 
     def line(self, text: str) -> None:
@@ -63,7 +63,7 @@ class RunLog:
     def picture(self, step: int, image: np.ndarray, kind: str = "samples") -> Path:
         """A picture of a step, BGR uint8 (H, W, 3). Returns where it is."""
         path = self.folder / kind / f"{step:07d}.png"
-        write_whole(path, cv2.imencode(".png", image)[1].tobytes())
+        atomic_write_bytes(path, cv2.imencode(".png", image)[1].tobytes())
         return path
 
     def curves(self) -> Path:
@@ -84,7 +84,7 @@ class RunLog:
             if len(series) > 1:
                 axis.legend(fontsize=7)
         path = self.folder / "curves.png"
-        write_whole(path, cv2.imencode(".png", rendered(figure))[1].tobytes())
+        atomic_write_bytes(path, cv2.imencode(".png", rendered(figure))[1].tobytes())
         return path
 
 

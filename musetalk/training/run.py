@@ -21,7 +21,7 @@ from tqdm import tqdm
 from musetalk.cli import StopRequests, stop_requests
 from musetalk.data.loader import loader
 from musetalk.devices import describe
-from musetalk.files import delete_older, own_folder
+from musetalk.files import delete_older, folder_lock
 from musetalk.training.checkpoint import load_latest_state, save_state
 from musetalk.training.distributed import Ranks
 from musetalk.training.log import RunLog, SilentLog
@@ -60,7 +60,7 @@ class Run:
                 "cache": dataset.cache.listing(),
             }
         )
-        share = {"rank": self.accelerator.process_index, "ranks": self.accelerator.num_processes}
+        share = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
         share["pin_memory"] = self.accelerator.device.type == "cuda"
         steps = range(state.step, config.num_steps)
         return iter(loader(dataset, steps, config.batch_size, workers, config.prefetch, **share))
@@ -125,8 +125,8 @@ def open_run(
     folder, log_dir = config.checkpoint_dir / name, config.log_dir / name
     with ExitStack() as stack:
         if accelerator.is_main_process:
-            stack.enter_context(own_folder(folder))
-            stack.enter_context(own_folder(log_dir))
+            stack.enter_context(folder_lock(folder))
+            stack.enter_context(folder_lock(log_dir))
         accelerator.wait_for_everyone()
         resumed = resume(state, folder, check_sums=accelerator.is_main_process)
         if accelerator.is_main_process:

@@ -77,9 +77,9 @@ class NetworkState:
                 what = f"{name} {short(saved[name])}, not {value!r}"
                 raise WeightsError(f"{path} is of a training with the {what}; set it so, or another checkpoint_dir")
         check_number(saved, "step", 0, MAX_STEPS, path)
-        check_moments(self.optimizer, saved["optimizer"], path)
+        check_optimizer_state(self.optimizer, saved["optimizer"], path)
         load_strictly(self.network, saved["network"], path)
-        restore_moments(self.optimizer, saved["optimizer"])
+        restore_optimizer_state(self.optimizer, saved["optimizer"])
         self.step = saved["step"]
 
 
@@ -92,14 +92,14 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     optimizer_name: str  # of `OPTIMIZERS`, of the discriminators' too
     ema: dict[str, torch.Tensor]  # averaged weights under diffusers' names, in host memory
-    adversaries: dict[str, Opponent] = field(default_factory=dict)  # by the ending of their terms' names
-    pulls: dict[str, torch.Tensor] = field(default_factory=dict)  # how much the word of each counts
+    gan_losses: dict[str, Opponent] = field(default_factory=dict)  # by the ending of their terms' names
+    adaptive_weights: dict[str, torch.Tensor] = field(default_factory=dict)  # how much the word of each counts
     sync_offset: int = 0  # frames that the mel of the sync expert is moved by, as its check measured
     step: int = 0  # optimizer updates made
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        return [self.optimizer, *(one.optimizer for one in self.adversaries.values())]
+        return [self.optimizer, *(one.optimizer for one in self.gan_losses.values())]
 
     def as_dict(self) -> dict:
         """For the training state file."""
@@ -108,11 +108,11 @@ class TrainState:
             "optimizer": moments(self.optimizer),
             "optimizer_name": self.optimizer_name,
             "ema": self.ema,
-            "adversaries": {
+            "gan_losses": {
                 ending: {"network": one.network.state_dict(), "optimizer": moments(one.optimizer)}
-                for ending, one in self.adversaries.items()
+                for ending, one in self.gan_losses.items()
             },
-            "pulls": self.pulls,
+            "adaptive_weights": self.adaptive_weights,
             "sync_offset": self.sync_offset,
             "contract": self.contract.as_dict(ALL_FIELDS),
         }
@@ -133,33 +133,33 @@ class TrainState:
         check_number(saved, "step", 0, MAX_STEPS, path)
         check_number(saved, "sync_offset", -MAX_OFFSET, MAX_OFFSET, path)
         self._check_adversaries(saved, path)
-        check_moments(self.optimizer, saved["optimizer"], path)
+        check_optimizer_state(self.optimizer, saved["optimizer"], path)
         load_strictly(self.unet.model, saved["ema"], path)
         self.ema = {name: value.to("cpu", copy=True) for name, value in self.unet.model.state_dict().items()}
         load_strictly(self.unet.model, saved["unet"], path)
-        restore_moments(self.optimizer, saved["optimizer"])
-        for ending, one in self.adversaries.items():
-            load_strictly(one.network, saved["adversaries"][ending]["network"], path)
-            restore_moments(one.optimizer, saved["adversaries"][ending]["optimizer"])
-        for ending, pull in self.pulls.items():
-            pull.copy_(saved["pulls"][ending])
+        restore_optimizer_state(self.optimizer, saved["optimizer"])
+        for ending, one in self.gan_losses.items():
+            load_strictly(one.network, saved["gan_losses"][ending]["network"], path)
+            restore_optimizer_state(one.optimizer, saved["gan_losses"][ending]["optimizer"])
+        for ending, pull in self.adaptive_weights.items():
+            pull.copy_(saved["adaptive_weights"][ending])
         self.step, self.sync_offset = saved["step"], saved["sync_offset"]
 
     def _check_adversaries(self, saved: dict, path: Path) -> None:
         """Raises WeightsError where other discriminators were saved than those there are."""
-        found, pulls = saved["adversaries"], saved["pulls"]
-        if not isinstance(found, dict) or found.keys() != self.adversaries.keys():
+        found, adaptive_weights = saved["gan_losses"], saved["adaptive_weights"]
+        if not isinstance(found, dict) or found.keys() != self.gan_losses.keys():
             raise WeightsError(
                 f"{path} is of a training with other discriminators; set loss_weights as they were, or start another "
                 "preset's folder from its weights with start_from"
             )
-        for ending, one in self.adversaries.items():
+        for ending, one in self.gan_losses.items():
             if not isinstance(found[ending], dict) or found[ending].keys() != {"network", "optimizer"}:
                 raise WeightsError(f"{path} holds no discriminator; {GO_BACK}")
-            check_moments(one.optimizer, found[ending]["optimizer"], path)
-        if not isinstance(pulls, dict) or pulls.keys() != self.pulls.keys():
+            check_optimizer_state(one.optimizer, found[ending]["optimizer"], path)
+        if not isinstance(adaptive_weights, dict) or adaptive_weights.keys() != self.adaptive_weights.keys():
             raise WeightsError(f"{path} is of a training with another adaptive_every; set it to 0 or not as it was")
-        if not all(isinstance(pull, torch.Tensor) and pull.shape == () for pull in pulls.values()):
+        if not all(isinstance(pull, torch.Tensor) and pull.shape == () for pull in adaptive_weights.values()):
             raise WeightsError(f"{path} holds no weights of discriminators; {GO_BACK}")
 
     def begin(self, place: Path) -> str:
@@ -208,15 +208,15 @@ def moments(optimizer: torch.optim.Optimizer) -> dict:
     return {"state": optimizer.state_dict()["state"]}
 
 
-def restore_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Go on with moments that `check_moments` has let through."""
+def restore_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Go on with moments that `check_optimizer_state` has let through."""
     groups = optimizer.state_dict()["param_groups"]  # the constants of this run
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     for values in optimizer.state.values():  # what torch has not copied would keep the file open
         values.update({name: value.clone() for name, value in values.items() if value.device.type == "cpu"})
 
 
-def check_moments(optimizer: torch.optim.Optimizer, saved: object, path: Path) -> None:
+def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: object, path: Path) -> None:
     """Raises WeightsError where these are not moments as large as the optimizer's parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     wanted = {"step", "exp_avg", "exp_inf" if isinstance(optimizer, torch.optim.Adamax) else "exp_avg_sq"}
@@ -276,7 +276,7 @@ def training_contract(name: str, cache: Cache, positional_encoding: bool) -> Fea
     return replace(cache.contract, **{name: getattr(chosen, name) for name in MODEL_FIELDS})
 
 
-def not_finite(terms: dict[str, torch.Tensor], drawn: list[str], step: int, run_dir: Path) -> TrainError:
+def nonfinite_error(terms: dict[str, torch.Tensor], drawn: list[str], step: int, run_dir: Path) -> TrainError:
     """The error that names what was not finite, and where."""
     broken = [name for name, value in terms.items() if not torch.isfinite(value)] or ["none of the terms"]
     return TrainError(

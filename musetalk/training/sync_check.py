@@ -22,7 +22,7 @@ from musetalk.data.audio import mel_start
 from musetalk.data.cache import Cache, CacheError
 from musetalk.data.sync_dataset import read_images, read_mel, window_starts
 from musetalk.errors import UserError
-from musetalk.files import write_whole
+from musetalk.files import atomic_write_bytes
 from musetalk.images import batched, to_tensor
 from musetalk.models.syncnet import SyncNet
 
@@ -78,7 +78,7 @@ class SyncCheck:
 
     def save(self, path: Path) -> None:
         """Write what `draw` gives as a PNG."""
-        write_whole(path, cv2.imencode(".png", self.draw())[1].tobytes())
+        atomic_write_bytes(path, cv2.imencode(".png", self.draw())[1].tobytes())
 
     def fault(self) -> str:
         """Why the expert cannot be trusted, a sentence; "" where it can."""

@@ -67,7 +67,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Look:
+class ClipResult:
     """What was generated for a window of F frames, by the name of what the UNet was given."""
 
     window: Window
@@ -82,7 +82,7 @@ class Validation:
     """figures: by name; of a measure also `<name>_truth` and `<name>_reference`."""
 
     figures: dict[str, float]
-    looks: list[Look]
+    looks: list[ClipResult]
 
     def __str__(self) -> str:
         """The measures as a table, and the probes."""
@@ -144,7 +144,7 @@ class Validator:
                 "silence": self._generate(window, window.closed, self._silence(window.stop - window.start)),
             }
             openings = {name: self._openings(made) for name, made in images.items()}
-            looks.append(Look(window, truth, images, openings, given))
+            looks.append(ClipResult(window, truth, images, openings, given))
             measures.append(self._measure(window, truth, images["prediction"]))
             probes.append(self._probe(looks[-1]))
         figures = {
@@ -220,7 +220,7 @@ class Validator:
         similarities = offset_sweep(self.expert, images, window.clip.tensor("mel"), window.start)
         return {"sync_confidence": sync_confidence(similarities), "sync_offset": float(sync_offset(similarities))}
 
-    def _probe(self, look: Look) -> dict[str, float]:
+    def _probe(self, look: ClipResult) -> dict[str, float]:
         """What the mouth follows."""
         window, openings = look.window, look.openings
         closed, open_ = true_openings(window.clip, [window.closed, window.open])
@@ -228,7 +228,7 @@ class Validator:
         return {
             "r_own_audio": correlation(openings["prediction"], window.openings),
             "r_other_audio": correlation(openings["other audio"], look.given),
-            "r_audio_not_heard": correlation(openings["other audio"], window.openings),
+            "r_source_audio": correlation(openings["other audio"], window.openings),
             "reference_share": float(moved / max(open_ - closed, 1e-6)),
             "opening_in_silence": known_mean(openings["silence"]),
             "opening_closed": float(closed),
@@ -260,7 +260,7 @@ def true_openings(clip: Clip, frames: Sequence[int]) -> np.ndarray:
     return np.array([mouth_opening(Face(np.zeros(4), points_, 1.0)) for points_ in points])
 
 
-def draw_faces(looks: Sequence[Look]) -> np.ndarray:
+def draw_faces(looks: Sequence[ClipResult]) -> np.ndarray:
     """Moments of each look, BGR uint8: a row of the truth and of all that was generated."""
     rows = []
     for look in looks:
@@ -269,7 +269,7 @@ def draw_faces(looks: Sequence[Look]) -> np.ndarray:
     return np.vstack(rows)
 
 
-def draw_curves(looks: Sequence[Look]) -> np.ndarray:
+def draw_curves(looks: Sequence[ClipResult]) -> np.ndarray:
     """Openings over time, a row for each look: with its own audio, and with another one. BGR uint8."""
     figure = Figure(figsize=(12, 2.2 * len(looks)), layout="constrained")
     axes = figure.subplots(len(looks), 2, squeeze=False)

@@ -31,7 +31,7 @@ from musetalk.training.state import TrainState, load_pixel_vae, training_contrac
 from musetalk.training.validation import true_openings
 from musetalk_trainer import (
     PRESETS,
-    Made,
+    StepResult,
     TrainConfig,
     build_objective,
     build_state,
@@ -98,7 +98,7 @@ class FromScratch:
 
     @cached_property
     def dataset(self) -> FaceDataset:
-        return open_dataset(self.constants, self.cache, self.clips, self.contract, ranks=1, sync_offset=0)
+        return open_dataset(self.constants, self.cache, self.clips, self.contract, world_size=1, sync_offset=0)
 
     @cached_property
     def state(self) -> TrainState:
@@ -113,7 +113,7 @@ class FromScratch:
         steps = range(self.state.step, self.constants.num_steps)
         return iter(loader(self.dataset, steps, self.constants.batch_size, workers_that_fit()))
 
-    def step(self, batches: Iterator[dict]) -> Made:
+    def step(self, batches: Iterator[dict]) -> StepResult:
         torch.manual_seed(self.constants.seed + self.state.step)
         made = optimizer_step(self.state, self.objective, batches, self.constants, self.accelerator)
         self.state.step += 1

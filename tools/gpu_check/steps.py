@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import GIB
 from benchmarks.training import untrained_training
-from musetalk_trainer import PRESETS, Made
+from musetalk_trainer import PRESETS, StepResult
 
 if TYPE_CHECKING:
     from tools.gpu_check.__main__ import GpuCheckConfig
@@ -41,7 +41,7 @@ def time_steps(config: GpuCheckConfig, accelerator: Accelerator, report: Callabl
         gc.collect()
 
 
-def step_cost(step: Callable[[], Made], device: torch.device, peak: float, times: int) -> dict[str, float | str]:
+def step_cost(step: Callable[[], StepResult], device: torch.device, peak: float, times: int) -> dict[str, float | str]:
     """Time, operations and memory of an optimizer step. peak: operations a second that shares refer to."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import repeat
 from unittest.mock import patch
@@ -39,7 +39,8 @@ from musetalk.models.vae import VAE
 from musetalk.models.vgg import LPIPS, VGG16, Heads
 from musetalk.models.weights import freeze
 from musetalk.training.state import TrainState, frozen_dtype
-from musetalk_trainer import StepResult, TrainConfig, build_objective, build_state, optimizer_step
+from musetalk.training.step import StepResult
+from musetalk_trainer import TrainConfig, build_objective, build_state, optimizer_step
 
 STATES = 5  # of Whisper tiny's encoder
 
@@ -99,7 +100,7 @@ def training(config: TrainConfig) -> Iterator[Training]:
     try:
         with costs_of_cuda():
             run = untrained_training(config, Accelerator(cpu=True, mixed_precision="bf16"))
-            run.state.ema.clear()  # is in host memory
+            run.state.ema.clear()  # which is in host memory
             yield run
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -122,6 +123,8 @@ def untrained_training(config: TrainConfig, accelerator: Accelerator) -> Trainin
         vae = VAE(nn.Module.to(autoencoder, *frozen))
     with patch.multiple("musetalk_trainer", **untrained):
         objective, _ = build_objective(config, state, vae, accelerator)
+    # Without the average, whose update is work of the host, and reporting non-finite gradients instead of stopping.
+    config = replace(config, ema_every=config.num_steps + 1, on_nonfinite="skip")
     run = Training(config, accelerator, state, objective)
     run.begin()
     return run

@@ -1,8 +1,8 @@
-"""What only training needs. Losses are a dict name -> value, weights a dict with the same names.
+"""Training losses. A loss is a dict name -> value, its weights a dict with the same names.
 
-latent_l1: on latents. The others are on decoded images, RGB in [-1, 1]: pixel_l1, lpips, sync (of a window of frames),
-adv_g and feat_match (the generator's against the discriminator of faces), adv_d (that discriminator's own), and
-adv_g_mouth, feat_match_mouth, adv_d_mouth, the same of a second discriminator that sees crops of the mouth.
+latent_l1 is on latents. The others are on decoded images, RGB in [-1, 1]: pixel_l1, lpips, sync (on windows of frames),
+adv_g and feat_match (the generator's losses from the face discriminator), adv_d (the loss of that discriminator), and
+adv_g_mouth, feat_match_mouth, adv_d_mouth (the same for a second discriminator, which sees crops of the mouth).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import torch
 
 
 def weighted_sum(terms: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
-    """The total of some terms, each times its weight."""
+    """Sum of the terms, each times its weight."""
     return sum(weights[name] * value for name, value in terms.items())
 
 
 def full_precision(values: torch.Tensor) -> torch.Tensor:
-    """Halves as float32, in which a loss is taken; float32 and float64 as they are."""
+    """Converts half precision to float32 for losses; returns float32 and float64 unchanged."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Which patches of an image look real?"""
+"""Patch discriminator: which patches of an image look real?"""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ MAX_WIDTH = 512  # channels
 
 
 class PatchDiscriminator(nn.Module):
-    """The patch discriminator of pix2pix, with spectral norms instead of batch norms.
+    """The patch discriminator of pix2pix with spectral norms instead of batch norms.
 
-    At the default a logit sees 70 x 70 pixels, 256 x 256 pixels give 30 x 30 logits, and 2.76 M parameters learn.
-    Without batch norms no image sees another one, so images can come in chunks. A spectral norm divides a convolution's
-    weight by its largest singular value, of which a power iteration keeps an estimate: always in eval mode, forwards
-    leave it alone, and `power_iteration` alone moves it.
+    By default each logit has a receptive field of 70 x 70 pixels, 256 x 256 pixels give 30 x 30 logits, and there are
+    2.76 M parameters. Without batch norms images are independent, so a batch can be processed in chunks. Spectral norm
+    divides a convolution's weight by its largest singular value, estimated by power iteration. The network is always in
+    eval mode: `forward` does not change the estimate, only `power_iteration` does.
 
     Isola et al. 2017, https://arxiv.org/abs/1611.07004 (patches); Miyato et al. 2018, https://arxiv.org/abs/1802.05957.
     """
 
     def __init__(self, width: int = 64, layers: int = 3) -> None:
-        """width: channels of the first convolution, doubled by each up to 512. layers: how many halve the image."""
+        """width: channels of the first convolution, doubled by each one up to 512. layers: number with stride 2."""
         super().__init__()
         widths = [3, *(min(width * 2**index, MAX_WIDTH) for index in range(layers + 1)), 1]
         strides = [2] * layers + [1, 1]
@@ -33,9 +33,10 @@ class PatchDiscriminator(nn.Module):
         self.eval()
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """images: RGB (B, 3, H, W) in [-1, 1]. Returns logits (B, 1, h, w), over 0 for real, and `layers` + 1 features.
+        """images: RGB (B, 3, H, W) in [-1, 1]. Returns logits (B, 1, h, w) and `layers` + 1 features.
 
-        h = H / 2^layers - 2, w likewise. Features are (B, width, H / 2, W / 2), (B, 2 width, H / 4, W / 4), ...
+        Logits are positive for real patches; h = H / 2^layers - 2, w likewise.
+        Features are (B, width, H / 2, W / 2), (B, 2 width, H / 4, W / 4), ...
         """
         *hidden, last = self.convolutions
         x, features = images.to(last.bias.dtype), []
@@ -46,7 +47,7 @@ class PatchDiscriminator(nn.Module):
 
     @torch.no_grad()
     def power_iteration(self) -> None:
-        """Bring the estimates of the largest singular values one iteration closer to those of today's weights."""
+        """Runs one power iteration for the current weights; call it once after each update."""
         self.train()
         for convolution in self.convolutions:
             convolution.parametrizations.weight()

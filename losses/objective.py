@@ -1,4 +1,4 @@
-"""All terms of a training step: what the generator is told, and what the discriminators learn from it."""
+"""Generator and discriminator losses of one training step."""
 
 from __future__ import annotations
 
@@ -17,119 +17,129 @@ from losses.sync import sync_loss
 
 Batch = dict[str, torch.Tensor]
 Decode = Callable[[torch.Tensor], torch.Tensor]
-View = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Crop = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-ADVERSARIAL = ("adv_g", "feat_match")  # a discriminator's terms for the generator; its own is adv_d
+ADVERSARIAL = ("adv_g", "feat_match")  # the generator's terms from a discriminator, whose own is adv_d
+
+
+def term_name(name: str, region: str) -> str:
+    """The name of a discriminator's term: "adv_g" for the region "face", "adv_g_mouth" for "mouth"."""
+    return name if region == "face" else f"{name}_{region}"
 
 
 @dataclass
 class Objective:
-    """The terms that have a weight, and the networks that they need, all of them handed in.
+    """The weighted terms of a training, and the frozen networks that compute them.
 
-    A batch has N = B T samples: target_latents (N, 4, 32, 32), target_image as `to_tensor` takes it, mouth_box (N, 4)
-    and, for sync, mel (B, M, 80). Images are RGB (N, 3, 256, 256) in [-1, 1].
+    A batch has N = B T samples: target_latents (N, 4, 32, 32), target_image in the form that `to_tensor` accepts,
+    mouth_box (N, 4) and, for sync, mel (B, M, 80). Images are RGB (N, 3, 256, 256) in [-1, 1].
     """
 
-    weights: dict[str, float]  # over 0
-    decoder: Callable[[int], Decode]  # latents -> images, at the n-th of the steps that have losses on images
+    weights: dict[str, float]  # of active terms, each over 0
+    decoder: Callable[[int], Decode]  # index of a pixel step -> function from latents to images
     to_tensor: Callable[[torch.Tensor], torch.Tensor]  # stored images -> images
     chunk_size: int  # samples decoded at once
     distance: Distance | None = None  # LPIPS
     embed: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None  # the sync expert
-    gan_losses: dict[str, GANLoss] = field(default_factory=dict)  # by the ending of their terms
-    views: dict[str, View] = field(default_factory=dict)  # what each of them sees of images with mouth boxes
-    adaptive_weights: dict[str, torch.Tensor] = field(default_factory=dict)  # how much the adv_g of each counts
+    gan_losses: dict[str, GANLoss] = field(default_factory=dict)  # by region
+    crops: dict[str, Crop] = field(default_factory=dict)  # region -> function of images and mouth boxes
+    adaptive_weights: dict[str, torch.Tensor] = field(default_factory=dict)  # factor of adv_g by region
 
-    def sees_images(self, adversarial: bool) -> bool:
-        """Whether any term is on images, with those of the discriminators or without."""
-        told = {f"{name}{ending}" for name in ADVERSARIAL for ending in self.gan_losses}
-        return bool(self.weights.keys() - {"latent_l1"} - (set() if adversarial else told))
+    def has_pixel_terms(self, adversarial: bool) -> bool:
+        """Whether any active term needs decoded images, with or without the adversarial ones."""
+        adv_terms = {term_name(name, region) for name in ADVERSARIAL for region in self.gan_losses}
+        return bool(self.weights.keys() - {"latent_l1"} - (set() if adversarial else adv_terms))
 
-    def generator(
-        self, pred_latents: torch.Tensor, batch: Batch, *, turn: int, adversarial: bool
+    def generator_loss(
+        self, pred_latents: torch.Tensor, batch: Batch, *, pixel_step: int | None, adversarial: bool
     ) -> tuple[torch.Tensor, Terms, torch.Tensor | None]:
-        """Loss to call backward on, terms detached, and the images decoded for `discriminators`, None without any.
+        """Returns the loss to call backward on, its terms (detached), and the decoded images (None without any).
 
-        pred_latents: (N, 4, 32, 32). turn: which of the steps that have losses on images this is, 0 for another one.
-        adversarial: with those of the discriminators.
+        pred_latents: (N, 4, 32, 32). pixel_step: index of this step among those with pixel losses, None if it has none.
+        adversarial: include the discriminators' terms.
         """
         terms = {"latent_l1": latent_l1(pred_latents, batch["target_latents"])} if "latent_l1" in self.weights else {}
         loss = weighted_sum(terms, self.weights)
         terms = {name: value.detach() for name, value in terms.items()}
-        if not turn:
+        if pixel_step is None:
             return loss, terms, None
         branch = pixel_branch(
             pred_latents,
-            self.decoder(turn),
+            self.decoder(pixel_step),
             partial(self._image_terms, batch, adversarial),
-            self._weights(),
+            self._current_weights(),
             self.chunk_size,
             window_terms=partial(self._window_terms, batch) if "sync" in self.weights else None,
         )
         return loss + (pred_latents * branch.gradient).sum(), terms | branch.terms, branch.images
 
-    def discriminators(self, images: torch.Tensor, batch: Batch, share: float) -> Terms:
-        """Add `share` of the gradients of the discriminators' own losses to theirs. images: as decoded."""
-        real = self.to_tensor(batch["target_image"])
+    def discriminator_backward(self, images: torch.Tensor, batch: Batch, share: float) -> Terms:
+        """Adds `share` of each discriminator's loss to its gradients. Returns the losses, detached.
+
+        images: those that `generator_loss` decoded.
+        """
+        target = self.to_tensor(batch["target_image"])
         return {
-            f"adv_d{ending}": adversary.backward(
-                self._view(ending, real, batch), self._view(ending, images, batch), self.chunk_size, share
+            term_name("adv_d", region): gan_loss.backward(
+                self._crop(region, target, batch), self._crop(region, images, batch), self.chunk_size, share
             )
-            for ending, adversary in self.gan_losses.items()
+            for region, gan_loss in self.gan_losses.items()
         }
 
     def update_adaptive_weights(
         self,
         pred_latents: torch.Tensor,
-        at_last_layer: Callable[[torch.Tensor], torch.Tensor],
+        last_layer_gradient: Callable[[torch.Tensor], torch.Tensor],
         batch: Batch,
-        turn: int,
+        pixel_step: int,
     ) -> None:
-        """Let each adv_g pull at the generator's last layer as hard as the reconstruction, judged by one chunk.
+        """Balances each adv_g with pixel_l1 and lpips by their gradients at the generator's last layer.
 
-        at_last_layer: the gradient of a loss at the first n predictions, (n, 4, 32, 32) -> that at the weight of the
-        layer that they come from.
+        Measured on the first chunk. last_layer_gradient: gradient of a loss at the first n predictions (n, 4, 32, 32)
+        -> gradient at the last layer's weight.
         """
         chunk = slice(0, self.chunk_size)
         leaf = pred_latents[chunk].detach().requires_grad_()
-        terms = self._image_terms(batch, True, self.decoder(turn)(leaf), chunk)
-        fidelity = {name: value for name, value in terms.items() if name in ("pixel_l1", "lpips")}
+        terms = self._image_terms(batch, True, self.decoder(pixel_step)(leaf), chunk)
+        recon_losses = {name: value for name, value in terms.items() if name in ("pixel_l1", "lpips")}
 
-        def pull(loss: torch.Tensor) -> torch.Tensor:
-            return at_last_layer(torch.autograd.grad(loss, leaf, retain_graph=True)[0])
+        def gradient(loss: torch.Tensor) -> torch.Tensor:
+            return last_layer_gradient(torch.autograd.grad(loss, leaf, retain_graph=True)[0])
 
-        wanted = pull(weighted_sum(fidelity, self.weights))
-        for ending in self.adaptive_weights:
-            self.adaptive_weights[ending] = adaptive_weight(wanted, pull(terms[f"adv_g{ending}"]))
+        recon_grad = gradient(weighted_sum(recon_losses, self.weights))
+        for region in self.adaptive_weights:
+            adv_grad = gradient(terms[term_name("adv_g", region)])
+            self.adaptive_weights[region] = adaptive_weight(recon_grad, adv_grad)
 
-    def _weights(self) -> dict[str, float | torch.Tensor]:
-        """The weights of today."""
-        pulled = {
-            f"adv_g{ending}": self.weights[f"adv_g{ending}"] * pull for ending, pull in self.adaptive_weights.items()
+    def _current_weights(self) -> dict[str, float | torch.Tensor]:
+        """The weights, those of adv_g times their adaptive weights."""
+        names = {region: term_name("adv_g", region) for region in self.adaptive_weights}
+        return self.weights | {
+            name: self.weights[name] * self.adaptive_weights[region] for region, name in names.items()
         }
-        return self.weights | pulled
 
-    def _view(self, ending: str, images: torch.Tensor, batch: Batch, chunk: slice = slice(None)) -> torch.Tensor:
-        return self.views[ending](images, batch["mouth_box"][chunk])
+    def _crop(self, region: str, images: torch.Tensor, batch: Batch, chunk: slice = slice(None)) -> torch.Tensor:
+        """The part of the images that a region's discriminator sees."""
+        return self.crops[region](images, batch["mouth_box"][chunk])
 
     def _image_terms(self, batch: Batch, adversarial: bool, images: torch.Tensor, chunk: slice) -> Terms:
-        """Terms of some of the images, each a mean over them."""
+        """Terms of a chunk of images, each a mean over them."""
         target = self.to_tensor(batch["target_image"][chunk])
         terms = {}
         if "pixel_l1" in self.weights:
             terms["pixel_l1"] = pixel_l1(images, target)
         if "lpips" in self.weights:
             terms["lpips"] = lpips(self.distance, images, target)
-        for ending, adversary in self.gan_losses.items() if adversarial else ():
-            matched = f"feat_match{ending}" in self.weights
-            real = self._view(ending, target, batch, chunk) if matched else None
-            told = adversary.generator_loss(real, self._view(ending, images, batch, chunk))
-            for name, value in zip(ADVERSARIAL, told, strict=True):
-                if f"{name}{ending}" in self.weights:
-                    terms[f"{name}{ending}"] = value
+        for region, gan_loss in self.gan_losses.items() if adversarial else ():
+            match = term_name("feat_match", region) in self.weights
+            real = self._crop(region, target, batch, chunk) if match else None
+            adv_terms = gan_loss.generator_loss(real, self._crop(region, images, batch, chunk))
+            for name, value in zip(ADVERSARIAL, adv_terms, strict=True):
+                if term_name(name, region) in self.weights:
+                    terms[term_name(name, region)] = value
         return terms
 
     def _window_terms(self, batch: Batch, images: torch.Tensor) -> Terms:
-        """Terms of all images, T after T."""
+        """Terms of whole windows of T images."""
         mel = batch["mel"]
         return {"sync": sync_loss(*self.embed(images.unflatten(0, (len(mel), -1)), mel))}

@@ -1,4 +1,4 @@
-"""How different the prediction looks from the truth."""
+"""Perceptual distance of predicted and target images."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def lpips(network: Distance, pred_image: torch.Tensor, target_image: torch.Tensor) -> torch.Tensor:
-    """Mean over images of their LPIPS distances (Zhang et al. 2018, https://arxiv.org/abs/1801.03924).
+    """Mean LPIPS distance over images (Zhang et al. 2018, https://arxiv.org/abs/1801.03924).
 
-    network: frozen, RGB (N, 3, H, W) in [-1, 1] twice -> distances (N,). It does its own normalisation, so the images
-    are given as they are: neither normalised before, nor clamped, which would end the gradient outside the range.
+    network: frozen, two RGB (N, 3, H, W) in [-1, 1] -> distances (N,). It normalises its input itself; images are
+    neither normalised nor clamped before, since clamping would remove the gradient outside the range.
     """
     return network(pred_image, target_image).mean()

@@ -1,9 +1,9 @@
-"""Losses on decoded images without holding all decodes at once.
+"""Losses on decoded images in chunks, so that memory does not hold all decodes at once.
 
-The UNet's prediction is taken as a leaf; a few samples at a time are decoded, their losses taken and the gradient
-at the latents kept. One backward through the UNet with that gradient then equals the unchunked one, since no
-network in the branch mixes samples. A loss on whole windows of frames needs all images at once: they are first decoded
-without a graph, and its gradient at the images is handed to the chunks.
+The UNet's prediction is the leaf of a separate graph: a few samples at a time are decoded and their losses
+differentiated with respect to the latents. One backward through the UNet with that gradient equals the unchunked one,
+since no network in the branch mixes samples. A loss on whole windows of frames needs all images at once: they are first
+decoded without a graph, and the loss's gradient with respect to the images is passed to the chunks.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Terms = dict[str, torch.Tensor]
 
 
 class PixelBranch(NamedTuple):
-    """What came of it, all detached."""
+    """Terms, gradient and images, all detached."""
 
-    terms: Terms  # means over the N
-    gradient: torch.Tensor  # (N, 4, 32, 32), of the weighted sum of the terms, at the latents
-    images: torch.Tensor  # (N, 3, 256, 256), what was decoded
+    terms: Terms  # means over N
+    gradient: torch.Tensor  # (N, 4, 32, 32), of the weighted sum of the terms with respect to the latents
+    images: torch.Tensor  # (N, 3, 256, 256), decoded
 
 
 def pixel_branch(
@@ -35,22 +35,22 @@ def pixel_branch(
     *,
     window_terms: Callable[[torch.Tensor], Terms] | None = None,
 ) -> PixelBranch:
-    """Image losses of predicted latents, and the gradient of their weighted sum at the latents.
+    """Computes image losses of predicted latents and the gradient of their weighted sum.
 
     pred_latents: (N, 4, 32, 32). decode: latents (n, 4, 32, 32) -> images (n, 3, 256, 256) in [-1, 1].
-    image_terms: (images, their slice of the N) -> terms, each a mean over the images.
-    window_terms: all images (N, 3, 256, 256) -> further terms; with it everything is decoded twice.
+    image_terms: (images, their slice of N) -> terms, each a mean over the images.
+    window_terms: all images (N, 3, 256, 256) -> further terms; decoding then happens twice.
     """
     count = len(pred_latents)
-    chunks = [slice(begin, min(begin + chunk_size, count)) for begin in range(0, count, chunk_size)]
+    chunks = [slice(start, min(start + chunk_size, count)) for start in range(0, count, chunk_size)]
     terms: Terms = {}
     if window_terms is not None:
         with torch.no_grad():
-            whole = torch.cat([decode(pred_latents[chunk]) for chunk in chunks])
-        values = window_terms(whole.requires_grad_())
-        (image_gradient,) = torch.autograd.grad(weighted_sum(values, weights), whole)
+            all_images = torch.cat([decode(pred_latents[chunk]) for chunk in chunks])
+        values = window_terms(all_images.requires_grad_())
+        (image_gradient,) = torch.autograd.grad(weighted_sum(values, weights), all_images)
         terms = {name: value.detach() for name, value in values.items()}
-        del whole, values
+        del all_images, values
 
     gradients, images = [], []
     for chunk in chunks:

@@ -1,4 +1,4 @@
-"""Run by test_processes.py, alone or as one of several: a small training that the first process is asked to stop.
+"""Run by test_processes.py as one or several processes: a small training whose first process is asked to stop.
 
 python -m tests.processes <unet | name of a sync expert> <cache> <folder> <batch size> <steps until then> <precision>
 """
@@ -31,20 +31,20 @@ from musetalk.training.run import open_run
 from musetalk_trainer import DISC_CROPS, TrainConfig, build_state, open_dataset, optimizer_step, weights
 from syncnet_trainer import SyncConfig
 
-HEARD = {"latent_l1": 1.0, "pixel_l1": 1.0, "adv_g": 0.1, "feat_match": 0.1, "adv_g_mouth": 0.1}
-QUANTILE = {"grad_accum_steps": 2, "num_workers": 0, "warmup_steps": 1, "learning_rate": 1e-3, "num_steps": 100}
+LOSS_WEIGHTS = {"latent_l1": 1.0, "pixel_l1": 1.0, "adv_g": 0.1, "feat_match": 0.1, "adv_g_mouth": 0.1}
+COMMON = {"grad_accum_steps": 2, "num_workers": 0, "warmup_steps": 1, "learning_rate": 1e-3, "num_steps": 100}
 CONFIG = TrainConfig(
-    **QUANTILE,
-    loss_weights=weights(**HEARD),
+    **COMMON,
+    loss_weights=weights(**LOSS_WEIGHTS),
     adaptive_every=1,
     chunk_size=1,
     discriminator_learning_rate=1e-3,
 )
-SYNC_CONFIG = SyncConfig(**QUANTILE, held_out=0.25, gaps=(9, 3), other_clips=0.5)
+SYNC_CONFIG = SyncConfig(**COMMON, held_out=0.25, gaps=(9, 3), other_clips=0.5)
 
 
 def small_unet(width: int) -> UNet:
-    """The same one everywhere."""
+    """The same network in every process."""
     torch.manual_seed(0)
     model = UNet2DConditionModel(
         sample_size=32,
@@ -62,19 +62,19 @@ def small_unet(width: int) -> UNet:
 
 
 @contextmanager
-def asked_after(steps: int, *, patient: bool) -> Iterator[StopRequests]:
-    """As `stop_requests`, where the first process, and no other, is asked to stop after some steps."""
-    turns = iter(range(1, 10**9))
+def stop_after(steps: int, *, patient: bool) -> Iterator[StopRequests]:
+    """Replaces `stop_requests`: only the first process is asked to stop, after some steps."""
+    calls = iter(range(1, 10**9))
 
-    class Asked(StopRequests):
+    class StopAfter(StopRequests):
         def __call__(self) -> bool:
-            return next(turns) >= steps and int(os.environ.get("RANK", 0)) == 0
+            return next(calls) >= steps and int(os.environ.get("RANK", 0)) == 0
 
-    yield Asked(patient=patient)
+    yield StopAfter(patient=patient)
 
 
 def train_unet(cache: Cache, config: TrainConfig) -> None:
-    """As the trainer does, but for the networks, which are small, and validation."""
+    """Trains as the trainer does, with small networks and without validation."""
     width = next(iter(cache.clips.values())).tensor("audio_features", 0, 1).shape[-1]
     musetalk_trainer.build_unet = lambda *_: small_unet(width)
     musetalk_trainer.PatchDiscriminator = partial(PatchDiscriminator, width=4, layers=2)
@@ -86,26 +86,31 @@ def train_unet(cache: Cache, config: TrainConfig) -> None:
     torch.manual_seed(1)
     decoder = nn.Sequential(nn.Conv2d(4, 3, 3, padding=1), nn.Upsample(scale_factor=8), nn.Tanh()).requires_grad_(False)
     objective = Objective(
-        HEARD,
+        LOSS_WEIGHTS,
         lambda _: decoder,
         lambda images: to_tensor(images).to(torch.get_default_dtype()),
         config.chunk_size,
         gan_losses=state.gan_losses,
-        views={ending: DISC_CROPS[ending] for ending in state.gan_losses},
+        crops={region: DISC_CROPS[region] for region in state.gan_losses},
         adaptive_weights=state.adaptive_weights,
     )
-    with open_run("unet", config, state, accelerator) as going:
-        batches = going.batches(dataset)
-        for _ in going.steps():
-            assert optimizer_step(state, objective, batches, config, accelerator).finite
-            state.step += 1
+    with open_run("unet", config, state, accelerator) as run:
+        batches = run.batches(dataset)
+        for _ in run.steps():
+            assert not optimizer_step(state, objective, batches, config, accelerator).skipped
+            stop = run.stop_requested()
+            if stop or run.due(config.save_every) or run.overdue():
+                run.save_state()
+            if stop:
+                break
+        run.finish()
 
 
 def main(what: str, cache: str, folder: str, batch_size: str, steps: str, dtype: str) -> None:
     distributed.precision = lambda _: "no"
-    run.stop_requests = partial(asked_after, int(steps))
+    run.stop_requests = partial(stop_after, int(steps))
     torch.set_default_dtype(getattr(torch, dtype))
-    torch.Tensor.float = lambda tensor: tensor.to(torch.get_default_dtype())  # where the code asks for float32
+    torch.Tensor.float = lambda tensor: tensor.to(torch.get_default_dtype())  # where the code converts to float32
     torch.set_num_threads(1)
     places = {"checkpoint_dir": Path(folder), "log_dir": Path(folder) / "log", "batch_size": int(batch_size)}
     with suppress(KeyboardInterrupt):

@@ -1,8 +1,8 @@
-"""Run by test_distributed.py as one of two processes: a training of next to nothing that is stopped while it saves.
+"""Run by test_distributed.py as one of two processes: a tiny training that is stopped while it saves.
 
     torchrun --nproc-per-node 2 -m tests.ranks <folder>
 
-Each process first begins with a state of its own, which must be refused; what it says goes to <folder>/<rank>.txt.
+Each process first resumes from a state of its own, which must be refused; <folder>/<rank>.txt has the messages.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from musetalk.cli import run_script
 from musetalk.errors import UserError
 from musetalk.training import checkpoint, distributed
 from musetalk.training.checkpoint import save_state
-from musetalk.training.distributed import TIMEOUT, average_gradients, start_processes
+from musetalk.training.distributed import TIMEOUT, start_processes
 from musetalk.training.run import Run, open_run
 from musetalk.training.state import NetworkState
+from musetalk.training.step import OptimizerStep
 
 SAVING = 2.0  # seconds
 
@@ -48,10 +49,16 @@ class Config:
     keep_weights: int = 1
     keep_weights_every: int = 0
     seed: int = 0
+    grad_accum_steps: int = 1
+    max_grad_norm: float = 1e9
+    on_nonfinite: str = "stop"
+    learning_rate: float = 0.1
+    warmup_steps: int = 0
+    final_learning_rate: float = 0.1
 
 
 class Numbers(Dataset):
-    """Samples that are their own index."""
+    """Samples that hold their own index."""
 
     slots = 2  # of all processes together
 
@@ -61,8 +68,8 @@ class Numbers(Dataset):
     def __len__(self) -> int:
         return 100
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"x": torch.full((3,), float(index))}
+    def __getitem__(self, index: int) -> dict:
+        return {"x": torch.full((3,), float(index)), "where": str(index)}
 
 
 def make_state(seed: int = 0) -> NetworkState:
@@ -72,30 +79,37 @@ def make_state(seed: int = 0) -> NetworkState:
     return NetworkState(network, torch.optim.Adam(network.parameters(), 0.1), {"kind": "linear"})
 
 
-def train(going: Run) -> Iterator[int]:
-    """Makes the steps that are left, each with chances of its own, and gives their numbers."""
-    batches = going.batches(Numbers())
-    for _ in going.steps():
-        state = going.state
-        loss = (state.network(next(batches)["x"] + torch.rand(3)) ** 2).mean()
-        state.optimizer.zero_grad()
-        loss.backward()
-        average_gradients(state.network.parameters())
-        state.optimizer.step()
+def train(run: Run) -> Iterator[int]:
+    """Makes the remaining steps, with random numbers of their own, and yields their numbers before saves."""
+    state, config = run.state, run.config
+    batches = run.batches(Numbers())
+    for _ in run.steps():
+        step = OptimizerStep(state.step, config)
+        for batch in step.micro_batches(batches):
+            loss = (state.network(batch["x"] + torch.rand(3)) ** 2).mean()
+            loss.backward()
+            step.add({"loss": loss.detach()})
+        step.update([state.optimizer])
         state.step += 1
         yield state.step
+        stop = run.stop_requested()
+        if stop or run.due(config.save_every) or run.overdue():
+            run.save_state()
+        if stop:
+            break
+    run.finish()
 
 
 def differing(config: Config, accelerator: Accelerator, *, seed: int, step: int, listing: str) -> str:
-    """Goes on from a state of this process's own, and returns what is said against it."""
+    """Resumes from a state of this process alone and returns the error."""
     state = make_state(seed)
     save_state(config.checkpoint_dir / "unlike", step, state.as_dict(), keep=1)
     try:
-        with open_run("unlike", config, state, accelerator) as going:
-            going.batches(Numbers(listing))
+        with open_run("unlike", config, state, accelerator) as run:
+            run.batches(Numbers(listing))
     except UserError as error:
         return str(error)
-    return "nothing"
+    return "no error"
 
 
 def main(folder: Path) -> None:
@@ -104,26 +118,26 @@ def main(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     accelerator = start_processes("cpu")
     own = Config(folder / str(rank), folder / str(rank), batch_size=1)
-    said = differing(own, accelerator, seed=rank, step=4, listing="abc")
-    said += "\n" + differing(own, accelerator, seed=7, step=5 + rank, listing="xyz" if rank else "abc")
+    errors = differing(own, accelerator, seed=rank, step=4, listing="abc")
+    errors += "\n" + differing(own, accelerator, seed=7, step=5 + rank, listing="xyz" if rank else "abc")
 
     def save_slowly(*arguments: object) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT) * 2:  # from the cluster, and once more from the launcher
+        for number in (signal.SIGTERM, signal.SIGINT) * 2:  # from the cluster, then from the launcher
             os.kill(os.getpid(), number)
         time.sleep(SAVING)
         torch.save(*arguments)
 
     checkpoint.torch = SimpleNamespace(save=save_slowly)
-    with open_run("tiny", Config(folder, folder, batch_size=1), make_state(), accelerator) as going:
-        groups = [torch.distributed.group.WORLD, going.ranks.group]
+    with open_run("tiny", Config(folder, folder, batch_size=1), make_state(), accelerator) as run:
+        groups = [torch.distributed.group.WORLD, run.ranks.group]
         waits = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
         try:
-            for step in train(going):
+            for step in train(run):
                 if rank == 1 and step == 2:
                     os.kill(os.getpid(), signal.SIGTERM)
-        except KeyboardInterrupt:  # only now may a process leave
-            saved = len(list(going.folder.glob("training-state-0000002.pt")))
-            (folder / f"{rank}.txt").write_text(f"{said}\n{waits == [TIMEOUT] * 2}\n{saved}")
+        except KeyboardInterrupt:  # only now may a process exit
+            saved = len(list(run.folder.glob("training-state-0000002.pt")))
+            (folder / f"{rank}.txt").write_text(f"{errors}\n{waits == [TIMEOUT] * 2}\n{saved}")
 
 
 if __name__ == "__main__":

@@ -306,7 +306,7 @@ def borders(folder: Path, models_dir: Path, state: TrainState) -> dict[str, Call
         "the cache goes on": lambda wanted: CacheWriter(folder, wanted),
         "a dataset reads the cache": lambda wanted: FaceDataset(cache, ["a"], wanted, seed=0, slots=1),
         "a training goes on": lambda wanted: resume(replace(state, contract=wanted), folder),
-        "a training begins with the weights": lambda wanted: replace(state, contract=wanted).begin(folder),
+        "a training begins with the weights": lambda wanted: replace(state, contract=wanted).load_pretrained(folder),
         "the weights are used": lambda wanted: load_trained_unet(weights, models_dir, wanted),
     }
 

@@ -288,40 +288,6 @@ def test_a_state_with_something_else_in_it_is_refused(tmp_path, key, value):
     refusal(lambda: training.resume(tmp_path), "training-state-0000001.pt")
 
 
-MOMENTS = {
-    "none": None,
-    "a list": [],
-    "a number instead of moments": {0: 3},
-    "no moments": {0: {}},
-    "a name too few": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(4, 8, 3, 3)}},
-    "another parameter": {10**6: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)}},
-    "a parameter by name": {"x": {"step": torch.tensor(1.0), "exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)}},
-    "a parameter from the end": {
-        -1: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(4), "exp_avg_sq": torch.zeros(4)}
-    },
-    "another shape": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)}},
-    "whole numbers": {
-        0: {"step": torch.tensor(1), "exp_avg": torch.zeros(4, 8, 3, 3), "exp_avg_sq": torch.zeros(4, 8, 3, 3)}
-    },
-    "no tensor": {0: {"step": 1.0, "exp_avg": torch.zeros(4, 8, 3, 3), "exp_avg_sq": torch.zeros(4, 8, 3, 3)}},
-    "many steps": {
-        0: {"step": torch.zeros(9), "exp_avg": torch.zeros(4, 8, 3, 3), "exp_avg_sq": torch.zeros(4, 8, 3, 3)}
-    },
-    "moments of adamax": {
-        0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(4, 8, 3, 3), "exp_inf": torch.zeros(4, 8, 3, 3)}
-    },
-}
-
-
-@pytest.mark.parametrize("moments", MOMENTS.values(), ids=MOMENTS)
-def test_moments_of_something_else_are_refused(tmp_path, moments):
-    """They would be taken over, and the first step would fail."""
-    training = Training()
-    optimizer = training.state.optimizer.state_dict() | {"state": moments}
-    save_state(tmp_path, 1, training.saved(optimizer=optimizer), keep=1)
-    assert "no state of this optimizer" in refusal(lambda: training.resume(tmp_path), "training-state-0000001.pt")
-
-
 @pytest.mark.parametrize(
     "groups",
     [None, [], [{}], [{"lr": "x"}], [{"params": [0] * 10**4, "betas": None, "lr": math.nan}]],

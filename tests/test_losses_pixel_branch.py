@@ -38,12 +38,12 @@ def networks() -> SimpleNamespace:
     """Small networks of all losses in float64; the expert, unlike the real one, is not even frozen."""
     torch.manual_seed(4)
     discriminator = PatchDiscriminator(width=4, layers=2).double()
-    adversary = GANLoss(discriminator, torch.optim.SGD(discriminator.parameters(), lr=1.0))
+    gan_loss = GANLoss(discriminator, torch.optim.SGD(discriminator.parameters(), lr=1.0))
     trunk, heads = VGG16((2,) * 5), Heads((2,) * 5)
     for tensor in trunk.state_dict().values():
         tensor.mul_(3)  # or nothing would be left at the end of 13 convolutions
     expert = nn.Sequential(nn.Flatten(), nn.Linear(FRAMES * 3 * SIZE * SIZE, 6), nn.ReLU()).double()
-    return SimpleNamespace(adversary=adversary, lpips=LPIPS(trunk, heads).double(), expert=expert)
+    return SimpleNamespace(gan_loss=gan_loss, lpips=LPIPS(trunk, heads).double(), expert=expert)
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:
@@ -56,7 +56,7 @@ def all_terms(networks: SimpleNamespace, count: int):
     audio = normalize(random(count // FRAMES, 6, seed=2).abs())
 
     def image_terms(image, chunk):
-        adv, feat_match = networks.adversary.generator_loss(target[chunk], image)
+        adv, feat_match = networks.gan_loss.generator_loss(target[chunk], image)
         l1, distance = pixel_l1(image, target[chunk]), lpips(networks.lpips, image, target[chunk])
         return {"pixel_l1": l1, "lpips": distance, "adv_g": adv, "feat_match": feat_match}
 
@@ -89,15 +89,15 @@ def test_with_every_loss_the_gradient_in_chunks_is_that_of_the_whole(decoder, ne
 
 
 def test_no_weight_of_any_network_gets_a_gradient_and_the_spectral_norms_stay(decoder, networks):
-    before = {name: value.clone() for name, value in networks.adversary.network.state_dict().items()}
+    before = {name: value.clone() for name, value in networks.gan_loss.network.state_dict().items()}
     image_terms, window_terms = all_terms(networks, 6)
     latents = random(6, 4, SIZE // 2, SIZE // 2, seed=3).requires_grad_()
     found = pixel_branch(latents, decoder, image_terms, WEIGHTS, 2, window_terms=window_terms)
     assert found.gradient.shape == latents.shape and found.gradient.abs().sum() > 0
-    for network in (decoder, networks.adversary.network, networks.lpips, networks.expert):
+    for network in (decoder, networks.gan_loss.network, networks.lpips, networks.expert):
         assert all(weight.grad is None for weight in network.parameters())
     assert latents.grad is None
-    after = networks.adversary.network.state_dict()
+    after = networks.gan_loss.network.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 

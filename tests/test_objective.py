@@ -1,4 +1,4 @@
-"""All losses together: in chunks what they are as a whole, reaching the generator and nothing else."""
+"""All losses together: chunks change nothing, and gradients reach the generator alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn.functional import interpolate
 
 from losses.adversarial import GANLoss
 from losses.discriminator import PatchDiscriminator
-from losses.objective import ADVERSARIAL, Objective
+from losses.objective import ADVERSARIAL, Objective, term_name
 
 CLIPS, FRAMES = 2, 3
 WEIGHTS = {
@@ -26,8 +26,17 @@ class Expert(nn.Module):
         self.faces, self.mel = nn.Linear(FRAMES * 3 * 16 * 16, 5), nn.Linear(7 * 80, 5)
 
     def forward(self, images: torch.Tensor, mel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        made = self.faces(images.flatten(1)), self.mel(mel.flatten(1))
-        return tuple(nn.functional.normalize(x.exp(), dim=1) for x in made)
+        embeddings = self.faces(images.flatten(1)), self.mel(mel.flatten(1))
+        return tuple(nn.functional.normalize(x.exp(), dim=1) for x in embeddings)
+
+
+def mouth(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """A part of each image, each at its own position."""
+    crops = [image[:, int(box[0]) : int(box[0]) + 8] for image, box in zip(images, boxes, strict=True)]
+    return interpolate(torch.stack(crops), (12, 16), mode="bilinear")
+
+
+CROPS = {"face": lambda images, _: images, "mouth": mouth}
 
 
 class Small:
@@ -43,10 +52,10 @@ class Small:
         for network in (self.decoder, self.features, self.expert):
             network.requires_grad_(False)
         self.gan_losses = {}
-        for ending in ("", "_mouth"):
+        for region in CROPS:
             network = PatchDiscriminator(width=4, layers=1).double()
-            if any(f"{name}{ending}" in weights for name in ADVERSARIAL):
-                self.gan_losses[ending] = GANLoss(network, torch.optim.SGD(network.parameters(), 0.1))
+            if any(term_name(name, region) in weights for name in ADVERSARIAL):
+                self.gan_losses[region] = GANLoss(network, torch.optim.SGD(network.parameters(), 0.1))
         self.objective = Objective(
             weights,
             lambda _: self.decoder,
@@ -55,7 +64,7 @@ class Small:
             distance=lambda a, b: (self.features(a) - self.features(b)).square().mean(dim=(1, 2, 3)),
             embed=self.expert,
             gan_losses=self.gan_losses,
-            views={"": lambda images, _: images, "_mouth": mouth},
+            crops=CROPS,
         )
         count = CLIPS * FRAMES
         self.x = torch.randn(count, 2, 8, 8).double()
@@ -66,8 +75,8 @@ class Small:
             "mel": torch.randn(CLIPS, 7, 80).double(),
         }
 
-    def backward(self, **options: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        loss, terms, images = self.objective.generator(self.generator(self.x), self.batch, **options)
+    def backward(self, **options: int | None) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        loss, terms, images = self.objective.generator_loss(self.generator(self.x), self.batch, **options)
         loss.backward()
         return terms, images
 
@@ -75,40 +84,33 @@ class Small:
         return [parameter.grad for parameter in self.generator.parameters()]
 
 
-def mouth(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """A part of each image, at a place of its own."""
-    crops = [image[:, int(box[0]) : int(box[0]) + 8] for image, box in zip(images, boxes, strict=True)]
-    return interpolate(torch.stack(crops), (12, 16), mode="bilinear")
-
-
 @pytest.mark.parametrize("chunk_size", [1, 2, 4, 5])
 def test_chunks_change_nothing(chunk_size):
     whole, parts = Small(WEIGHTS, CLIPS * FRAMES), Small(WEIGHTS, chunk_size)
-    results = [small.backward(turn=1, adversarial=True) for small in (whole, parts)]
+    results = [small.backward(pixel_step=1, adversarial=True) for small in (whole, parts)]
     assert results[0][0].keys() == WEIGHTS.keys()
     for name, value in results[0][0].items():
         torch.testing.assert_close(results[1][0][name], value, atol=1e-10, rtol=0)
-    for one, other in zip(whole.gradients(), parts.gradients(), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
+    torch.testing.assert_close(parts.gradients(), whole.gradients(), atol=1e-10, rtol=0)
     losses = [
-        small.objective.discriminators(images, small.batch, 0.5)
+        small.objective.discriminator_backward(images, small.batch, 0.5)
         for small, (_, images) in zip((whole, parts), results, strict=True)
     ]
     assert losses[0].keys() == {"adv_d", "adv_d_mouth"}
-    for ending in ("", "_mouth"):
-        torch.testing.assert_close(losses[0][f"adv_d{ending}"], losses[1][f"adv_d{ending}"], atol=1e-10, rtol=0)
-        networks = [small.gan_losses[ending].network for small in (whole, parts)]
-        for one, other in zip(*(list(network.parameters()) for network in networks), strict=True):
-            torch.testing.assert_close(one.grad, other.grad, atol=1e-10, rtol=0)
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-10, rtol=0)
+    for region in CROPS:
+        networks = [small.gan_losses[region].network for small in (whole, parts)]
+        for x, y in zip(*(list(network.parameters()) for network in networks), strict=True):
+            torch.testing.assert_close(x.grad, y.grad, atol=1e-10, rtol=0)
 
 
 def test_the_whole_is_the_weighted_sum_of_what_each_term_is_alone():
     together = Small(WEIGHTS, 4)
-    together.backward(turn=1, adversarial=True)
+    together.backward(pixel_step=1, adversarial=True)
     sums = [torch.zeros_like(gradient) for gradient in together.gradients()]
     for name, weight in WEIGHTS.items():
         alone = Small({name: weight}, 4)
-        terms, _ = alone.backward(turn=int(name != "latent_l1"), adversarial=True)
+        terms, _ = alone.backward(pixel_step=None if name == "latent_l1" else 1, adversarial=True)
         assert list(terms) == [name]
         assert any(gradient.abs().max() > 1e-9 for gradient in alone.gradients()), name
         for total, gradient in zip(sums, alone.gradients(), strict=True):
@@ -120,17 +122,17 @@ def test_the_whole_is_the_weighted_sum_of_what_each_term_is_alone():
 def test_each_term_reaches_the_generator_and_nothing_else():
     for name in WEIGHTS:
         small = Small({name: 1.0}, 2)
-        small.backward(turn=int(name != "latent_l1"), adversarial=True)
+        small.backward(pixel_step=None if name == "latent_l1" else 1, adversarial=True)
         assert all(gradient is not None for gradient in small.gradients()), name
-        others = [small.decoder, small.features, small.expert, *(one.network for one in small.gan_losses.values())]
+        others = [small.decoder, small.features, small.expert, *(x.network for x in small.gan_losses.values())]
         assert all(parameter.grad is None for network in others for parameter in network.parameters()), name
 
 
-def test_what_is_switched_off_is_not_looked_at():
+def test_disabled_terms_are_not_computed():
     small = Small(WEIGHTS, 2)
-    terms, images = small.backward(turn=0, adversarial=True)
+    terms, images = small.backward(pixel_step=None, adversarial=True)
     assert list(terms) == ["latent_l1"] and images is None
-    terms, images = small.backward(turn=1, adversarial=False)
+    terms, images = small.backward(pixel_step=1, adversarial=False)
     assert terms.keys() == {"latent_l1", "pixel_l1", "lpips", "sync"} and images.shape == (6, 3, 16, 16)
 
 
@@ -145,43 +147,42 @@ def test_what_is_switched_off_is_not_looked_at():
 )
 def test_images_are_decoded_only_for_terms_on_them(names, alone, with_discriminators):
     objective = Small(dict.fromkeys(names, 1.0), 2).objective
-    assert (objective.sees_images(False), objective.sees_images(True)) == (alone, with_discriminators)
+    assert (objective.has_pixel_terms(False), objective.has_pixel_terms(True)) == (alone, with_discriminators)
 
 
-def test_pulls_make_adv_g_pull_as_hard_as_the_pixels_do_on_the_first_chunk():
+def test_adaptive_weights_equalise_the_gradient_norms_of_the_first_chunk():
     small = Small({name: WEIGHTS[name] for name in ("pixel_l1", "lpips", "adv_g", "adv_g_mouth", "feat_match")}, 4)
-    small.objective.adaptive_weights |= {"": torch.zeros(()), "_mouth": torch.zeros(())}
+    small.objective.adaptive_weights |= {"face": torch.zeros(()), "mouth": torch.zeros(())}
     pred, last = small.generator(small.x), small.generator[2].weight
 
-    def at_last_layer(gradient: torch.Tensor) -> torch.Tensor:
+    def last_layer_gradient(gradient: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(pred[: len(gradient)], last, gradient, retain_graph=True)[0]
 
-    small.objective.update_adaptive_weights(pred, at_last_layer, small.batch, 1)
+    small.objective.update_adaptive_weights(pred, last_layer_gradient, small.batch, 1)
     assert last.grad is None
 
     norms = {}
     image, target = small.decoder(pred[:4]), small.batch["target_image"][:4] * 2 - 1
     boxes = small.batch["mouth_box"][:4]
     terms = {
-        "fidelity": WEIGHTS["pixel_l1"] * (image - target).abs().mean()
+        "recon": WEIGHTS["pixel_l1"] * (image - target).abs().mean()
         + WEIGHTS["lpips"] * (small.features(image) - small.features(target)).square().mean(),
-        "": -small.gan_losses[""].network(image)[0].mean(),
-        "_mouth": -small.gan_losses["_mouth"].network(mouth(image, boxes))[0].mean(),
+        "face": -small.gan_losses["face"].network(image)[0].mean(),
+        "mouth": -small.gan_losses["mouth"].network(mouth(image, boxes))[0].mean(),
     }
     for name, value in terms.items():
         norms[name] = torch.autograd.grad(value, last, retain_graph=True)[0].norm()
-    for ending in ("", "_mouth"):
-        wanted = (norms["fidelity"] / (norms[ending] + 1e-4)).clamp(max=1)
-        torch.testing.assert_close(small.objective.adaptive_weights[ending], wanted, atol=1e-10, rtol=0)
-        assert 0 < wanted
+    for region in CROPS:
+        expected = (norms["recon"] / (norms[region] + 1e-4)).clamp(max=1)
+        torch.testing.assert_close(small.objective.adaptive_weights[region], expected, atol=1e-10, rtol=0)
+        assert 0 < expected
 
-    # They count in the loss, and are no term.
-    one, _ = small.backward(turn=1, adversarial=True)
-    heard = [gradient.clone() for gradient in small.gradients()]
+    # They scale the loss but not the logged terms.
+    adaptive_terms, _ = small.backward(pixel_step=1, adversarial=True)
+    gradients = [gradient.clone() for gradient in small.gradients()]
     plain = Small({**small.objective.weights}, 4)
-    for ending, pull in small.objective.adaptive_weights.items():
-        plain.objective.weights[f"adv_g{ending}"] *= pull.item()
-    other, _ = plain.backward(turn=1, adversarial=True)
-    assert one == other
-    for a, b in zip(heard, plain.gradients(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+    for region, weight in small.objective.adaptive_weights.items():
+        plain.objective.weights[term_name("adv_g", region)] *= weight.item()
+    plain_terms, _ = plain.backward(pixel_step=1, adversarial=True)
+    assert adaptive_terms == plain_terms
+    torch.testing.assert_close(gradients, plain.gradients(), atol=1e-10, rtol=0)

@@ -1,4 +1,4 @@
-"""A run of next to nothing: when it saves, what it keeps on the disk, and what it is refused for at the start."""
+"""A tiny run: when it saves, what it keeps on disk, and what is refused at the start."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def config(tmp_path) -> Config:
     return Config(tmp_path / "states", tmp_path / "log")
 
 
-def steps_made(config: Config, *, stop_after: int = 0, weights: dict | None = None) -> dict:
-    """Trains, and saves weights after each step where there are any. Returns the newest state."""
-    with open_run("tiny", config, make_state(), start_processes("cpu"), weights) as going:
-        for step in train(going):
+def make_steps(config: Config, *, stop_after: int = 0, weights: dict | None = None) -> dict:
+    """Trains, saving an empty file of weights after each step if `weights` are given. Returns the newest state."""
+    with open_run("tiny", config, make_state(), start_processes("cpu"), weights) as run:
+        for step in train(run):
             if weights is not None:
-                path = going.folder / f"unet-{step:07d}.safetensors"
+                path = run.folder / f"unet-{step:07d}.safetensors"
                 path.touch()
-                going.keep(path)
+                run.keep_weights(path)
             if step == stop_after:
                 break
     return load_latest_state(config.checkpoint_dir / "tiny")[1]
@@ -47,11 +47,11 @@ def names(config: Config) -> list[str]:
 
 
 def test_a_run_saved_by_time_and_cut_off_ends_as_one_that_was_not(config, tmp_path):
-    whole = steps_made(config)
+    whole = make_steps(config)
     assert names(config) == ["training-state-0000006.pt"]
     parted = replace(config, checkpoint_dir=tmp_path / "parted", save_minutes=1e-9, keep_states=1)
-    assert steps_made(parted, stop_after=4)["step"] == 3  # of the fourth step nothing was saved
-    again = steps_made(parted)
+    assert make_steps(parted, stop_after=4)["step"] == 3  # of the fourth step nothing was saved
+    again = make_steps(parted)
     assert names(parted) == ["training-state-0000006.pt"]
     assert torch.equal(again["network"]["weight"], whole["network"]["weight"])
     assert all(torch.equal(again["optimizer"]["state"][0][k], v) for k, v in whole["optimizer"]["state"][0].items())
@@ -65,12 +65,12 @@ def test_saves_by_time_count_from_the_last_save_of_any_kind(config, monkeypatch)
     monkeypatch.setattr(
         "musetalk.training.run.save_state", lambda _, step, *__: (saved.append(step), save_state(_, step, *__))
     )
-    steps_made(replace(config, num_steps=12, save_every=5, save_minutes=3))
+    make_steps(replace(config, num_steps=12, save_every=5, save_minutes=3))
     assert saved[0] == 3 and 5 in saved and 12 in saved and len(saved) < 8
 
 
 def test_a_state_that_was_resumed_from_does_not_keep_its_file_open(config):
-    steps_made(replace(config, num_steps=2))
+    make_steps(replace(config, num_steps=2))
     state = make_state()
     with open_run("tiny", config, state, start_processes("cpu")):
         assert state.step == 2
@@ -81,7 +81,7 @@ def test_a_state_that_was_resumed_from_does_not_keep_its_file_open(config):
 
 
 def test_the_newest_weights_are_kept_and_one_in_some(config):
-    steps_made(replace(config, keep_weights=2, keep_weights_every=2), weights={})
+    make_steps(replace(config, keep_weights=2, keep_weights_every=2), weights={})
     assert names(config)[1:] == [f"unet-000000{step}.safetensors" for step in (2, 4, 5, 6)]
 
 
@@ -92,7 +92,7 @@ def test_weights_that_the_run_did_not_write_are_never_deleted(config):
     folder.mkdir(parents=True)
     for name in (*others, later):
         (folder / name).touch()
-    steps_made(config, weights={})
+    make_steps(config, weights={})
     assert names(config) == sorted([*others, later, "unet-0000006.safetensors", "training-state-0000006.pt"])
 
 
@@ -108,8 +108,8 @@ def room(monkeypatch):
 def test_the_size_of_a_state_is_known_before_the_first_update(config):
     state = make_state()
     before = state_bytes(state)
-    with open_run("tiny", config, state, start_processes("cpu")) as going:
-        list(train(going))
+    with open_run("tiny", config, state, start_processes("cpu")) as run:
+        list(train(run))
     steps_taken = 2 * 4  # Adam's count for each of two parameters, in float32
     assert state_bytes(state) - steps_taken == before == bytes_of(state.as_dict()) - steps_taken
     assert before == 3 * 4 * 4  # four parameters in float32, each with two moments
@@ -138,8 +138,8 @@ def test_a_disk_without_room_for_what_is_kept_is_refused(config, room, change, n
 
 def test_files_of_the_run_that_are_there_already_count(config, room):
     config = replace(config, num_steps=100, save_every=50)
-    steps_made(config, stop_after=51)
-    steps_made(config)
+    make_steps(config, stop_after=51)
+    make_steps(config)
     sizes = [path.stat().st_size for path in (config.checkpoint_dir / "tiny").glob("*.pt")]
     assert len(sizes) == 2
     room(0)
@@ -160,10 +160,10 @@ def test_shared_memory_that_cannot_hold_the_batches_is_refused(config, room, mon
     check_shared_memory(sample, 32, 0, 2)
     with (
         pytest.raises(UserError, match="^/dev/shm"),
-        open_run("tiny", config, make_state(), start_processes("cpu")) as going,
+        open_run("tiny", config, make_state(), start_processes("cpu")) as run,
     ):
-        going.config.num_workers = 10**9
-        list(train(going))
+        run.config.num_workers = 10**9
+        list(train(run))
 
 
 @pytest.mark.parametrize(("cores", "processes", "workers"), [(16, 1, 8), (16, 4, 4), (2, 1, 2), (2, 4, 0)])

@@ -1,22 +1,22 @@
-"""Distil a tiny decoder from the VAE's own on a cache, through which losses on images cost little.
+"""Distil a tiny decoder from the VAE decoder on a cache, for cheap image losses.
 
     python -m tools.distil_decoder --cache data/mine
     python musetalk_trainer.py stage1 --hdtf-samples-dir data/mine --tiny-decoder checkpoints/tiny_decoder.safetensors
 
-Writes `<checkpoint_dir>/tiny_decoder.safetensors` to use, and `<checkpoint_dir>/tiny_decoder/training-state-<step>.pt`
-to go on; in `log_dir` trainer.log, and in tiny_decoder/ stats.jsonl, TensorBoard files and faces/<step>.png: rows of
-faces held out (those that a training with the same `held_out` and `seed` holds out) as they are, by the VAE's own
-decoder and by the tiny one. Tells how alike these are, and how alike the gradients that pixel_l1 gives the latents
-through both, which is all that a training has of a decoder. Run the same command again to go on from the newest state;
-Ctrl-C, or a cluster's SIGTERM, ends it after the step with its state saved.
+Writes `<checkpoint_dir>/tiny_decoder.safetensors` to use and `<checkpoint_dir>/tiny_decoder/training-state-<step>.pt`
+to resume from. Writes to `log_dir`: trainer.log, and in tiny_decoder/ stats.jsonl, TensorBoard files and
+faces/<step>.png: rows of held-out faces (the same as those of a training with this `held_out` and `seed`): true, by the
+VAE decoder, by the tiny decoder. Reports how similar the images are, and how similar the gradients of pixel_l1 at the
+latents are, which is what a training uses a decoder for. To resume, run the same command again. Ctrl-C, or SIGTERM as
+clusters send it, stops the run after the current step and saves the training state.
 
-It learns what the VAE's decoder makes of latents between those of two frames of a clip, with noise, since a UNet's
-predictions are not what an encoder gives. The true faces would be no target: they do not change with the latents.
+The target is the VAE decoder's image of a latent between those of two frames of a clip, with noise, because a UNet's
+predictions are not an encoder's latents. The true faces are no target: they do not change with the latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -36,11 +36,12 @@ from musetalk.images import to_tensor, to_uint8
 from musetalk.inference.metrics import psnr
 from musetalk.models.tiny_decoder import TAESD_WIDTH, TinyDecoder, Width, load_tiny_decoder, save_tiny_decoder
 from musetalk.models.vae import VAE
-from musetalk.training.distributed import average_gradients, start_processes
+from musetalk.training.distributed import start_processes
 from musetalk.training.run import open_run
-from musetalk.training.state import NetworkState, learning_rate, load_pixel_vae
+from musetalk.training.state import NetworkState, load_pixel_vae
+from musetalk.training.step import OptimizerStep, StepResult
 
-SHOWN = 8  # faces in the picture
+ROWS = 8  # faces in the picture
 
 
 @dataclass
@@ -48,119 +49,144 @@ class DistilConfig:
     """The constants of a distillation; override them on the command line."""
 
     # Paths
-    cache: Path = Path("data/cache")  # what datasets_process.py made ...
-    models_dir: Path = Path("models")  # ... with the VAE of this folder
+    cache: Path = Path("data/cache")  # output of datasets_process.py
+    models_dir: Path = Path("models")  # with the VAE of the cache
     checkpoint_dir: Path = Path("checkpoints")
     log_dir: Path = Path("log")
 
     # Data
-    held_out: Share = 0.1  # share of identities (or clips, of a single one) that it is measured on
-    measured: Count = 24  # faces of these
-    noise: PositiveOrZero = 0.1  # deviation of what is added to latents, whose own is about 1
-    num_workers: Workers | None = 0  # processes that read the cache; None: 8, or as many as there are cores for
-    prefetch: Count = 2  # batches that each of them has ready
-    batch_size: Count = 4
+    held_out: Share = 0.1  # share of identities (of clips, if there is one identity) to measure on
+    measured: Count = 24  # held-out faces
+    noise: PositiveOrZero = 0.1  # standard deviation of the noise added to latents, whose own is about 1
+    num_workers: Workers | None = 0  # processes that read the cache; None: one per core, at most 8
+    prefetch: Count = 2  # batches that each worker has ready
+    batch_size: Count = 4  # samples in one micro step
+    grad_accum_steps: Count = 1  # micro steps in one optimizer step
 
     # Network and optimizer
-    width: Width = TAESD_WIDTH  # channels of its layers; operations grow with the square: 35 GFLOP an image at 64
+    width: Width = TAESD_WIDTH  # channels; operations grow with the square: 35 GFLOP an image at 64
     learning_rate: Positive = 2e-3
-    warmup_steps: Count = 100  # the rate rises from 0, then falls along a cosine ...
+    warmup_steps: Count = 100  # the rate rises from 0, then decays along a cosine ...
     final_learning_rate: PositiveOrZero = 1e-5  # ... to this
+    max_grad_norm: Positive = 1.0
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # in a step with a non-finite gradient
 
     # Run
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, or the CPU where there is none
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, or the CPU without one
     num_steps: Count = 10_000
     log_every: Count = 100
     save_every: Count = 1000
     save_minutes: PositiveOrZero = 20.0  # a state is also saved when the last save is this old; 0: never
-    keep_states: Count = 2  # training states of the newest steps
+    keep_states: Count = 2  # newest training states
     seed: Seed = 1234
 
 
 def main(config: DistilConfig) -> None:
-    """Distil, going on from the newest state, write, measure what was written, and draw it."""
+    """Distils until `num_steps`, resuming from the newest training state; saves, measures and draws the result."""
     check_constants(config)
     accelerator = start_processes(config.device)
     cache = Cache(config.cache)
-    train_clips, held_clips, note = split_clips(cache, config.held_out, config.seed)
+    train_clips, held_clips, split_note = split_clips(cache, config.held_out, config.seed)
     vae = load_pixel_vae(config.models_dir, accelerator)
     cache.contract.require(replace(cache.contract, vae=vae.fingerprint), ("vae",), str(cache.folder))
-    slots = config.batch_size * accelerator.num_processes
-    seen = FaceDataset(cache, train_clips, cache.contract, seed=config.seed, slots=slots)
-    unseen = FaceDataset(cache, held_clips or train_clips, cache.contract, seed=config.seed, slots=config.measured)
+    slots = config.batch_size * config.grad_accum_steps * accelerator.num_processes
+    train_set = FaceDataset(cache, train_clips, cache.contract, seed=config.seed, slots=slots)
+    held_set = FaceDataset(cache, held_clips or train_clips, cache.contract, seed=config.seed, slots=config.measured)
     torch.manual_seed(config.seed)
     decoder = TinyDecoder(config.width).to(accelerator.device)
-    fixed = {"width": config.width, "vae": vae.fingerprint}
-    state = NetworkState(decoder, torch.optim.AdamW(decoder.parameters()), fixed)
+    resume_metadata = {"width": config.width, "vae": vae.fingerprint}
+    state = NetworkState(decoder, torch.optim.AdamW(decoder.parameters()), resume_metadata)
 
     with open_run("tiny_decoder", config, state, accelerator) as run:
-        run.log.line(note)
-        batches = run.batches(seen)
+        run.log.line(split_note)
+        batches = run.batches(train_set)
         for _ in run.steps():
-            loss = optimizer_step(state, vae, next(batches), config, accelerator)
-            state.step += 1
+            result = optimizer_step(state, vae, batches, config, accelerator)
+
+            # Log.
+            if result.skipped:
+                run.log.line(f"skipped: {result.skipped}")
             if run.due(config.log_every):
-                run.log.record(state.step, {"loss": accelerator.reduce(loss, "mean").item()})
+                terms = accelerator.reduce(result.terms, "mean")
+                run.log.record(state.step, {name: value.item() for name, value in terms.items()})
+
+            # Save.
+            stop = run.stop_requested()
+            if stop or run.due(config.save_every) or run.overdue():
+                run.save_state()
+
+            # Stop?
+            if stop:
+                break
+        run.finish()
         if not accelerator.is_main_process:
             return
+
+        # Measure what was saved.
         path = config.checkpoint_dir / "tiny_decoder.safetensors"
         save_tiny_decoder(path, decoder, vae)
         run.log.line(f"saved {path}")
         torch.manual_seed(config.seed)
-        alike, faces = compare(load_tiny_decoder(path, vae), vae, loader(unseen, range(1), 1, 0), config.noise)
-        run.log.record(state.step, alike)
+        tiny_decoder = load_tiny_decoder(path, vae)
+        similarity, faces = compare(tiny_decoder, vae, loader(held_set, range(1), 1, 0), config.noise)
+        run.log.record(state.step, similarity)
         run.log.line(f"done at step {state.step}: faces in {run.log.picture(state.step, faces, 'faces')}")
 
 
 def optimizer_step(
-    state: NetworkState, vae: VAE, batch: dict, config: DistilConfig, accelerator: Accelerator
-) -> torch.Tensor:
-    """One update on the absolute difference from what the VAE's own decoder makes, which is returned."""
-    latents = between(batch, config.noise).to(accelerator.device, non_blocking=True)
-    with torch.no_grad():
-        target = vae.decode(latents)
-    with accelerator.autocast():
-        loss = functional.l1_loss(state.network.decode(latents), target)
-    state.optimizer.zero_grad()
-    loss.backward()
-    average_gradients(state.network.parameters())
-    state.optimizer.param_groups[0]["lr"] = learning_rate(state.step, config)
-    state.optimizer.step()
-    return loss.detach()
+    state: NetworkState, vae: VAE, batches: Iterator[dict], config: DistilConfig, accelerator: Accelerator
+) -> StepResult:
+    """Updates the tiny decoder on the absolute difference of its images from the VAE decoder's."""
+    step = OptimizerStep(state.step, config)
+
+    # Draw the batch (seeded by step).
+    for batch in step.micro_batches(batches):
+        latents = interpolated_latents(batch, config.noise).to(accelerator.device, non_blocking=True)
+
+        # Loss, backward.
+        with torch.no_grad():
+            target = vae.decode(latents)
+        with accelerator.autocast():
+            loss = functional.l1_loss(state.network.decode(latents), target)
+        accelerator.backward(loss / config.grad_accum_steps)
+        step.add({"loss": loss.detach()})
+
+    # Clip, skip if non-finite, update.
+    result = step.update([state.optimizer])
+    state.step += 1
+    return result
 
 
-def between(batch: dict, noise: float) -> torch.Tensor:
-    """Latents float32 (B, 4, 32, 32) somewhere between those of faces and of their references, with noise."""
-    face, reference = (batch[f"{kind}_latents"].flatten(0, 1).float() for kind in ("target", "reference"))
-    return face.lerp(reference, torch.rand(len(face), 1, 1, 1)) + noise * torch.randn(face.shape)
+def interpolated_latents(batch: dict, noise: float) -> torch.Tensor:
+    """Latents float32 (B, 4, 32, 32) at random points between those of faces and their references, with noise."""
+    target, reference = (batch[f"{kind}_latents"].flatten(0, 1).float() for kind in ("target", "reference"))
+    return target.lerp(reference, torch.rand(len(target), 1, 1, 1)) + noise * torch.randn(target.shape)
 
 
 def compare(
     decoder: TinyDecoder, vae: VAE, batches: Iterable[dict], noise: float
 ) -> tuple[dict[str, float], np.ndarray]:
-    """How alike pictures and gradients are, and rows of faces: true, by the VAE's own, by the tiny one, BGR uint8.
+    """Compares the tiny decoder with the VAE decoder. Returns figures and rows of faces, BGR uint8.
 
-    batches: of one face each. Gradients are taken where distillation was, for a picture differs from the truth there.
-    In dB psnr_own and psnr_tiny are of the two decoders' pictures and the truth, psnr of one and the other.
+    A row is the true face, the VAE decoder's and the tiny decoder's. batches: of one face each. psnr_own and psnr_tiny
+    are those of the VAE decoder and of the tiny decoder against the truth in dB, psnr that of the two decoders.
+    gradient_cosine is taken at interpolated latents as in training, where images differ from the truth.
     """
     device, decoders = vae.autoencoder.device, (vae.decode, decoder.decode)
-    columns, alike = [], []
+    rows, cosines = [], []
     for batch in batches:
         truth = batch["target_image"].flatten(0, 1)  # (1, 256, 256, 3)
-        latents = batch["target_latents"].flatten(0, 1).to(device).float()
-        moved = between(batch, noise).to(device).requires_grad_()
+        target_latents = batch["target_latents"].flatten(0, 1).to(device).float()
+        latents = interpolated_latents(batch, noise).to(device).requires_grad_()
         with torch.no_grad():
-            columns.append([truth[0].numpy(), *(to_uint8(decode(latents))[0] for decode in decoders)])
-        losses = [pixel_l1(decode(moved), to_tensor(truth.to(device))) for decode in decoders]
-        pair = [torch.autograd.grad(loss, moved)[0].flatten() for loss in losses]
-        alike.append(functional.cosine_similarity(*pair, dim=0).item())
-    compared = {"psnr_own": (1, 0), "psnr_tiny": (2, 0), "psnr": (2, 1)}
-    found = {
-        name: float(np.mean([psnr(column[one], column[other]) for column in columns]))
-        for name, (one, other) in compared.items()
-    }
-    found["gradient_cosine"] = float(np.mean(alike))  # of pixel_l1, at the latents
-    return found, np.hstack([np.vstack(column) for column in columns[:SHOWN]])
+            rows.append([truth[0].numpy(), *(to_uint8(decode(target_latents))[0] for decode in decoders)])
+        losses = [pixel_l1(decode(latents), to_tensor(truth.to(device))) for decode in decoders]
+        gradients = [torch.autograd.grad(loss, latents)[0].flatten() for loss in losses]
+        cosines.append(functional.cosine_similarity(*gradients, dim=0).item())
+    pairs = {"psnr_own": (1, 0), "psnr_tiny": (2, 0), "psnr": (2, 1)}
+    similarity = {name: float(np.mean([psnr(row[a], row[b]) for row in rows])) for name, (a, b) in pairs.items()}
+    similarity["gradient_cosine"] = float(np.mean(cosines))  # of pixel_l1, at the latents
+    return similarity, np.hstack([np.vstack(row) for row in rows[:ROWS]])
 
 
 if __name__ == "__main__":

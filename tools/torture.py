@@ -78,7 +78,7 @@ STAGES = {
         "load_pixel_vae": "load",
         "build_state": "load",
         "resume": "resume",
-        "training_step": "forward and backward",
+        "generator_loss": "forward and backward",
         "update_ema": "update",
         "clip_grad_norm_": "update",
         "draw_grid": "sample",

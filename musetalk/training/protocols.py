@@ -1,4 +1,4 @@
-"""What a run needs of a training: its constants and its state."""
+"""What a run and a state require of the objects passed to them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import nn
 
 
 class RunConfig(Protocol):
-    """The constants of a run, whatever is trained: a dataclass."""
+    """The constants of a run: a dataclass of any trainer."""
 
     checkpoint_dir: Path
     log_dir: Path
@@ -18,15 +19,15 @@ class RunConfig(Protocol):
     prefetch: int
     num_steps: int
     save_every: int
-    save_minutes: float  # 0: saved by steps alone
+    save_minutes: float  # 0: saves by steps alone
     keep_states: int
-    keep_weights: int  # these two only where weights are saved on the way
+    keep_weights: int  # this and the next only if weights are saved during training
     keep_weights_every: int
     seed: int
 
 
 class State(Protocol):
-    """All that moves in a training."""
+    """The state of a training."""
 
     step: int  # optimizer updates made
     optimizers: list[torch.optim.Optimizer]
@@ -34,3 +35,10 @@ class State(Protocol):
     def as_dict(self) -> dict: ...
 
     def restore(self, saved: dict, path: Path) -> None: ...
+
+
+class Trainable(Protocol):
+    """A network with its optimizer, such as a discriminator."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer

@@ -1,14 +1,14 @@
-"""A run of a trainer: its processes, its folders and log, its batches and steps; gone on with, saved and stopped.
+"""Run lifecycle: launch, resume, checkpoint, stop.
 
-One process trains, or several of one machine or more as one: all networks are in each of them, samples are shared out,
-gradients averaged. One of them writes.
+Several processes train as one: each has all networks and a share of the samples, and gradients are averaged. The main
+process writes all files.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,24 +31,23 @@ from musetalk.training.protocols import RunConfig, State
 
 @dataclass
 class Run:
-    """A run that is going on: `open_run` begins it."""
+    """An open run; `open_run` makes it."""
 
     config: RunConfig
     state: State
     accelerator: Accelerator
-    folder: Path  # of its states and weights
+    folder: Path  # of training states and weights
     log: RunLog | SilentLog
-    resumed: bool  # whether it goes on from a state
+    resumed: bool  # from a training state
     ranks: Ranks
     stopping: StopRequests  # of this process
-    stack: ExitStack  # of what ends with it
     saved_at: float  # seconds of time.monotonic() at the last save or the start
 
     def batches(self, dataset: Dataset) -> Iterator[dict]:
-        """This process's batches of all steps that are left, the same whatever happened before.
+        """Returns this process's batches of all remaining steps; a resumed run draws the same ones.
 
-        dataset: with `slots` and the `cache`. Raises UserError where shared memory is too small for them, or where
-        processes differ in their step, weights or cache.
+        dataset: has `slots` and `cache`. Raises UserError if shared memory is too small for the batches, or if
+        processes differ in step, weights or cache.
         """
         config, state = self.config, self.state
         workers = workers_that_fit() if config.num_workers is None else config.num_workers
@@ -65,45 +64,43 @@ class Run:
         steps = range(state.step, config.num_steps)
         return iter(loader(dataset, steps, config.batch_size, workers, config.prefetch, **share))
 
-    def steps(self) -> Iterator[None]:
-        """A turn for each step that is left: the caller makes it and counts it in the state, which is saved when due.
+    def steps(self) -> Iterable[int]:
+        """Returns the remaining steps, shown by a progress bar."""
+        first, last = self.state.step, self.config.num_steps
+        tqdm_kwargs = {"desc": "train", "unit": "step", "disable": not self.accelerator.is_main_process}
+        return tqdm(range(first, last), initial=first, total=last, **tqdm_kwargs)
 
-        A step begins with the same random numbers whatever happened before. Raises KeyboardInterrupt, with all saved,
-        where a process was asked to stop before the last.
-        """
-        config, state = self.config, self.state
-        told = {"desc": "train", "unit": "step", "disable": not self.accelerator.is_main_process}
-        bar = self.stack.enter_context(tqdm(total=config.num_steps, initial=state.step, **told))
-        stop = False
-        while state.step < config.num_steps and not stop:
-            torch.manual_seed(config.seed + state.step)
-            yield
-            bar.update()
-            stop = self.ranks.any(self.stopping())
-            if self.accelerator.is_main_process and (stop or self.due(config.save_every) or self.overdue()):
-                self.save()
-        self.ranks.wait()  # for the save: when one process exits, a launcher kills the others
-        self.accelerator.end_training()  # here the processes part
-        if state.step < config.num_steps:
-            raise KeyboardInterrupt(f"stopped at step {state.step}, all saved; run the same command again to go on")
+    def save_state(self) -> None:
+        """Writes the training state in the main process; signals do not interrupt it."""
+        if self.accelerator.is_main_process:
+            with self.stopping.patience():
+                save_state(self.folder, self.state.step, self.state.as_dict(), self.config.keep_states)
+            self.saved_at = time.monotonic()
 
-    def save(self) -> None:
-        """Writes the state, whatever signals come."""
-        with self.stopping.patience():
-            save_state(self.folder, self.state.step, self.state.as_dict(), self.config.keep_states)
-        self.saved_at = time.monotonic()
+    def keep_weights(self, path: Path) -> None:
+        """Logs weights that were just saved and deletes older ones beyond `keep_weights`."""
+        delete_older(path, self.config.keep_weights, self.config.keep_weights_every)
+        self.log.line(f"saved {path}")
 
-    def keep(self, weights: Path) -> None:
-        """Notes weights that were saved, and deletes older ones that are not kept."""
-        delete_older(weights, self.config.keep_weights, self.config.keep_weights_every)
-        self.log.line(f"saved {weights}")
+    def stop_requested(self) -> bool:
+        """Whether any process was asked to stop. All processes must call it."""
+        return self.ranks.any(self.stopping())
+
+    def finish(self) -> None:
+        """Waits until the last state is saved. Raises KeyboardInterrupt if the run was stopped before its last step."""
+        self.ranks.wait()  # when one process exits, a launcher kills the others
+        self.accelerator.end_training()
+        if self.state.step < self.config.num_steps:
+            raise KeyboardInterrupt(
+                f"stopped at step {self.state.step}, all saved; run the same command again to resume"
+            )
 
     def due(self, every: int) -> bool:
-        """Whether what is done every so many steps, and after the last, is to be done after this one."""
+        """Whether the last update completed a multiple of `every` steps or the whole run."""
         return self.state.step == self.config.num_steps or self.state.step % every == 0
 
     def overdue(self) -> bool:
-        """Whether the last save was `save_minutes` ago."""
+        """Whether `save_minutes` have passed since the last save."""
         minutes = self.config.save_minutes
         return minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
 
@@ -116,11 +113,11 @@ def open_run(
     accelerator: Accelerator,
     weights: dict[str, torch.Tensor] | None = None,
 ) -> Iterator[Run]:
-    """Opens a run, resumed from its newest state if there is one.
+    """Opens a run and resumes it from its newest training state, if there is one.
 
-    Within it Ctrl-C and SIGTERM end the run after the current step. weights: those that are saved on the way, by
-    `Run.keep`. Raises UserError where another process uses its folders or the disk has too little space; WeightsError,
-    ContractError where the state is not of this training.
+    Inside the context Ctrl-C and SIGTERM ask the run to stop after the current step. weights: those to be saved during
+    training, for the check of disk space. Raises UserError if another process uses its folders or the disk has too
+    little space; WeightsError or ContractError if the state belongs to another training.
     """
     folder, log_dir = config.checkpoint_dir / name, config.log_dir / name
     with ExitStack() as stack:
@@ -134,26 +131,21 @@ def open_run(
         ranks = Ranks()
         log = RunLog(config.log_dir, name, state.step) if accelerator.is_main_process else SilentLog()
         log.line(f"{name}: {json.dumps(asdict(config), default=str)}")
-        where = f"{accelerator.num_processes} x ({describe(accelerator.device)}), {accelerator.mixed_precision}"
-        log.line(f"on {where}; at step {state.step}")
-        # Not before: until here there is nothing to save, so a signal may end the process.
+        devices = f"{accelerator.num_processes} x ({describe(accelerator.device)}), {accelerator.mixed_precision}"
+        log.line(f"on {devices}; at step {state.step}")
+        # Until here there is nothing to save, and a signal ends the process.
         stopping = stack.enter_context(stop_requests(patient=accelerator.num_processes > 1))
-        yield Run(config, state, accelerator, folder, log, resumed, ranks, stopping, stack, time.monotonic())
+        yield Run(config, state, accelerator, folder, log, resumed, ranks, stopping, time.monotonic())
 
 
 def resume(state: State, folder: Path, *, check_sums: bool = True) -> bool:
-    """Resumes from the newest state in a folder, if there is one. Raises WeightsError, ContractError.
+    """Restores the newest training state of a folder. Returns whether there was one.
 
-    check_sums: read the whole file to verify it, which one process of several does.
+    check_sums: read the whole file to verify it, which one process of several does. Raises WeightsError, ContractError.
     """
-    found = load_latest_state(folder, check_sums=check_sums)
-    if found:
-        path, saved = found
-        state.restore(saved, path)
-    return found is not None
-
-
-# Processes.
-
-
-# Batches.
+    latest = load_latest_state(folder, check_sums=check_sums)
+    if latest is None:
+        return False
+    path, saved = latest
+    state.restore(saved, path)
+    return True

@@ -28,10 +28,10 @@ from musetalk.training.checkpoint import load_latest_state, save_state
 from musetalk.training.log import rendered
 from musetalk.training.preflight import workers_that_fit
 from musetalk.training.state import TrainState, load_pixel_vae, training_contract
+from musetalk.training.step import StepResult
 from musetalk.training.validation import true_openings
 from musetalk_trainer import (
     PRESETS,
-    StepResult,
     TrainConfig,
     build_objective,
     build_state,
@@ -72,6 +72,7 @@ def learn(config: GpuCheckConfig, accelerator: Accelerator, report: Callable) ->
             final_learning_rate=rate,
             warmup_steps=WARMUP,
             num_steps=MANY_STEPS,
+            ema_every=2 * MANY_STEPS,  # never: `Probe` uses the weights themselves
         )
         training = FromScratch(constants, cache, train_clips, vae, accelerator)
         records, faces = follow(training, probe, seconds, QUICK_LOOKS if config.quick else LOOKS)
@@ -114,10 +115,7 @@ class FromScratch:
         return iter(loader(self.dataset, steps, self.constants.batch_size, workers_that_fit()))
 
     def step(self, batches: Iterator[dict]) -> StepResult:
-        torch.manual_seed(self.constants.seed + self.state.step)
-        made = optimizer_step(self.state, self.objective, batches, self.constants, self.accelerator)
-        self.state.step += 1
-        return made
+        return optimizer_step(self.state, self.objective, batches, self.constants, self.accelerator)
 
 
 def follow(training: FromScratch, probe: Probe, seconds: float, looks: int) -> tuple[list[dict], list[np.ndarray]]:
@@ -237,5 +235,5 @@ def resume(training: FromScratch, config: GpuCheckConfig, report: Callable) -> N
         seconds_to_save=saved - start,
         seconds_to_load=restored - again,
         **{f"{name}_differs_by": abs(second.terms[name] - value).item() for name, value in first.terms.items()},
-        gradient_norm_differs_by=abs(second.norm - first.norm).item(),
+        gradient_norm_differs_by=abs(second.grad_norm - first.grad_norm).item(),
     )

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import GIB
 from benchmarks.training import untrained_training
-from musetalk_trainer import PRESETS, StepResult
+from musetalk.training.step import StepResult
+from musetalk_trainer import PRESETS
 
 if TYPE_CHECKING:
     from tools.gpu_check.__main__ import GpuCheckConfig
@@ -47,7 +48,7 @@ def step_cost(step: Callable[[], StepResult], device: torch.device, peak: float,
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with FlopCounterMode(display=False) as counter:
-        finite = step().finite
+        finite = not step().skipped
     operations, seconds = counter.get_total_flops(), seconds_of(step, device, times)
     return {
         "seconds": seconds,

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from musetalk.cli import CountOrZero, Positive, check_constants, run_script
 from musetalk.files import atomic_write_bytes, folder_lock, read_json
-from musetalk.models.weights import SOURCES, WeightsError
+from musetalk.models.sources import SOURCES
+from musetalk.models.weights import WeightsError
 
 BLOCK = 1 << 16  # bytes
 WAITS = (1, 2, 4, 8, 16, 32)  # seconds before another try, the last one for all further ones

@@ -23,7 +23,8 @@ from musetalk import download
 from musetalk.cli import run_script
 from musetalk.download import DownloadConfig, main
 from musetalk.errors import UserError
-from musetalk.models.weights import SOURCES, Source, WeightsError, find
+from musetalk.models.sources import SOURCES, Source
+from musetalk.models.weights import WeightsError, find
 
 CONTENT, OTHER = (random.Random(seed).randbytes(300_000) for seed in (0, 1))
 NAME = "net/a.bin"
@@ -176,7 +177,7 @@ def test_the_command_line_is_understood_and_a_missing_file_names_it(models):
     config = tyro.cli(DownloadConfig, args=["whisper/tiny.pt", "vgg", "--models-dir", "my models"])
     assert (config.places, config.models_dir) == (("whisper/tiny.pt", "vgg"), Path("my models"))
     assert tyro.cli(DownloadConfig, args=[]).places == ()
-    with pytest.raises(WeightsError, match="python -m musetalk.download vgg/lpips.pth --models-dir 'no models' does"):
+    with pytest.raises(WeightsError, match="python -m musetalk.download vgg/lpips.pth --models-dir 'no models'"):
         find(Path("no models"), "vgg/lpips.pth")
     with pytest.raises(WeightsError, match="cunet.bin, .* and put it there$"):
         find(Path("models"), "musetalk/cunet.bin")

@@ -1,4 +1,4 @@
-"""Pickles from outside: nothing in them is run, and what is beside the tensors is skipped or refused by name."""
+"""Malicious pickles: nothing in them is executed, and what is not a tensor is skipped or refused by name."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def zipped(content: bytes, method: int = zipfile.ZIP_STORED, **records: bytes) -
     return buffer.getvalue()
 
 
-def legacy(content: bytes, keys: list[str] | None = None, data: bytes = struct.pack("<q", 4) + bytes(16)) -> bytes:
+def legacy(content: bytes) -> bytes:
     """A torch file of the format before zip."""
-    return LEGACY + content + pickle.dumps(["0"] if keys is None else keys, 2) + data
+    return LEGACY + content + pickle.dumps(["0"], 2) + struct.pack("<q", 4) + bytes(16)
 
 
 def saved(value: object, old: bool = False) -> bytes:
@@ -114,15 +114,13 @@ class Runs:
 
 def harmful(trap: Path) -> dict[str, bytes]:
     """Pickles that would make the file."""
-    touch, code = text(f"touch {trap}"), text(f"open({str(trap)!r}, 'w')")
+    touch = text(f"touch {trap}")
     return {
-        "blocked module": call("os.system", touch),
-        "builtin": call("builtins.eval", code),
-        "builtin of Python 2": call("__builtin__.eval", code),
-        "class": named("subprocess.Popen") + b"(" + touch + b"t\x81",
-        "function of torch's": call("torch._tensor._rebuild_from_type_v2", named("os.system"), b"N", touch, b"}"),
+        "REDUCE": call("os.system", touch),
+        "builtin": call("builtins.eval", text(f"open({str(trap)!r}, 'w')")),
+        "NEWOBJ": named("subprocess.Popen") + b"(" + touch + b"t\x81",
+        "a function of torch": call("torch._tensor._rebuild_from_type_v2", named("os.system"), b"N", touch, b"}"),
         "INST": b"(" + touch + b"ios\nsystem\n",
-        "OBJ": b"(" + named("os.system") + touch + b"o",
         "STACK_GLOBAL": text("os") + text("system") + b"\x93(" + touch + b"tR",
         "BUILD": call("collections.OrderedDict") + b"}" + text("__setstate__") + named("os.system") + b"sb",
         "EXT": b"\x82\x01(" + touch + b"tR",
@@ -130,11 +128,8 @@ def harmful(trap: Path) -> dict[str, bytes]:
     }
 
 
-CONTAINERS = {"zip": zipped, "legacy": legacy, "plain": lambda content: content}
-
-
-@pytest.mark.parametrize("container", CONTAINERS.values(), ids=CONTAINERS)
 @pytest.mark.parametrize("way", harmful(Path()))
+@pytest.mark.parametrize("container", [zipped, legacy], ids=["zip", "legacy"])
 def test_a_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path, way, container):
     trap, path = tmp_path / "trap", tmp_path / "unet.pth"
     content = container(dictionary(text("a"), harmful(trap)[way]))
@@ -153,7 +148,7 @@ def test_no_reader_of_weights_runs_code(tmp_path, mini, name):
         "unet.pth": lambda: load_unet(mini, path, True),
     }
     said = refusal(readers.get(name, lambda: load_latest_state(tmp_path)), str(path))
-    assert "asks for io.open" in said and not trap.exists()
+    assert "references io.open" in said and not trap.exists()
 
 
 def test_a_stand_in_for_a_function_does_nothing(tmp_path):
@@ -165,32 +160,21 @@ def test_a_stand_in_for_a_function_does_nothing(tmp_path):
     assert type(values["b"]) is type(values["c"]) is IgnoredGlobal and not hasattr(values["b"], "__dict__")
 
 
-# Numbers that fit no tensor.
+# Malformed tensors.
 
 
-NO_TENSORS = {
-    "numel beyond the record": tensor(storage(10**6), size=(10**6,)),
-    "numel 2**62": tensor(storage(2**62)),
-    "numel 2**70": tensor(storage(2**70)),
-    "numel no number": tensor(b"(" + text("storage") + named("torch.FloatStorage") + text("0") + text("cpu") + b"NtQ"),
-    "size beyond the storage": tensor(size=(5,)),
-    "negative stride": tensor(stride=(-1,)),
-    "start beyond": tensor(start=1),
+MALFORMED = {
+    "a storage larger than its record": tensor(storage(10**6), size=(10**6,)),
+    "a storage of 2**70 elements": tensor(storage(2**70)),
+    "a size beyond the storage": tensor(size=(5,)),
+    "a negative stride": tensor(stride=(-1,)),
     "no such record": tensor(storage(key="1")),
-    "a record of another folder": tensor(storage(key="../version")),
-    "persistent nothing": b")Q",
-    "half a number": b"J\x00",
-    "memo of nothing": b"h\x07",
-    "unhashable key": b"N]N",
-    "mark without end": b"((((",
-    "protocol 5": b"\x80\x05\x95\xff\xff\xff\xff\xff\xff\xff\x7f",
+    "a truncated number": b"J\x00",
+    "an unhashable key": b"N]N",
 }
 
 
-@pytest.mark.parametrize("container", [zipped, legacy], ids=["zip", "legacy"])
-@pytest.mark.parametrize("content", NO_TENSORS.values(), ids=NO_TENSORS)
-def test_a_pickle_of_no_tensor_is_refused_in_both_formats(tmp_path, content, container):
+@pytest.mark.parametrize("content", MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_tensor_is_refused(tmp_path, content):
     path = tmp_path / "unet.pth"
-    if container is legacy:
-        content = content.replace(b"tQ", b"NtQ")  # where a storage's name says whether it is a part of another
-    refusal(lambda: read(path, container(dictionary(text("a"), content))), str(path))
+    refusal(lambda: read(path, zipped(dictionary(text("a"), content))), str(path))

@@ -294,7 +294,7 @@ def test_a_file_in_the_place_of_another_is_told_for_what_it_is(tmp_path):
     with pytest.raises(WeightsError) as caught:  # the right kind, cut
         load_strictly(Heads(), {"lin0.model.1.weight": torch.ones(1, 3, 1, 1)}, Path("a.pth"))
     message = str(caught.value)
-    assert "4 missing" in message and "lin0.model.1.weight (1, 3, 1, 1) for (1, 64, 1, 1)" in message
+    assert "4 missing" in message and "lin0.model.1.weight (1, 3, 1, 1) instead of (1, 64, 1, 1)" in message
     assert "looks like" not in message
 
 

@@ -19,8 +19,8 @@ from musetalk.data.dataset import split_clips
 from musetalk.data.sample import SEEDS
 from musetalk.download import DownloadConfig
 from musetalk.export import ExportConfig
+from musetalk.models.sources import SOURCES
 from musetalk.models.unet import build_unet
-from musetalk.models.weights import SOURCES
 from musetalk.training.checkpoint import save_unet
 from musetalk_trainer import PRESETS, TrainConfig, parse
 from syncnet_trainer import SyncConfig

@@ -120,7 +120,7 @@ def test_what_is_read_is_what_was_written(width, vae, tmp_path):
 
 def test_one_of_another_vae_is_refused(tiny, vae):
     other = replace_fingerprint(vae, "0123456789abcdef")
-    said = rf"^{re.escape(str(tiny))} was distilled from the VAE {vae.fingerprint}, not from 0123456789abcdef, which "
+    said = rf"^{re.escape(str(tiny))} was distilled from the VAE {vae.fingerprint}, but .* 0123456789abcdef"
     with pytest.raises(WeightsError, match=said):
         load_tiny_decoder(tiny, other)
 
@@ -138,12 +138,12 @@ ORIGIN = {"vae": "", "width": 4}  # "" becomes the fingerprint
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
-        (None, "is no tiny decoder that tools/distil_decoder.py made$"),
-        ({"contract": "{}"}, "is no tiny decoder"),
-        ({"tiny_decoder": "[" * 10_000}, "is no tiny decoder"),
-        ({"tiny_decoder": '{"vae": "0"}'}, "is no tiny decoder"),
-        ({"tiny_decoder": '{"vae": "0", "width": 65}'}, "is no tiny decoder"),
-        ({"tiny_decoder": '{"vae": "0", "width": "4"}'}, "is no tiny decoder"),
+        (None, "is not a tiny decoder"),
+        ({"contract": "{}"}, "is not a tiny decoder"),
+        ({"tiny_decoder": "[" * 10_000}, "is not a tiny decoder"),
+        ({"tiny_decoder": '{"vae": "0"}'}, "is not a tiny decoder"),
+        ({"tiny_decoder": '{"vae": "0", "width": 65}'}, "is not a tiny decoder"),
+        ({"tiny_decoder": '{"vae": "0", "width": "4"}'}, "is not a tiny decoder"),
         ({"tiny_decoder": '{"vae": "0", "width": 4}'}, "does not fit TinyDecoder: .* missing: layers.0.bias"),
     ],
 )
@@ -155,7 +155,7 @@ def test_what_is_no_tiny_decoder_is_refused(metadata, said, vae, tmp_path):
 
 
 def test_a_file_that_is_missing_or_no_safetensors_is_refused(vae, tmp_path):
-    with pytest.raises(WeightsError, match="nowhere cannot be read as a tiny decoder: there is no such file"):
+    with pytest.raises(WeightsError, match="nowhere cannot be read as a tiny decoder: No such file"):
         load_tiny_decoder(tmp_path / "nowhere", vae)
     (tmp_path / "text").write_text("text")
     with pytest.raises(WeightsError, match="text cannot be read as a tiny decoder: "):

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from musetalk.models.sources import SOURCES
 from musetalk.models.weights import (
-    SOURCES,
     WeightsError,
     find,
     fingerprint,
@@ -141,7 +141,7 @@ def test_all_that_does_not_fit_is_listed_and_nothing_is_loaded():
     assert message.startswith("models/a.bin ") and "Sequential" in message
     assert "2 missing: 0.weight, 1.running_mean" in message
     assert "5 unexpected: extra.0, extra.1, extra.2, ..." in message
-    assert "1 wrongly shaped: 2.weight (2, 5) for (2, 4)" in message
+    assert "1 wrongly shaped: 2.weight (2, 5) instead of (2, 4)" in message
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
 
 
@@ -187,7 +187,7 @@ def test_a_file_of_no_tensors_is_refused_by_what_it_holds(tmp_path):
     with pytest.raises(WeightsError, match="^a.pth holds no tensors by name, only unet, optimizer$"):
         load_strictly(network(), {"unet": copied(network()), "optimizer": {}}, Path("a.pth"))
     torch.save({"state_dict": torch.ones(1)}, path := tmp_path / "a.pth")
-    with pytest.raises(WeightsError, match="holds no weights by name but a Tensor"):
+    with pytest.raises(WeightsError, match="holds no weights by name, but a Tensor"):
         unwrap(read_tensors(path), path)
 
 
@@ -199,7 +199,7 @@ def test_a_torchscript_program_is_named_as_one(tmp_path):
 
 def test_a_class_that_is_no_trainers_is_refused_by_name(tmp_path):
     torch.save({"0.weight": torch.ones(1), "more": Fraction(1, 2)}, path := tmp_path / "a.pth")
-    with pytest.raises(WeightsError, match="a.pth .*it asks for fractions.Fraction"):
+    with pytest.raises(WeightsError, match="a.pth .*it references fractions.Fraction"):
         read_tensors(path)
 
 
@@ -222,8 +222,8 @@ def test_only_the_counter_of_a_batch_norm_may_be_missing(device):
         (torch.zeros(4, 3).to_sparse(), "1 missing: 0.weight"),
         (torch.zeros(4, 3, device="meta"), "1 missing: 0.weight"),
         (None, "1 missing: 0.weight"),
-        (torch.zeros(4, 3, dtype=torch.int64), "1 not of floating point: 0.weight torch.int64"),
-        (torch.zeros(4, 3, dtype=torch.complex64), "1 not of floating point: 0.weight torch.complex64"),
+        (torch.zeros(4, 3, dtype=torch.int64), "1 not floating point: 0.weight torch.int64"),
+        (torch.zeros(4, 3, dtype=torch.complex64), "1 not floating point: 0.weight torch.complex64"),
     ],
     ids=["sparse", "meta", "none", "whole numbers", "complex numbers"],
 )

@@ -1,24 +1,15 @@
-"""What the networks of published weights compute, against formulas written out here and diffusers' layers."""
+"""The networks of published weights against formulas written out here."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from diffusers.models.attention import FeedForward
-from diffusers.models.attention_processor import Attention as DiffusersAttention
-from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.nn import functional
 
 from musetalk.models.face_parser import CLASSES, BiSeNet, FaceParser
-from musetalk.models.syncnet import (
-    AttentionBlock,
-    EncoderConfig,
-    ResnetBlock,
-    StableConfig,
-    StableSyncNet,
-    Wav2LipSyncNet,
-)
+from musetalk.models.syncnet import StableSyncNet, Wav2LipSyncNet
+from musetalk.models.syncnet.stable import AttentionBlock, EncoderConfig, ResnetBlock, StableConfig
 from musetalk.models.vgg import EPS, LPIPS, SCALE, SHIFT, VGG16, Heads
 
 SMALL = StableConfig(
@@ -130,21 +121,24 @@ def test_wav2lip_sees_bgr_from_0_and_latentsync_rgb_from_minus_1_frame_by_frame(
 
 
 @pytest.mark.parametrize("inputs", [32, 64])
-@pytest.mark.parametrize("factor", [1, 2])
-def test_a_block_of_the_stable_syncnet_is_diffusers_own(inputs, factor):
-    block = random_weights(ResnetBlock(inputs, 64, factor))
-    oracle = ResnetBlock2D(in_channels=inputs, out_channels=64, temb_channels=None, groups=32, eps=1e-6)
-    tensors = {name: x for name, x in block.state_dict().items() if not name.startswith("downsample_conv")}
-    oracle.load_state_dict(tensors)
-    x = 1e-3 * drawn(2, inputs, 6, 10)  # so small that what is added to a variance shows
+def test_a_residual_block_by_its_formula(inputs):
+    block = random_weights(ResnetBlock(inputs, 64, 1))
+    tensors = block.state_dict()
+    assert ("conv_shortcut.weight" in tensors) == (inputs != 64)
+    x = 1e-3 * drawn(2, inputs, 6, 10)  # so small that the epsilon of the norms matters
+    y = x
+    for layer in "12":
+        norm, conv = ([tensors[f"{kind}{layer}.{name}"] for name in ("weight", "bias")] for kind in ("norm", "conv"))
+        y = functional.conv2d(functional.silu(functional.group_norm(y, 32, *norm, 1e-6)), *conv, padding=1)
+    shortcut = functional.conv2d(x, *block.conv_shortcut.parameters()) if inputs != 64 else x
     with torch.no_grad():
-        wanted = oracle(x, None)
-        if factor == 2:
-            wanted = functional.conv2d(functional.pad(wanted, (0, 1, 0, 1)), *block.downsample_conv.parameters(), 2)
-        torch.testing.assert_close(block(x), wanted)
+        torch.testing.assert_close(block(x), y + shortcut)
 
 
-@pytest.mark.parametrize("factor, size, pads", [((1, 2), (6, 5), (0, 1, 1, 1)), ((2, 1), (3, 10), (1, 1, 0, 1))])
+@pytest.mark.parametrize(
+    "factor, size, pads",
+    [(2, (3, 5), (0, 1, 0, 1)), ((1, 2), (6, 5), (0, 1, 1, 1)), ((2, 1), (3, 10), (1, 1, 0, 1))],
+)
 def test_a_direction_that_keeps_its_size_is_padded_on_both_sides(factor, size, pads):
     block = random_weights(ResnetBlock(32, 32, factor))
     x = drawn(1, 32, 6, 10)
@@ -156,20 +150,26 @@ def test_a_direction_that_keeps_its_size_is_padded_on_both_sides(factor, size, p
     assert found.shape == (1, 32, *size)
 
 
-def test_the_attention_of_the_stable_syncnet_is_diffusers_own():
+def test_an_attention_block_by_its_formula():
     block = random_weights(AttentionBlock(64))
-    attention = DiffusersAttention(64, heads=8, dim_head=8, bias=True)
-    perceptron = FeedForward(64, activation_fn="geglu")
-    attention.load_state_dict(block.attn.state_dict())
-    perceptron.load_state_dict(block.ff.state_dict())
+    tensors = block.state_dict()
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return functional.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
     x = 1e-3 * drawn(2, 64, 3, 5)
     with torch.no_grad():
         tokens = block.conv_in(functional.group_norm(x, 32, block.norm1.weight, block.norm1.bias, 1e-6))
         tokens = tokens.permute(0, 2, 3, 1).reshape(2, 15, 64)
-        tokens = tokens + attention(block.norm2(tokens))
-        tokens = tokens + perceptron(block.norm3(tokens))
-        wanted = x + block.conv_out(tokens.reshape(2, 3, 5, 64).permute(0, 3, 1, 2))
-        torch.testing.assert_close(block(x), wanted)
+        normed = functional.layer_norm(tokens, (64,), block.norm2.weight, block.norm2.bias, 1e-5)
+        q, k, v = (linear(normed, f"attn.to_{name}").reshape(2, 15, 8, 8).transpose(1, 2) for name in "qkv")
+        weights = (q @ k.transpose(2, 3) / 8**0.5).softmax(dim=-1)
+        tokens = tokens + linear((weights @ v).transpose(1, 2).reshape(2, 15, 64), "attn.to_out.0")
+        normed = functional.layer_norm(tokens, (64,), block.norm3.weight, block.norm3.bias, 1e-5)
+        values, gate = linear(normed, "ff.net.0.proj").chunk(2, dim=-1)
+        tokens = tokens + linear(values * functional.gelu(gate), "ff.net.2")
+        expected = x + block.conv_out(tokens.reshape(2, 3, 5, 64).permute(0, 3, 1, 2))
+        torch.testing.assert_close(block(x), expected)
 
 
 def test_a_stable_syncnet_is_its_blocks_normed_and_rectified(stable):

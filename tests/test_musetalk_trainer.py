@@ -24,10 +24,10 @@ from musetalk.contract import CONTRACTS, ContractError
 from musetalk.data.cache import Cache, CacheError
 from musetalk.errors import UserError
 from musetalk.inference.pipeline import LipSyncPipeline
+from musetalk.models.lpips import VGG16, Heads
 from musetalk.models.syncnet import build_syncnet, save_syncnet
 from musetalk.models.trained_unet import read_unet_contract
 from musetalk.models.unet import build_unet
-from musetalk.models.vgg import VGG16, Heads
 from musetalk.models.weights import WeightsError
 from musetalk.training.checkpoint import save_state, save_unet
 from musetalk.training.state import OPTIMIZERS

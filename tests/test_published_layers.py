@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional
 
 from musetalk.models.face_parser import CLASSES, BiSeNet, FaceParser
+from musetalk.models.lpips import EPS, LPIPS, SCALE, SHIFT, VGG16, Heads
 from musetalk.models.syncnet import StableSyncNet, Wav2LipSyncNet
 from musetalk.models.syncnet.stable import AttentionBlock, EncoderConfig, ResnetBlock, StableConfig
-from musetalk.models.vgg import EPS, LPIPS, SCALE, SHIFT, VGG16, Heads
 
 SMALL = StableConfig(
     resolution=16,

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from musetalk.models.face_parser import BiSeNet, load_face_parser
+from musetalk.models.lpips import VGG16, Heads, load_lpips
 from musetalk.models.syncnet import (
     STABLE_SYNCNET_16,
     STABLE_SYNCNET_16_ATTENTION,
@@ -22,7 +23,6 @@ from musetalk.models.syncnet import (
     load_syncnet,
 )
 from musetalk.models.syncnet.stable import EncoderConfig, StableConfig
-from musetalk.models.vgg import VGG16, Heads, load_lpips
 from musetalk.models.weights import SIGNATURE_KEYS, WeightsError, load_strictly, unwrap
 
 CPU = torch.device("cpu")

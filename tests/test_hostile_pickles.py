@@ -62,7 +62,7 @@ def dictionary(*items: bytes) -> bytes:
 
 
 def zipped(content: bytes, method: int = zipfile.ZIP_STORED, **records: bytes) -> bytes:
-    """A torch file of a pickle, and of one storage of 16 bytes unless others are given."""
+    """A torch file of a pickle and of records (default: a storage of 16 bytes)."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", method) as archive:
         archive.writestr("a/data.pkl", content)
@@ -76,7 +76,7 @@ def zipped(content: bytes, method: int = zipfile.ZIP_STORED, **records: bytes) -
 
 
 def legacy(content: bytes) -> bytes:
-    """A torch file of the format before zip."""
+    """A torch file in the legacy format."""
     return LEGACY + content + pickle.dumps(["0"], 2) + struct.pack("<q", 4) + bytes(16)
 
 
@@ -92,7 +92,7 @@ def read(path: Path, content: bytes) -> dict:
     return read_tensors(path)
 
 
-def test_the_pieces_make_files_that_are_read(tmp_path):
+def test_the_assembled_files_are_readable(tmp_path):
     content = dictionary(text("a"), tensor())
     assert read(tmp_path / "a.pt", zipped(content))["a"].tolist() == [0, 0, 0, 0]
     old = legacy(dictionary(text("a"), tensor(storage(more=b"N"))))
@@ -103,7 +103,7 @@ def test_the_pieces_make_files_that_are_read(tmp_path):
 
 
 class Runs:
-    """Unpickling it would call a function."""
+    """An object whose unpickling calls a function."""
 
     def __init__(self, function: Callable, *arguments) -> None:
         self.call = function, arguments
@@ -113,7 +113,7 @@ class Runs:
 
 
 def harmful(trap: Path) -> dict[str, bytes]:
-    """Pickles that would make the file."""
+    """Pickles that would create the file if executed."""
     touch = text(f"touch {trap}")
     return {
         "REDUCE": call("os.system", touch),
@@ -130,7 +130,7 @@ def harmful(trap: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("way", harmful(Path()))
 @pytest.mark.parametrize("container", [zipped, legacy], ids=["zip", "legacy"])
-def test_a_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path, way, container):
+def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path, way, container):
     trap, path = tmp_path / "trap", tmp_path / "unet.pth"
     content = container(dictionary(text("a"), harmful(trap)[way]))
     assert "weights_only" not in refusal(lambda: read(path, content), str(path))
@@ -138,7 +138,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path, way, co
 
 
 @pytest.mark.parametrize("name", ["whisper/tiny.pt", "training-state-0000001.pt", "unet.pth"])
-def test_no_reader_of_weights_runs_code(tmp_path, mini, name):
+def test_no_loader_executes_code(tmp_path, mini, name):
     trap = tmp_path / "trap"
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
@@ -151,8 +151,8 @@ def test_no_reader_of_weights_runs_code(tmp_path, mini, name):
     assert "references io.open" in said and not trap.exists()
 
 
-def test_a_stand_in_for_a_function_does_nothing(tmp_path):
-    """A file that calls getattr on a tensor or on another stand-in gets a stand-in, not a method or a class."""
+def test_ignored_globals_do_nothing(tmp_path):
+    """A call of getattr on a tensor or on an IgnoredGlobal gives an IgnoredGlobal, not a method or a class."""
     method = call("builtins.getattr", tensor(), text("tolist"))
     module = call("builtins.getattr", call("argparse.Namespace"), text("__class__"))
     values = read(tmp_path / "a.pt", zipped(dictionary(text("a"), tensor(), text("b"), method, text("c"), module)))

@@ -37,7 +37,7 @@ def test_a_broken_archive_is_refused(tmp_path, make):
     refusal(lambda: read_tensors(path), str(path))
 
 
-# What is read but does not fit.
+# Readable files that do not fit.
 
 
 def network() -> nn.Module:
@@ -104,7 +104,7 @@ def test_a_malformed_contract_in_weights_is_refused(tmp_path, value):
     refusal(lambda: read_unet_contract(path), str(path))
 
 
-# Accidents.
+# Random corruption.
 
 
 SMALL = fitting()
@@ -112,14 +112,14 @@ SMALL = fitting()
 
 @settings(max_examples=10)
 @given(content=mutated(saved(SMALL)) | mutated(saved(SMALL, old=True)))
-def test_a_torch_file_with_accidents_is_read_or_refused(tmp_path_factory, content):
+def test_a_corrupted_torch_file_is_read_or_refused(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("torch") / "unet.pth"
     survive(lambda: load_strictly(network(), read(path, content), path), str(path))
 
 
 @settings(max_examples=10)
 @given(content=mutated(safetensors.torch.save(SMALL, {"contract": json.dumps({"crop": "rigid"})})))
-def test_safetensors_with_accidents_are_read_or_refused(tmp_path_factory, content):
+def test_corrupted_safetensors_are_read_or_refused(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("safetensors") / "unet-0000001.safetensors"
     path.write_bytes(content)
     survive(lambda: load_strictly(network(), read_tensors(path), path), str(path))

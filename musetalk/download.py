@@ -95,8 +95,8 @@ def download(source: Source, path: Path, hub_dir: Path) -> None:
             os.replace(hf_hub_download(source.repo, source.filename, local_dir=hub_dir), path)
         else:
             download_http(source.url, path)
-    except (HTTPError, OSError) as error:  # httpx's and the system's; those of requests are OSErrors
-        if getattr(error, "errno", None):
+    except (HTTPError, OSError, RuntimeError) as error:  # of httpx; of requests and the system; of hf_xet
+        if getattr(error, "errno", None):  # of the disk
             raise
         reason = first_line(error.__cause__ or error)
         raise WeightsError(f"{source.url} cannot be downloaded: {reason}; run the same command again") from error

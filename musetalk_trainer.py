@@ -59,11 +59,11 @@ from musetalk.devices import describe
 from musetalk.errors import TrainError
 from musetalk.images import to_tensor
 from musetalk.inference.pipeline import LipSyncPipeline
+from musetalk.models.lpips import load_lpips
 from musetalk.models.syncnet import SyncNet, load_syncnet
 from musetalk.models.tiny_decoder import load_tiny_decoder
 from musetalk.models.unet import build_unet
 from musetalk.models.vae import VAE
-from musetalk.models.vgg import load_lpips
 from musetalk.training.checkpoint import save_unet
 from musetalk.training.distributed import prepare_model, start_processes
 from musetalk.training.run import open_run

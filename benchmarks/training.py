@@ -33,10 +33,10 @@ from musetalk.contract import (
     sync_mel_frames,
 )
 from musetalk.files import read_json
+from musetalk.models.lpips import LPIPS, VGG16, Heads
 from musetalk.models.syncnet import STABLE_SYNCNET_16, StableSyncNet
 from musetalk.models.tiny_decoder import TinyDecoder
 from musetalk.models.vae import VAE
-from musetalk.models.vgg import LPIPS, VGG16, Heads
 from musetalk.models.weights import freeze
 from musetalk.training.state import TrainState, frozen_dtype
 from musetalk.training.step import StepResult

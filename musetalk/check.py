@@ -38,11 +38,11 @@ from musetalk.errors import UserError
 from musetalk.models.audio_encoder import SEGMENT_STATES, AudioEncoder, load_audio_encoder
 from musetalk.models.face_parser import WEIGHTS as FACE_PARSER
 from musetalk.models.face_parser import load_face_parser
+from musetalk.models.lpips import load_lpips
+from musetalk.models.sources import SOURCES
 from musetalk.models.syncnet import PUBLISHED, load_syncnet
 from musetalk.models.unet import UNet, build_unet, load_unet
 from musetalk.models.vae import VAE, load_vae
-from musetalk.models.vgg import load_lpips
-from musetalk.models.weights import SOURCES
 from musetalk.training.preflight import SHARED_MEMORY
 
 PACKAGES = ("torch", "diffusers", "accelerate", "numpy", "av", "safetensors")

@@ -1,4 +1,4 @@
-"""The folders that people already have: MuseTalk v1.5's, v1.0's and MuseTalkTrainer's, with random weights."""
+"""The models folders of MuseTalk v1.5, v1.0 and MuseTalkTrainer, with random weights."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ def whisper(sizes: tuple, seed: int = 0) -> AudioEncoder:
 
 
 def hugging_face_names(layers: int) -> dict[str, str]:
-    """Each tensor of an encoder: openai-whisper's name -> that of transformers' WhisperEncoder."""
+    """Parameter names of an encoder: openai-whisper -> transformers' WhisperEncoder."""
     names = {f"{conv}.{kind}": f"{conv}.{kind}" for conv in ("conv1", "conv2") for kind in ("weight", "bias")}
     names |= {"positional_embedding": "embed_positions.weight"}
     parts = {"attn.query": "self_attn.q_proj", "attn.value": "self_attn.v_proj", "attn.out": "self_attn.out_proj"}
     parts |= {"attn.key": "self_attn.k_proj", "attn_ln": "self_attn_layer_norm", "mlp_ln": "final_layer_norm"}
     parts |= {"mlp.0": "fc1", "mlp.2": "fc2"}
     for layer in range(layers):
-        for openai, other in parts.items():
+        for openai, second in parts.items():
             for kind in ("weight",) if openai == "attn.key" else ("weight", "bias"):
-                names[f"blocks.{layer}.{openai}.{kind}"] = f"layers.{layer}.{other}.{kind}"
+                names[f"blocks.{layer}.{openai}.{kind}"] = f"layers.{layer}.{second}.{kind}"
     return names | {f"ln_post.{kind}": f"layer_norm.{kind}" for kind in ("weight", "bias")}
 
 
@@ -68,7 +68,7 @@ def save_openai(tensors: dict, sizes: tuple, folder: Path, name: str = "tiny.pt"
 def save_hugging_face(
     tensors: dict, sizes: tuple, folder: Path, prefix: str = "model.", change: Callable[[dict], object] = len
 ) -> None:
-    """As transformers saves WhisperForConditionalGeneration (prefix "model.") or WhisperModel ("")."""
+    """Saves like transformers' WhisperForConditionalGeneration (prefix "model.") or WhisperModel ("")."""
     (folder / "whisper").mkdir(parents=True, exist_ok=True)
     names, shared = hugging_face_names(sizes[-1]), torch.ones(3, 2)
     values = {f"{prefix}encoder.{names[name]}": tensor for name, tensor in tensors.items()}
@@ -96,7 +96,7 @@ def networks(mini) -> dict[str, nn.Module]:
 
 @pytest.fixture(scope="module")
 def lay_out(networks, tmp_path_factory) -> Callable[[str], Path]:
-    """A function: a name of `LAYOUTS` -> a models folder in it, as its download script leaves it."""
+    """Returns a function that creates a models folder with a layout of `LAYOUTS`."""
     shared = tmp_path_factory.mktemp("shared")
     for name in ("dwpose", "parser"):
         torch.save(networks[name].state_dict(), shared / name)
@@ -123,7 +123,7 @@ def lay_out(networks, tmp_path_factory) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_folder_works_as_it_is(lay_out, networks, layout):
+def test_each_layout_works(lay_out, networks, layout):
     folder, (_, _, unet, contract) = lay_out(layout), LAYOUTS[layout]
     pipeline = LipSyncPipeline.from_checkpoint(folder / unet, folder, "dwpose", contract, blend="jaw")
     assert pipeline.vae.fingerprint == fingerprint(networks["vae"])
@@ -134,7 +134,7 @@ def test_each_folder_works_as_it_is(lay_out, networks, layout):
     assert fingerprint(pipeline.face_parser.network) == fingerprint(networks["parser"])
 
 
-def test_a_unet_is_built_and_exported_by_the_configuration_of_v15_alone(lay_out, tmp_path):
+def test_the_configuration_of_v15_suffices_to_build_and_export_a_unet(lay_out, tmp_path):
     folder = lay_out("v1.5")
     unet = build_unet(folder, 0, True)
     path = save_unet(tmp_path, 1, unet.model.state_dict(), MUSETALK_V15)
@@ -147,7 +147,7 @@ def test_a_unet_is_built_and_exported_by_the_configuration_of_v15_alone(lay_out,
         build_unet(folder, 0, True)
 
 
-def test_of_two_vaes_the_safetensors_of_v10_goes_first_with_the_configuration_beside_it(lay_out, mini):
+def test_the_safetensors_of_v10_take_precedence_among_vaes(lay_out, mini):
     folder = lay_out("v1.5")
     (folder / "sd-vae-ft-mse").mkdir()
     (folder / "sd-vae-ft-mse/config.json").symlink_to(mini / "sd-vae-ft-mse/config.json")
@@ -166,28 +166,28 @@ SMALL = (80, 1500, 16, 2, 2)
 
 @pytest.mark.parametrize("prefix", ["model.", ""])
 @pytest.mark.parametrize("half", [True, False])
-def test_both_formats_of_an_encoder_have_one_fingerprint(tmp_path, prefix, half):
+def test_both_formats_of_an_encoder_have_the_same_fingerprint(tmp_path, prefix, half):
     tensors = whisper(SMALL).state_dict()
     tensors = {name: tensor.half() if half else tensor for name, tensor in tensors.items()}
     save_openai(tensors, SMALL, tmp_path / "a")
     save_hugging_face(tensors, SMALL, tmp_path / "b", prefix)
-    one, other = (load_audio_encoder(tmp_path / name, CPU) for name in "ab")
-    assert one.fingerprint == other.fingerprint and one.shape == other.shape == (3, 16)
+    first, second = (load_audio_encoder(tmp_path / name, CPU) for name in "ab")
+    assert first.fingerprint == second.fingerprint and first.shape == second.shape == (3, 16)
     mel = torch.randn(80, 3000, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(one(mel, True), other(mel, True))
+    assert torch.equal(first(mel, True), second(mel, True))
 
 
-def test_openais_file_goes_first_and_two_sizes_are_refused(tmp_path):
+def test_openais_file_takes_precedence_and_two_sizes_are_refused(tmp_path):
     save_openai(whisper(SMALL, 1).state_dict(), SMALL, tmp_path, "base.pt")
     save_hugging_face(whisper(SMALL, 2).state_dict(), SMALL, tmp_path)
     assert load_audio_encoder(tmp_path, CPU).fingerprint == fingerprint(whisper(SMALL, 1))
     save_openai(whisper(SMALL, 1).state_dict(), SMALL, tmp_path, "tiny.pt")
-    with pytest.raises(WeightsError, match="whisper has base.pt and tiny.pt; leave only the one"):
+    with pytest.raises(WeightsError, match="whisper contains base.pt and tiny.pt"):
         load_audio_encoder(tmp_path, CPU)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda values: values.pop("model.encoder.layers.1.fc1.bias"), "1 missing: blocks.1.mlp.0.bias"),
         (lambda values: values.update({"model.encoder.x": torch.ones(1)}), "1 unexpected: model.encoder.x"),
@@ -197,29 +197,29 @@ def test_openais_file_goes_first_and_two_sizes_are_refused(tmp_path):
         ),
         (
             lambda values: values.update({"model.encoder.layer_norm.bias": torch.ones(8)}),
-            r"1 wrongly shaped: ln_post.bias \(8,\) for \(16,\)",
+            r"1 wrongly shaped: ln_post.bias \(8,\) instead of \(16,\)",
         ),
-        (lambda values: [values.pop(name) for name in list(values) if "encoder." in name], "holds no encoder"),
+        (lambda values: [values.pop(name) for name in list(values) if "encoder." in name], "contains no encoder"),
     ],
     ids=["missing", "unexpected", "openai's name", "misshapen", "none"],
 )
-def test_hugging_faces_names_are_taken_strictly(tmp_path, change, said):
+def test_hugging_faces_names_are_loaded_strictly(tmp_path, change, message):
     save_hugging_face(whisper(SMALL).state_dict(), SMALL, tmp_path, change=change)
-    with pytest.raises(WeightsError, match=f"pytorch_model.bin .*{said}"):
+    with pytest.raises(WeightsError, match=f"pytorch_model.bin .*{message}"):
         load_audio_encoder(tmp_path, CPU)
 
 
-def test_a_configuration_of_no_encoder_is_refused_by_name(tmp_path):
+def test_an_invalid_configuration_is_refused_by_name(tmp_path):
     save_hugging_face(whisper(SMALL).state_dict(), SMALL, tmp_path)
     path = tmp_path / "whisper/config.json"
     config = json.loads(path.read_text())
-    for values, said in (
-        (config | {"num_mel_bins": 81}, "describes no audio encoder of Whisper's: .81, 1500, 16, 2, 2"),
-        (config | {"encoder_layers": 10**9}, "describes no audio encoder of Whisper's"),
-        ({"d_model": 16}, "it lacks num_mel_bins, max_source_positions"),
+    for values, message in (
+        (config | {"num_mel_bins": 81}, "not describe a Whisper encoder: 81 mel bins"),
+        (config | {"encoder_layers": "2"}, "does not describe a Whisper encoder"),
+        ({"d_model": 16}, "num_mel_bins, max_source_positions.* missing"),
     ):
         path.write_text(json.dumps(values))
-        with pytest.raises(WeightsError, match=f"whisper/config.json .*{said}"):
+        with pytest.raises(WeightsError, match=f"whisper/config.json .*{message}"):
             load_audio_encoder(tmp_path, CPU)
     path.unlink()
     with pytest.raises(ValueError, match="whisper/config.json cannot be read"):
@@ -233,7 +233,7 @@ def test_a_configuration_of_no_encoder_is_refused_by_name(tmp_path):
     ids=["tiny", "base", "small", "large-v3"],
 )
 def test_an_encoder_of_any_size_is_loaded(tmp_path, sizes, save, monkeypatch):
-    """Of tensors that take one number of memory each."""
+    """With expanded tensors, which take one element of memory each."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in whisper(sizes).state_dict().items()}
     save({name: torch.ones(()).expand(shape) for name, shape in shapes.items()}, sizes, tmp_path)
@@ -243,13 +243,13 @@ def test_an_encoder_of_any_size_is_loaded(tmp_path, sizes, save, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"),
-    [((80, 1500, 512, 8, 6), "7 states 512 wide"), ((80, 1500, 384, 6, 6), "7 states 384 wide")],
+    ("sizes", "message"),
+    [((80, 1500, 512, 8, 6), "7 states of width 512"), ((80, 1500, 384, 6, 6), "7 states of width 384")],
     ids=["width", "states"],
 )
-def test_another_whisper_than_a_published_unets_is_refused(lay_out, sizes, said):
+def test_a_whisper_that_does_not_fit_a_published_unet_is_refused(lay_out, sizes, message):
     folder, (_, _, unet, contract) = lay_out("v1.5"), LAYOUTS["v1.5"]
     save_hugging_face(whisper(sizes).state_dict(), sizes, folder)
     pipeline = LipSyncPipeline.from_checkpoint(folder / unet, folder, "dwpose", contract)
-    with pytest.raises(WeightsError, match=f"the Whisper in .* has {said}, but the UNet attends to 5 states 384 wide"):
+    with pytest.raises(WeightsError, match=f"the Whisper in .* has {message}, but the UNet expects 5 of width 384"):
         _ = pipeline.audio_encoder

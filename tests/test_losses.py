@@ -12,7 +12,7 @@ from losses import full_precision, weighted_sum
 from losses.perceptual import lpips
 from losses.reconstruction import latent_l1, pixel_l1
 from losses.sync import CLAMP, sync_bce, sync_loss
-from musetalk.models.vgg import LPIPS, VGG16, Heads
+from musetalk.models.lpips import LPIPS, VGG16, Heads
 
 
 def test_weighted_sum_by_hand():

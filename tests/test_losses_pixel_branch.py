@@ -18,7 +18,7 @@ from losses.perceptual import lpips
 from losses.pixel_branch import pixel_branch
 from losses.reconstruction import pixel_l1
 from losses.sync import sync_loss
-from musetalk.models.vgg import LPIPS, VGG16, Heads
+from musetalk.models.lpips import LPIPS, VGG16, Heads
 
 SIZE = 16  # pixels, twice those of latents here
 FRAMES = 3  # of a window

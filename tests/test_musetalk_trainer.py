@@ -25,10 +25,10 @@ from musetalk.contract import CONTRACTS, ContractError
 from musetalk.data.cache import Cache, CacheError
 from musetalk.errors import UserError
 from musetalk.inference.pipeline import LipSyncPipeline
+from musetalk.models.lpips import VGG16, Heads
 from musetalk.models.syncnet import build_syncnet, save_syncnet
 from musetalk.models.trained_unet import read_unet_contract
 from musetalk.models.unet import build_unet
-from musetalk.models.vgg import VGG16, Heads
 from musetalk.models.weights import WeightsError
 from musetalk.training.checkpoint import save_state, save_unet
 from musetalk.training.state import OPTIMIZERS
@@ -280,7 +280,7 @@ def test_published_weights_are_begun_with_under_the_contract_named(config, mini,
     for name, tensor in unet.model.state_dict().items():
         torch.testing.assert_close(saved[f"/unet/{name}"], tensor, atol=1e-6, rtol=1e-4)
     assert "unet.pth, which carries no contract" in (run.log_dir / "trainer.log").read_text()
-    with pytest.raises(WeightsError, match="nothing is no file and has no unet-<step>.safetensors"):
+    with pytest.raises(WeightsError, match="nothing is neither a file nor a folder with unet-<step>"):
         train("other", replace(run, start_from="nothing"))
 
 
@@ -609,7 +609,7 @@ def test_audio_features_of_another_width_are_refused(config, mini, tmp_path):
     (tmp_path / "models" / "musetalk").mkdir()
     text = (mini / "musetalk" / "musetalk.json").read_text()
     (tmp_path / "models/musetalk/musetalk.json").write_text(text.replace('dim": 64', 'dim": 32'))
-    with pytest.raises(WeightsError, match="5 states 64 wide, but the UNet attends to 5 states 32 wide"):
+    with pytest.raises(WeightsError, match="5 states of width 64, but the UNet expects 5 of width 32"):
         train("demo", replace(config, models_dir=tmp_path / "models"))
 
 

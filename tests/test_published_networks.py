@@ -1,4 +1,4 @@
-"""The networks of published weights that only losses and blending need: their names, their shapes and their files."""
+"""The networks of the losses and of blending: parameter names, shapes and files."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ import torch
 from torch import nn
 
 from musetalk.models.face_parser import BiSeNet, load_face_parser
+from musetalk.models.lpips import VGG16, Heads, load_lpips
 from musetalk.models.syncnet import (
-    PIXEL_ATTENTION,
     STABLE_SYNCNET_16,
-    EncoderConfig,
-    StableConfig,
+    STABLE_SYNCNET_16_ATTENTION,
     StableSyncNet,
     Wav2LipSyncNet,
     load_syncnet,
 )
-from musetalk.models.vgg import VGG16, Heads, load_lpips
+from musetalk.models.syncnet.stable import EncoderConfig, StableConfig
 from musetalk.models.weights import SIGNATURE_KEYS, WeightsError, load_strictly, unwrap
 
 CPU = torch.device("cpu")
@@ -35,7 +34,7 @@ SMALL = StableConfig(
 
 
 def plain(config: StableConfig) -> StableConfig:
-    """The same without attention."""
+    """Returns the configuration without attention."""
     visual, audio = (
         replace(encoder, attn_blocks=(0,) * len(encoder.attn_blocks))
         for encoder in (config.visual_encoder, config.audio_encoder)
@@ -54,8 +53,8 @@ def stable() -> StableSyncNet:
     return StableSyncNet(SMALL)
 
 
-def same(one: nn.Module, other: nn.Module) -> bool:
-    a, b = one.state_dict(), other.state_dict()
+def same(first: nn.Module, second: nn.Module) -> bool:
+    a, b = first.state_dict(), second.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
 
 
@@ -64,8 +63,8 @@ def save(values: dict, folder: Path, name: str, **how) -> None:
     torch.save(values, folder / name, **how)
 
 
-class AsOf2017:
-    """A tensor that pickles as torch 0.1 wrote it, when the published VGG16 was."""
+class TensorOf2017:
+    """A tensor that is pickled as in torch 0.1, which wrote the published VGG16."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.parts = tensor.untyped_storage(), 0, tuple(tensor.shape), tensor.stride()
@@ -75,7 +74,7 @@ class AsOf2017:
 
 
 class PicklerOf2017(pickle.Pickler):
-    """Puts the number of a storage in its place, and keeps the storage."""
+    """Replaces storages by their numbers and keeps them."""
 
     def __init__(self, file) -> None:
         super().__init__(file, protocol=2)
@@ -96,7 +95,7 @@ def save_as_of_2017(tensors: dict[str, torch.Tensor], path: Path) -> None:
         for value in (0x1950A86A20F9469CFC6C, 1001, system):
             pickle.dump(value, file, protocol=2)
         pickler = PicklerOf2017(file)
-        pickler.dump({name: AsOf2017(tensor) for name, tensor in tensors.items()})
+        pickler.dump({name: TensorOf2017(tensor) for name, tensor in tensors.items()})
         pickle.dump([str(number + 1) for number in range(len(pickler.storages))], file, protocol=2)
         for storage in pickler.storages:
             file.write(
@@ -137,7 +136,7 @@ def save_as_of_2017(tensors: dict[str, torch.Tensor], path: Path) -> None:
             },
         ),
         (
-            lambda: StableSyncNet(PIXEL_ATTENTION),
+            lambda: StableSyncNet(STABLE_SYNCNET_16_ATTENTION),
             266,
             401_306_080,
             {
@@ -182,8 +181,8 @@ def test_a_network_has_the_published_size_names_and_shapes(build, entries, param
     assert shapes.items() <= {name: tuple(tensor.shape) for name, tensor in own.items()}.items()
 
 
-def test_the_parts_of_the_parser_that_run_are_as_large_as_those_of_the_published_file():
-    """Of 191 tensors 148 matter, 52,650,752 bytes, as an inventory of 79999_iter.pth says that was made elsewhere."""
+def test_the_size_of_the_used_part_of_the_parser_is_the_published_one():
+    """148 of 191 tensors are used, 52,650,752 bytes, according to a public inventory of 79999_iter.pth."""
     with torch.device("meta"):
         own = BiSeNet().state_dict()
     unused = ("conv_out16", "conv_out32")
@@ -196,23 +195,23 @@ def test_the_parts_of_the_parser_that_run_are_as_large_as_those_of_the_published
     [
         (Wav2LipSyncNet, 5, 16, 96, 512),
         (lambda: StableSyncNet(STABLE_SYNCNET_16), 16, 52, 256, 2048),
-        (lambda: StableSyncNet(PIXEL_ATTENTION), 16, 52, 256, 2048),
+        (lambda: StableSyncNet(STABLE_SYNCNET_16_ATTENTION), 16, 52, 256, 2048),
     ],
     ids=["colour", "stable", "stable with attention"],
 )
-def test_a_sync_expert_says_how_large_a_window_it_takes(build, frames, mel_frames, size, width):
+def test_window_size_of_the_sync_experts(build, frames, mel_frames, size, width):
     with torch.device("meta"), torch.no_grad():
         network = build()
         assert (network.frames, network.mel_frames, network.image_size) == (frames, mel_frames, size)
-        made = network(torch.empty(3, frames, 3, 256, 256), torch.empty(3, mel_frames, 80))
-    assert [tuple(x.shape) for x in made] == [(3, width)] * 2
+        output = network(torch.empty(3, frames, 3, 256, 256), torch.empty(3, mel_frames, 80))
+    assert [tuple(x.shape) for x in output] == [(3, width)] * 2
 
 
 # Files.
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before zip"])
-def test_wav2lips_training_checkpoint_is_read_bit_by_bit(tmp_path, colour, zipped):
+def test_wav2lips_training_checkpoint_is_loaded_exactly(tmp_path, colour, zipped):
     weight = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.Adam([weight], lr=1e-4)
     weight.sum().backward()
@@ -231,7 +230,7 @@ def test_wav2lips_training_checkpoint_is_read_bit_by_bit(tmp_path, colour, zippe
 
 
 @pytest.mark.parametrize("name", ["latentsync_syncnet", "stable_syncnet"])
-def test_latentsyncs_checkpoint_is_read_bit_by_bit_with_its_configuration_beside_it(tmp_path, name, stable):
+def test_latentsyncs_checkpoint_is_loaded_exactly_with_a_configuration(tmp_path, name, stable):
     values = {"state_dict": stable.state_dict(), "global_step": 3, "train_step_list": [1, 2, 3], "val_loss_list": [0.7]}
     save(values, tmp_path, f"syncnet/{name}.pt")
     (tmp_path / "syncnet" / f"{name}.json").write_text(json.dumps(asdict(SMALL)))
@@ -242,13 +241,13 @@ def test_latentsyncs_checkpoint_is_read_bit_by_bit_with_its_configuration_beside
     assert all(torch.equal(exact.bfloat16(), rounded) for exact, rounded in pairs)
 
 
-def test_the_parser_is_read_bit_by_bit(tmp_path):
+def test_the_parser_is_loaded_exactly(tmp_path):
     parser = BiSeNet()
     save(parser.state_dict(), tmp_path, "face-parse-bisent/79999_iter.pth")
     assert same(load_face_parser(tmp_path, CPU).network, parser)
 
 
-def test_lpips_is_read_bit_by_bit_without_the_classifier_of_its_trunk(tmp_path):
+def test_lpips_is_loaded_exactly_without_the_classifier_of_its_trunk(tmp_path):
     torch.manual_seed(0)
     trunk, heads = VGG16(), Heads()
     classifier = {f"classifier.{k}.{kind}": torch.ones(2) for k in (0, 3, 6) for kind in ("weight", "bias")}
@@ -259,12 +258,12 @@ def test_lpips_is_read_bit_by_bit_without_the_classifier_of_its_trunk(tmp_path):
     loaded = load_lpips(tmp_path, CPU)
     assert same(loaded.trunk, trunk) and same(loaded.heads, heads)
     coarse = load_lpips(tmp_path, CPU, torch.bfloat16)
-    one, other = torch.rand(2, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert coarse(one, other).dtype == torch.float32
-    torch.testing.assert_close(coarse(one, other), loaded(one, other), rtol=0.1, atol=1e-3)
+    first, second = torch.rand(2, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert coarse(first, second).dtype == torch.float32
+    torch.testing.assert_close(coarse(first, second), loaded(first, second), rtol=0.1, atol=1e-3)
 
 
-def test_unwrapping_takes_tensors_out_of_a_checkpoint_and_off_their_prefix():
+def test_unwrap_removes_the_checkpoint_and_the_prefix():
     path, x = Path("a.pth"), torch.ones(1)
     assert unwrap({"a.module.b": x}, path) == {"a.module.b": x}
     assert unwrap({"module.a": x, "module.module.b": x}, path) == {"a": x, "module.b": x}
@@ -272,7 +271,7 @@ def test_unwrapping_takes_tensors_out_of_a_checkpoint_and_off_their_prefix():
     assert unwrap({"state_dict": {"module.a": x}, "optimizer": None}, path) == {"a": x}
 
 
-def test_a_stable_syncnet_of_the_other_kind_is_told_for_what_it_is(tmp_path, stable):
+def test_a_stable_syncnet_of_the_other_kind_is_recognised(tmp_path, stable):
     bare = StableSyncNet(plain(SMALL))
     for network, config, what in ((stable, plain(SMALL), "with"), (bare, SMALL, "without")):
         save({"state_dict": network.state_dict()}, tmp_path, "syncnet/latentsync_syncnet.pt")
@@ -281,7 +280,7 @@ def test_a_stable_syncnet_of_the_other_kind_is_told_for_what_it_is(tmp_path, sta
             load_syncnet(tmp_path, "syncnet/latentsync_syncnet.pt", CPU)
 
 
-def test_a_file_in_the_place_of_another_is_told_for_what_it_is(tmp_path):
+def test_a_file_of_another_network_is_recognised(tmp_path):
     with torch.device("meta"):
         built = [
             *(Wav2LipSyncNet(1), StableSyncNet(plain(SMALL)), StableSyncNet(SMALL)),
@@ -294,28 +293,27 @@ def test_a_file_in_the_place_of_another_is_told_for_what_it_is(tmp_path):
     with pytest.raises(WeightsError) as caught:  # the right kind, cut
         load_strictly(Heads(), {"lin0.model.1.weight": torch.ones(1, 3, 1, 1)}, Path("a.pth"))
     message = str(caught.value)
-    assert "4 missing" in message and "lin0.model.1.weight (1, 3, 1, 1) for (1, 64, 1, 1)" in message
+    assert "4 missing" in message and "lin0.model.1.weight (1, 3, 1, 1) instead of (1, 64, 1, 1)" in message
     assert "looks like" not in message
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         (lambda c: c.pop("audio_encoder") and c.update(audio_encoder={}), "audio_encoder.in_channels: Field required"),
         (lambda c: c["visual_encoder"].update(block_out_channels=[10] * 5), "block_out_channels.0: .*32"),
-        (lambda c: c["visual_encoder"].update(block_out_channels=[32] * 10**4), "at most 16"),
-        (lambda c: c["visual_encoder"].update(attn_blocks=[0]), "another length"),
-        (lambda c: c["visual_encoder"].update(in_channels=2), "3 for each frame"),
-        (lambda c: c["audio_encoder"].update(in_channels=2), "1 of mel"),
+        (lambda c: c["visual_encoder"].update(attn_blocks=[0]), "same length"),
+        (lambda c: c["visual_encoder"].update(in_channels=2), "3 per frame"),
+        (lambda c: c["audio_encoder"].update(in_channels=2), "1 for mel"),
         (lambda c: c["audio_encoder"].update(downsample_factors=[16] * 5), "."),
-        (lambda c: c.update(resolution=32), r"of faces it makes \(2, 1024\), of mel \(2, 256\)"),
+        (lambda c: c.update(resolution=32), r"shape \(2, 1024\), those of mel \(2, 256\)"),
     ],
-    ids=["missing", "groups", "long", "length", "frames", "mel", "small", "widths"],
+    ids=["missing", "groups", "length", "frames", "mel", "small", "widths"],
 )
-def test_a_configuration_of_no_sync_expert_is_refused_by_name(tmp_path, change, said):
+def test_an_invalid_configuration_is_refused_by_name(tmp_path, change, message):
     config = asdict(SMALL)
     change(config)
     save({}, tmp_path, "syncnet/stable_syncnet.pt")
     (tmp_path / "syncnet/stable_syncnet.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match=f"stable_syncnet.json describes no StableSyncNet: .*{said}"):
+    with pytest.raises(WeightsError, match=f"stable_syncnet.json does not describe a StableSyncNet: .*{message}"):
         load_syncnet(tmp_path, "syncnet/stable_syncnet.pt", CPU)

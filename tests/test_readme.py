@@ -24,8 +24,8 @@ from musetalk.data.cache import Cache
 from musetalk.data.dataset import split_clips
 from musetalk.data.sample import SEEDS
 from musetalk.inference.pipeline import LipSyncPipeline
+from musetalk.models.sources import SOURCES
 from musetalk.models.unet import build_unet
-from musetalk.models.weights import SOURCES
 from musetalk.training.checkpoint import save_unet
 from musetalk_trainer import PRESETS
 

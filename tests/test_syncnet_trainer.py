@@ -377,7 +377,7 @@ def test_what_is_no_trained_expert_is_refused_in_a_sentence(tmp_path):
         (lambda s: s.update(step=True), "invalid step"),
         (lambda s: s.update(optimizer={"state": {0: 1}}), "holds no state of this optimizer"),
         (lambda s: s["network"].pop(next(iter(s["network"]))), "does not fit Wav2LipSyncNet: 1 missing"),
-        (lambda s: s.update(network=[1]), "holds no weights by name but a list"),
+        (lambda s: s.update(network=[1]), "holds no weights by name, but a list"),
     ],
     ids=["missing", "architecture", "optimizer", "negative", "bool", "moments", "weights", "list"],
 )

@@ -84,13 +84,13 @@ def config(cache, tiny, mini, tmp_path) -> TrainConfig:
     )
 
 
-def test_it_is_as_large_as_taesds():
+def test_number_of_parameters_is_that_of_taesd():
     with torch.device("meta"):
         assert sum(parameter.numel() for parameter in TinyDecoder().parameters()) == 1_222_531
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_decodes_as_the_vae_does_and_only_the_latents_get_a_gradient(tiny, mini, dtype):
+def test_output_is_like_the_vaes_and_only_the_latents_get_a_gradient(tiny, mini, dtype):
     vae = load_vae(mini, CPU, dtype)
     decoder = load_tiny_decoder(tiny, vae)
     assert {parameter.dtype for parameter in decoder.parameters()} == {dtype} and not decoder.training
@@ -110,7 +110,7 @@ def test_samples_do_not_mix(tiny, vae):
 
 
 @pytest.mark.parametrize("width", [1, 5, TAESD_WIDTH])
-def test_what_is_read_is_what_was_written(width, vae, tmp_path):
+def test_saving_and_loading(width, vae, tmp_path):
     path = tmp_path / "tiny.safetensors"
     written = TinyDecoder(width)
     save_tiny_decoder(path, written, vae)
@@ -118,9 +118,9 @@ def test_what_is_read_is_what_was_written(width, vae, tmp_path):
     assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in written.state_dict().items())
 
 
-def test_one_of_another_vae_is_refused(tiny, vae):
+def test_a_decoder_of_another_vae_is_refused(tiny, vae):
     other = replace_fingerprint(vae, "0123456789abcdef")
-    said = rf"^{re.escape(str(tiny))} was distilled from the VAE {vae.fingerprint}, not from 0123456789abcdef, which "
+    said = rf"^{re.escape(str(tiny))} was distilled from the VAE {vae.fingerprint}, but .* 0123456789abcdef"
     with pytest.raises(WeightsError, match=said):
         load_tiny_decoder(tiny, other)
 
@@ -138,24 +138,24 @@ ORIGIN = {"vae": "", "width": 4}  # "" becomes the fingerprint
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
-        (None, "is no tiny decoder that tools/distil_decoder.py made$"),
-        ({"contract": "{}"}, "is no tiny decoder"),
-        ({"tiny_decoder": "[" * 10_000}, "is no tiny decoder"),
-        ({"tiny_decoder": '{"vae": "0"}'}, "is no tiny decoder"),
-        ({"tiny_decoder": '{"vae": "0", "width": 65}'}, "is no tiny decoder"),
-        ({"tiny_decoder": '{"vae": "0", "width": "4"}'}, "is no tiny decoder"),
+        (None, "is not a tiny decoder"),
+        ({"contract": "{}"}, "is not a tiny decoder"),
+        ({"tiny_decoder": "[" * 10_000}, "is not a tiny decoder"),
+        ({"tiny_decoder": '{"vae": "0"}'}, "is not a tiny decoder"),
+        ({"tiny_decoder": '{"vae": "0", "width": 65}'}, "is not a tiny decoder"),
+        ({"tiny_decoder": '{"vae": "0", "width": "4"}'}, "is not a tiny decoder"),
         ({"tiny_decoder": '{"vae": "0", "width": 4}'}, "does not fit TinyDecoder: .* missing: layers.0.bias"),
     ],
 )
-def test_what_is_no_tiny_decoder_is_refused(metadata, said, vae, tmp_path):
+def test_a_file_that_is_not_a_tiny_decoder_is_refused(metadata, said, vae, tmp_path):
     path = tmp_path / "odd.safetensors"
     safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata)
     with pytest.raises(WeightsError, match=said):
         load_tiny_decoder(path, replace_fingerprint(vae, "0"))
 
 
-def test_a_file_that_is_missing_or_no_safetensors_is_refused(vae, tmp_path):
-    with pytest.raises(WeightsError, match="nowhere cannot be read as a tiny decoder: there is no such file"):
+def test_a_missing_or_malformed_file_is_refused(vae, tmp_path):
+    with pytest.raises(WeightsError, match="nowhere cannot be read as a tiny decoder: No such file"):
         load_tiny_decoder(tmp_path / "nowhere", vae)
     (tmp_path / "text").write_text("text")
     with pytest.raises(WeightsError, match="text cannot be read as a tiny decoder: "):

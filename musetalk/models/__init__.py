@@ -1,1 +1,1 @@
-"""The networks: each built from its published configuration and loaded by its published names."""
+"""The networks: built from their published configurations, loaded under their published names."""

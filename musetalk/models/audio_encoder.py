@@ -1,13 +1,12 @@
-"""The frozen audio encoder: Whisper's, of any size, of which MuseTalk uses every hidden state.
+"""The frozen audio encoder: Whisper's encoder of any size. MuseTalk uses all of its hidden states.
 
-A models folder holds it in one of two formats: openai-whisper's (whisper/<size>.pt) or Hugging Face's
-(whisper/config.json with pytorch_model.bin or model.safetensors). Where both are there, openai-whisper's is used.
+A models folder holds the weights in the format of openai-whisper (whisper/<size>.pt) or of Hugging Face
+(whisper/config.json with pytorch_model.bin or model.safetensors). If both are present, openai-whisper's is used.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from reprlib import repr as short
 
 import torch
 from whisper.model import AudioEncoder as WhisperEncoder
@@ -19,13 +18,13 @@ from musetalk.models.weights import (
     WeightsError,
     find,
     fingerprint,
+    first_line,
     freeze,
     load_strictly,
     read_tensors,
-    reason,
 )
 
-# Parts of the encoder's names in openai-whisper -> in Hugging Face's transformers.
+# Substrings of parameter names: openai-whisper -> Hugging Face's transformers.
 HUGGING_FACE_NAMES = {
     "positional_embedding": "embed_positions.weight",
     "blocks.": "layers.",
@@ -39,14 +38,14 @@ HUGGING_FACE_NAMES = {
     ".mlp.2.": ".fc2.",
     "ln_post.": "layer_norm.",
 }
-# The sizes of an encoder in Hugging Face's config.json, in the order of WhisperEncoder's arguments.
+# Keys of Hugging Face's config.json, in the order of WhisperEncoder's arguments.
 HUGGING_FACE_SIZES = ("num_mel_bins", "max_source_positions", "d_model", "encoder_attention_heads", "encoder_layers")
-MEL_BINS = (80, 128)  # of the mels that Whisper's models hear
-SEGMENT_STATES = 1500  # in 30 s
+MEL_BINS = (80, 128)  # of the published Whisper models
+SEGMENT_STATES = 1500  # encoder positions in 30 s
 
 
 class AudioEncoder:
-    """Log-mel of 30 s -> the S = layers + 1 hidden states, each D wide, 50 a second."""
+    """Computes the S = layers + 1 hidden states, each of width D, at 50 per second from a 30 s log-mel spectrogram."""
 
     def __init__(self, encoder: WhisperEncoder) -> None:
         self.fingerprint = fingerprint(encoder)
@@ -56,9 +55,11 @@ class AudioEncoder:
 
     @torch.no_grad()
     def __call__(self, mel: torch.Tensor, final_layer_norm: bool) -> torch.Tensor:
-        """mel: (mel_bins, 3000) of 30 s. Returns float32 (1500, S, D): the embedding with its positions, then the
-        output of each block; the last one after the final layer norm if asked for (MuseTalk v1.5), else before it
-        (v1.0)."""
+        """Returns the hidden states, float32 (1500, S, D): the embedding with positions, then the output of each block.
+
+        mel: (mel_bins, 3000), 30 s. final_layer_norm: whether the last state is taken after the final layer norm
+        (MuseTalk v1.5) or before it (v1.0).
+        """
         states: list[torch.Tensor] = []
         hooks = [self.encoder.blocks[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))]
         hooks += [
@@ -73,34 +74,34 @@ class AudioEncoder:
 
 
 def build_encoder(dims: ModelDimensions) -> WhisperEncoder:
-    """An untrained encoder of these dimensions."""
+    """Builds an untrained encoder of the given dimensions."""
     return WhisperEncoder(dims.n_mels, dims.n_audio_ctx, dims.n_audio_state, dims.n_audio_head, dims.n_audio_layer)
 
 
 def load_audio_encoder(models_dir: Path, device: torch.device) -> AudioEncoder:
-    """Loads the encoder of the whisper folder of a models folder. Raises WeightsError."""
+    """Loads the encoder from the whisper folder of a models folder. Raises WeightsError."""
     path = _find_whisper(models_dir)
-    values = read_tensors(path)
-    read = _openai if path.suffix == ".pt" else _hugging_face
-    encoder, tensors = read(values, path)
+    parse = _parse_openai if path.suffix == ".pt" else _parse_hugging_face
+    encoder, tensors = parse(read_tensors(path), path)
     if not tensors:
-        raise WeightsError(f"{path} holds no encoder: none of its tensors is named encoder.*")
+        raise WeightsError(f"{path} contains no encoder: none of its tensors is named encoder.*; use a Whisper model")
     load_strictly(encoder, tensors, path)
     return AudioEncoder(encoder.float().to(device))
 
 
 def _find_whisper(models_dir: Path) -> Path:
-    """The file of Whisper's weights in a models folder. Raises WeightsError where there is none, or several sizes."""
+    """Returns the file of Whisper's weights in a models folder. Raises WeightsError if there is none or more than one
+    of openai-whisper's."""
     folder = Path(models_dir) / "whisper"
-    own = sorted(folder.glob("*.pt"))
-    if len(own) > 1:
-        raise WeightsError(f"{folder} has {' and '.join(path.name for path in own)}; leave only the one to use there")
+    openai_files = sorted(folder.glob("*.pt"))
+    if len(openai_files) > 1:
+        raise WeightsError(f"{folder} contains {' and '.join(path.name for path in openai_files)}; keep only one")
     names = ("tiny.pt", "pytorch_model.bin", "model.safetensors")
-    return own[0] if own else find(models_dir, *(f"whisper/{name}" for name in names))
+    return openai_files[0] if openai_files else find(models_dir, *(f"whisper/{name}" for name in names))
 
 
-def _openai(values: dict, path: Path) -> tuple[WhisperEncoder, dict]:
-    """The untrained encoder that a file of openai-whisper describes, and its tensors by name."""
+def _parse_openai(values: dict, path: Path) -> tuple[WhisperEncoder, dict]:
+    """Returns an encoder on the meta device and its tensors by name, from a checkpoint of openai-whisper."""
     try:
         dims = ModelDimensions(**values["dims"])
         tensors = {
@@ -110,51 +111,52 @@ def _openai(values: dict, path: Path) -> tuple[WhisperEncoder, dict]:
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
-            f"{path} is not in openai-whisper's format: it lacks {error}; a file of Hugging Face's is named "
-            "pytorch_model.bin and has its config.json beside it"
+            f"{path} is not in the format of openai-whisper: {error} is missing; name a Hugging Face checkpoint "
+            "pytorch_model.bin and put its config.json next to it"
         ) from error
     sizes = dims.n_mels, dims.n_audio_ctx, dims.n_audio_state, dims.n_audio_head, dims.n_audio_layer
-    return _plan(sizes, len(tensors), path), tensors
+    return _meta_encoder(sizes, path), tensors
 
 
-def _hugging_face(values: dict, path: Path) -> tuple[WhisperEncoder, dict]:
-    """The untrained encoder that the config.json beside a file describes, and the file's tensors by openai's names."""
+def _parse_hugging_face(values: dict, path: Path) -> tuple[WhisperEncoder, dict]:
+    """Returns an encoder on the meta device, built from the config.json next to a Hugging Face checkpoint, and the
+    checkpoint's tensors under openai-whisper's names."""
     config_path = path.with_name("config.json")
     config = read_json(config_path)
     if missing := [name for name in HUGGING_FACE_SIZES if name not in config]:
-        raise WeightsError(f"{config_path} describes no audio encoder of Whisper's: it lacks {', '.join(missing)}")
-    encoder = _plan(tuple(config[name] for name in HUGGING_FACE_SIZES), len(values), config_path)
+        raise WeightsError(f"{config_path} does not describe a Whisper encoder: {', '.join(missing)} missing")
+    encoder = _meta_encoder(tuple(config[name] for name in HUGGING_FACE_SIZES), config_path)
     names = list(map(str, values))
     prefix = "model.encoder." if any(name.startswith("model.encoder.") for name in names) else "encoder."
-    own = {prefix + _hugging_face_name(name): name for name in encoder.state_dict()}
+    openai_names = {prefix + _hugging_face_name(name): name for name in encoder.state_dict()}
     return encoder, {
-        own.get(name, name): tensor
+        openai_names.get(name, name): tensor
         for name, tensor in zip(names, values.values(), strict=True)
         if name.startswith(prefix)
     }
 
 
 def _hugging_face_name(name: str) -> str:
-    """A name of openai-whisper's encoder -> the name of the same tensor in transformers."""
+    """Converts a parameter name of openai-whisper's encoder to the name in transformers."""
     for openai, hugging_face in HUGGING_FACE_NAMES.items():
         name = name.replace(openai, hugging_face)
     return name
 
 
-def _plan(sizes: tuple, tensors: int, path: Path) -> WhisperEncoder:
-    """An encoder of these sizes on the meta device, so that nothing is allocated that the file does not hold.
+def _meta_encoder(sizes: tuple, path: Path) -> WhisperEncoder:
+    """Builds an encoder on the meta device.
 
-    sizes: the arguments of WhisperEncoder. tensors: how many the file has. path: the file that states the sizes.
-    Raises WeightsError where they are none of Whisper's.
+    sizes: the arguments of WhisperEncoder. path: the file they were read from. Raises WeightsError if they are not
+    sizes of a Whisper encoder.
     """
-    fault = f"{path} describes no audio encoder of Whisper's: {short(sizes)}"
+    fault = f"{path} does not describe a Whisper encoder"
     if not all(type(size) is int and size > 0 for size in sizes):
-        raise WeightsError(fault)
-    mels, context, width, heads, layers = sizes
-    if mels not in MEL_BINS or context != SEGMENT_STATES or width % (2 * heads) or layers > tensors:
-        raise WeightsError(fault)
+        raise WeightsError(f"{fault}: its sizes must be positive integers")
+    mel_bins, context, width, heads, _ = sizes
+    if mel_bins not in MEL_BINS or context != SEGMENT_STATES or width % (2 * heads):
+        raise WeightsError(f"{fault}: {mel_bins} mel bins, {context} positions, {heads} heads of {width} in all")
     try:
         with torch.device("meta"):
             return WhisperEncoder(*sizes)
     except LOAD_ERRORS as error:
-        raise WeightsError(f"{path} describes no audio encoder that can be built: {reason(error)}") from error
+        raise WeightsError(f"{fault}: {first_line(error)}") from error

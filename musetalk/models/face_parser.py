@@ -1,7 +1,8 @@
-"""The face parser: which pixel is skin, lips, nose or hair. BiSeNet on ResNet-18, trained on CelebAMask-HQ.
+"""The face parser, which labels each pixel as skin, lips, nose, hair etc.: BiSeNet on ResNet-18, trained on
+CelebAMask-HQ. MuseTalk uses it for blending.
 
-Architecture, names and classes: https://github.com/zllrunning/face-parsing.PyTorch (its ResNet-18 is torchvision's
-without the last layer); Yu et al. 2018, https://arxiv.org/abs/1808.00897. MuseTalk blends with it.
+Architecture, parameter names and classes: https://github.com/zllrunning/face-parsing.PyTorch (its ResNet-18 is
+torchvision's without the last layer); Yu et al. 2018, https://arxiv.org/abs/1808.00897.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from musetalk.models.weights import find, freeze, load_strictly, read_tensors, u
 
 WEIGHTS = "face-parse-bisent/79999_iter.pth"
 INPUT_SIZE = 512  # pixels, width and height
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
-# Left and right as the person has them.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for RGB in [0, 1]
+# Left and right from the person's point of view.
 CLASSES = (
     *("background", "skin", "left_brow", "right_brow", "left_eye", "right_eye", "glasses", "left_ear", "right_ear"),
     *("earring", "nose", "mouth", "upper_lip", "lower_lip", "neck", "necklace", "clothes", "hair", "hat"),
@@ -38,7 +39,7 @@ class ConvNorm(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """ResNet's: two convolutions beside a shortcut (He et al. 2015, https://arxiv.org/abs/1512.03385)."""
+    """ResNet's basic block: two convolutions and a shortcut (He et al. 2015, https://arxiv.org/abs/1512.03385)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """Features at an 8th, a 16th and a 32nd of the size."""
+    """The backbone. Returns features at strides 8, 16 and 32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,13 +74,13 @@ class ResNet18(nn.Module):
         """(B, 3, H, W) -> (B, 128, H / 8, W / 8), (B, 256, H / 16, W / 16), (B, 512, H / 32, W / 32)."""
         x = functional.relu(self.bn1(self.conv1(x)))  # (B, 64, H / 2, W / 2)
         x = functional.max_pool2d(x, 3, stride=2, padding=1)  # (B, 64, H / 4, W / 4)
-        eighth = self.layer2(self.layer1(x))
-        sixteenth = self.layer3(eighth)
-        return eighth, sixteenth, self.layer4(sixteenth)
+        stride8 = self.layer2(self.layer1(x))
+        stride16 = self.layer3(stride8)
+        return stride8, stride16, self.layer4(stride16)
 
 
 class AttentionRefinement(nn.Module):
-    """Features weighted by what they are on average."""
+    """Channel attention computed from the global average of the features."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -94,7 +95,7 @@ class AttentionRefinement(nn.Module):
 
 
 class ContextPath(nn.Module):
-    """What the surroundings say, down from the average of the whole picture."""
+    """Context features, from the global average down to stride 8."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,15 +106,15 @@ class ContextPath(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 3, H, W) -> detail (B, 128, H / 8, W / 8) and context of the same shape."""
-        eighth, sixteenth, thirtysecond = self.resnet(x)
-        context = self.arm32(thirtysecond) + self.conv_avg(_average(thirtysecond))  # (B, 128, H / 32, W / 32)
-        context = self.conv_head32(functional.interpolate(context, sixteenth.shape[2:]))  # (B, 128, H / 16, W / 16)
-        context = self.arm16(sixteenth) + context
-        return eighth, self.conv_head16(functional.interpolate(context, eighth.shape[2:]))
+        detail, stride16, stride32 = self.resnet(x)
+        context = self.arm32(stride32) + self.conv_avg(_average(stride32))  # (B, 128, H / 32, W / 32)
+        context = self.conv_head32(functional.interpolate(context, stride16.shape[2:]))  # (B, 128, H / 16, W / 16)
+        context = self.arm16(stride16) + context
+        return detail, self.conv_head16(functional.interpolate(context, detail.shape[2:]))
 
 
 class FeatureFusion(nn.Module):
-    """Detail and context together, weighted by what they are on average."""
+    """Fuses detail and context features, with channel attention."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -128,7 +129,7 @@ class FeatureFusion(nn.Module):
 
 
 class Head(nn.Module):
-    """Features -> a score for each class."""
+    """Computes class scores from features."""
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
@@ -141,7 +142,8 @@ class Head(nn.Module):
 
 
 class BiSeNet(nn.Module):
-    """Scores of the 19 classes. conv_out16 and conv_out32 helped its training; files hold them, nothing runs them."""
+    """Computes scores of the 19 classes. conv_out16 and conv_out32, heads for auxiliary training losses, are in the
+    published file and are not used here."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,15 +164,17 @@ def _average(x: torch.Tensor) -> torch.Tensor:
 
 
 class FaceParser:
-    """Images -> the class of each pixel."""
+    """Predicts the class of each pixel."""
 
     def __init__(self, network: BiSeNet) -> None:
         self.network = freeze(network)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """images: RGB (B, 3, H, W) in [-1, 1], stretched to 512 x 512. Returns indices of CLASSES, uint8
-        (B, 512, 512)."""
+        """Returns indices into CLASSES, uint8 (B, 512, 512).
+
+        images: RGB (B, 3, H, W) in [-1, 1]; resized to 512 x 512 without keeping the aspect ratio.
+        """
         weight = self.network.conv_out.conv_out.weight
         images = functional.interpolate(
             images.to(weight.device).float(), (INPUT_SIZE,) * 2, mode="bilinear", antialias=True
@@ -180,9 +184,9 @@ class FaceParser:
 
 
 def load_face_parser(models_dir: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> FaceParser:
-    """The parser of face-parse-bisent/79999_iter.pth in a models folder. Raises WeightsError.
+    """Loads face-parse-bisent/79999_iter.pth of a models folder. Raises WeightsError.
 
-    The resnet18-5c106cde.pth that MuseTalk's users have beside it is only where its training began.
+    MuseTalk also ships resnet18-5c106cde.pth, the initialisation of the parser's training. It is not needed here.
     """
     path = find(models_dir, WEIGHTS)
     with torch.device("meta"):

@@ -1,6 +1,6 @@
-"""MuseTalk's UNet: Stable Diffusion's architecture used once, without noise, from masked and reference latents.
+"""MuseTalk's UNet: Stable Diffusion's architecture, applied once to masked and reference latents.
 
-Not diffusion: one step at timestep 0 whose output is the latents themselves.
+This is not diffusion: there is no noise, and a single step at timestep 0 predicts the latents directly.
 """
 
 from __future__ import annotations
@@ -16,15 +16,20 @@ from torch.nn.grad import conv2d_weight
 from musetalk.contract import LATENT_CHANNELS, LATENT_SIZE, WINDOW_STEPS
 from musetalk.models.weights import WeightsError, build_network, find, load_strictly, read_tensors, unwrap
 
-CONFIGS = ("musetalk/musetalk.json", "musetalkV15/musetalk.json")  # in a models folder; the first that is there is used
-SINGLE_STEP_TIMESTEP = 0  # the network was made for diffusion and asks for one
-WHISPER_STATES = {384: 5, 512: 7, 768: 13, 1024: 25, 1280: 33}  # width of a published Whisper -> its encoder's states
+CONFIGS = ("musetalk/musetalk.json", "musetalkV15/musetalk.json")  # in a models folder; the first existing one is used
+SINGLE_STEP_TIMESTEP = 0  # the architecture requires a timestep
+WHISPER_STATES = {
+    384: 5,
+    512: 7,
+    768: 13,
+    1024: 25,
+    1280: 33,
+}  # width of a published Whisper -> S
 MAX_TOKENS = 5000
-MAX_WIDTH = 2**14  # of a token; the largest Whisper's are 1280 wide
 
 
 class UNet(nn.Module):
-    """diffusers' UNet2DConditionModel (as `.model`, whose state dict is what files hold) and the positions."""
+    """diffusers' UNet2DConditionModel (`.model`, whose state dict is the file format) with positional encoding."""
 
     def __init__(self, model: UNet2DConditionModel, positional_encoding: bool) -> None:
         super().__init__()
@@ -32,19 +37,19 @@ class UNet(nn.Module):
         width = model.config.cross_attention_dim
         positions = sinusoid(MAX_TOKENS, width) if positional_encoding else torch.zeros(MAX_TOKENS, width)
         self.register_buffer("positions", positions, persistent=False)
-        self.last_input: torch.Tensor | None = None  # of the last layer at the last forward, where it is kept
+        self.last_input: torch.Tensor | None = None  # input of the last layer in the last forward, if kept
 
     def forward(self, unet_input: torch.Tensor, audio_window: torch.Tensor) -> torch.Tensor:
-        """unet_input: (B, 8, 32, 32) masked then reference latents. audio_window: (B, W, D), time-major.
+        """Returns the predicted latents (B, 4, 32, 32).
 
-        Returns predicted latents (B, 4, 32, 32).
+        unet_input: (B, 8, 32, 32), masked then reference latents. audio_window: (B, W, D), time-major.
         """
         timestep = torch.full((), SINGLE_STEP_TIMESTEP, device=unet_input.device)
         tokens = audio_window + self.positions[: audio_window.shape[1]]  # (B, W, D)
         return self.model(unet_input, timestep, encoder_hidden_states=tokens).sample  # (B, 4, 32, 32)
 
     def keep_last_input(self) -> None:
-        """Keep what the last layer gets in each forward, for `last_layer_gradient`. Comes before compiling."""
+        """Keeps the input of the last layer in each forward, for `last_layer_gradient`. Call before compiling."""
 
         def keep(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
             self.last_input = inputs[0].detach()  # (B, C, 32, 32)
@@ -52,30 +57,33 @@ class UNet(nn.Module):
         self.model.conv_out.register_forward_pre_hook(keep)
 
     def last_layer_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient of a loss at the last layer's weight, (4, C, 3, 3), without a backward through the UNet.
+        """Computes the gradient of a loss with respect to the last layer's weight, (4, C, 3, 3), without a backward
+        pass through the UNet.
 
-        gradient: of the loss at the first n predictions of the last forward, (n, 4, 32, 32), float32 or float64.
+        gradient: of the loss with respect to the first n predictions of the last forward, (n, 4, 32, 32), float32 or
+        float64.
         """
         layer, inputs = self.model.conv_out, self.last_input[: len(gradient)].to(gradient.dtype)
         return conv2d_weight(inputs, layer.weight.shape, gradient, layer.stride, layer.padding)
 
     def check_features(self, shape: tuple[int, int], source: str, known_encoder: bool = True) -> None:
-        """Raises WeightsError where the network cannot attend to the audio features of a source.
+        """Checks that audio features fit the UNet. Raises WeightsError if not.
 
-        shape: S encoder states, each D wide. source: a name for the error message. known_encoder: whether the feature
-        contract names the encoder that the network was trained with, or S must be that of the published Whisper of D.
+        shape: (S, D). source: the origin of the features, for the error message. known_encoder: whether the feature
+        contract names the audio encoder of the training; if not, S must be that of the published Whisper of width D.
         """
-        (states, width), takes = shape, self.model.config.cross_attention_dim
-        wanted = states if known_encoder else WHISPER_STATES.get(takes, states)
-        if (states, width) != (wanted, takes):
+        (states, width), expected_width = shape, self.model.config.cross_attention_dim
+        expected_states = states if known_encoder else WHISPER_STATES.get(expected_width, states)
+        if (states, width) != (expected_states, expected_width):
             raise WeightsError(
-                f"{source} has {states} states {width} wide, but the UNet attends to {wanted} states {takes} wide, its "
-                f"cross_attention_dim; use the Whisper it was trained with, or train one with {width} in musetalk.json"
+                f"{source} has {states} states of width {width}, but the UNet expects {expected_states} of width "
+                f"{expected_width} (cross_attention_dim); use the Whisper it was trained with, or train a UNet with "
+                f"{width} in musetalk.json"
             )
 
 
 def sinusoid(length: int, width: int) -> torch.Tensor:
-    """Fixed positions (length, width): sines at even, cosines at odd places (Vaswani et al. 2017, section 3.5)."""
+    """Returns the sinusoidal positional encoding (length, width) (Vaswani et al. 2017, section 3.5)."""
     position = torch.arange(length)[:, None]
     frequency = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000) / width))
     table = torch.zeros(length, width)
@@ -84,34 +92,34 @@ def sinusoid(length: int, width: int) -> torch.Tensor:
     return table
 
 
-def _plan(models_dir: Path) -> UNet2DConditionModel:
-    """The network that a models folder describes, on the meta device. Raises WeightsError."""
+def _meta_unet(models_dir: Path) -> UNet2DConditionModel:
+    """Builds the network of a models folder's configuration on the meta device. Raises WeightsError."""
 
-    def use(model: UNet2DConditionModel) -> None:
-        if not 0 < (width := model.config.cross_attention_dim) <= MAX_WIDTH:
-            raise ValueError(f"cross_attention_dim must be at most {MAX_WIDTH}")
-        tokens = torch.empty(1, WINDOW_STEPS, width)
-        made = model(torch.empty(1, 2 * LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE), 0, tokens).sample
-        if made.shape != (1, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE):
-            raise ValueError(f"of latents it makes {tuple(made.shape)}")
+    def check(model: UNet2DConditionModel) -> None:
+        tokens = torch.empty(1, WINDOW_STEPS, model.config.cross_attention_dim)
+        output = model(torch.empty(1, 2 * LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE), 0, tokens).sample
+        if output.shape != (1, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE):
+            raise ValueError(f"its output has the shape {tuple(output.shape)}")
 
-    return build_network(UNet2DConditionModel, find(models_dir, *CONFIGS), use)
+    return build_network(UNet2DConditionModel, find(models_dir, *CONFIGS), check)
 
 
 def build_unet(models_dir: Path, seed: int, positional_encoding: bool) -> UNet:
-    """An untrained UNet as a models folder describes it (`CONFIGS`), the same for the same seed.
+    """Builds an untrained UNet from the configuration in a models folder (`CONFIGS`), seeded.
 
     Raises WeightsError.
     """
-    plan = _plan(models_dir)
+    config = _meta_unet(models_dir).config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return UNet(UNet2DConditionModel.from_config(plan.config), positional_encoding)
+        return UNet(UNet2DConditionModel.from_config(config), positional_encoding)
 
 
 def load_unet(models_dir: Path, path: Path, positional_encoding: bool) -> UNet:
-    """A UNet as a models folder describes it (`CONFIGS`) with the weights of a file: .safetensors, or a torch file as
-    MuseTalk publishes it (.bin, .pth) or a trainer wraps it. Raises WeightsError."""
-    model = _plan(models_dir)
+    """Loads a UNet from the configuration in a models folder (`CONFIGS`) and a file of weights.
+
+    path: .safetensors, or a torch file: MuseTalk's (.bin, .pth) or a trainer's checkpoint. Raises WeightsError.
+    """
+    model = _meta_unet(models_dir)
     load_strictly(model, unwrap(read_tensors(path), path), path)
     return UNet(model.float(), positional_encoding)

@@ -1,6 +1,6 @@
-"""LPIPS: how different two images look, by what VGG16 sees in them.
+"""LPIPS, a perceptual distance of two images from the features of VGG16.
 
-Zhang et al. 2018, https://arxiv.org/abs/1801.03924; weights and constants of version 0.1 of
+Zhang et al. 2018, https://arxiv.org/abs/1801.03924; weights and constants are those of version 0.1 of
 https://github.com/richzhang/PerceptualSimilarity; the trunk is torchvision's VGG16, trained on ImageNet.
 """
 
@@ -16,13 +16,13 @@ from torch import nn
 from musetalk.models.weights import find, freeze, load_strictly, read_tensors, unwrap
 
 WIDTHS = (64, 128, 256, 512, 512)  # channels of the five stages
-DEPTHS = (2, 2, 3, 3, 3)  # convolutions of each
-SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images RGB in [-1, 1]
-EPS = 1e-8  # added to a squared length, so that a dark place has a gradient
+DEPTHS = (2, 2, 3, 3, 3)  # convolutions per stage
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # for RGB in [-1, 1]
+EPS = 1e-8  # added to the squared norm, so that the gradient is finite where all features are 0
 
 
 class VGG16(nn.Module):
-    """The convolutions, by torchvision's names: features at the end of each of five stages."""
+    """The convolutions, under torchvision's names. Yields the features at the end of each of five stages."""
 
     def __init__(self, widths: tuple[int, ...] = WIDTHS) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class VGG16(nn.Module):
         self.features = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """(B, 3, H, W) -> one after another five of (B, width, H / 2^k, W / 2^k), k = 0 to 4, each 0 or more."""
+        """(B, 3, H, W) -> yields (B, width, H / 2^k, W / 2^k) for k = 0 to 4, non-negative."""
         begin = 0
         for end in self.ends:
             x = self.features[begin:end](x)
@@ -45,7 +45,7 @@ class VGG16(nn.Module):
 
 
 class Heads(nn.Module):
-    """How much each channel of each stage counts, by the published names lin0.model.1.weight to lin4."""
+    """The weights of the channels of each stage, under the published names lin0.model.1.weight to lin4."""
 
     def __init__(self, widths: tuple[int, ...] = WIDTHS) -> None:
         super().__init__()
@@ -54,47 +54,48 @@ class Heads(nn.Module):
             self.add_module(f"lin{index}", nn.Sequential(OrderedDict(model=head)))
 
     def forward(self, differences: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Five of (B, width, H, W) -> (B,): weighted sums over channels, means over places, summed over stages."""
+        """Five of (B, width, H, W) -> (B,): weighted sums over channels, spatial means, sum over stages."""
         weights = (head.model[1].weight[0] for head in self.children())  # (width, 1, 1) each
-        pairs = zip(weights, differences, strict=True)  # of a convolution each input would be kept
+        pairs = zip(weights, differences, strict=True)  # a convolution would keep its input for backward
         return sum((difference * weight).sum(dim=1).mean(dim=(1, 2)) for weight, difference in pairs)
 
 
 class LPIPS(nn.Module):
-    """The distance of images. Its weights never get a gradient, the images do."""
+    """The distance, with frozen weights. Gradients flow to the images."""
 
     def __init__(self, trunk: VGG16, heads: Heads) -> None:
         super().__init__()
         self.trunk, self.heads = trunk, heads
         freeze(self)
 
-    def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """one, other: RGB (B, 3, H, W) in [-1, 1], 16 pixels or more. Returns float32 (B,), 0 where they look the same.
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Returns the distance, float32 (B,), 0 for images that look the same.
 
-        At each place of each stage the features are taken as a vector of length 1; the squared differences of the two
-        are weighted by channel, averaged over places and summed over stages.
+        x, y: RGB (B, 3, H, W) in [-1, 1], at least 16 pixels wide and high. In each stage the features are normalised
+        to length 1 at each position; their squared differences are weighted per channel, averaged over positions and
+        summed over stages.
         """
-        # Stage by stage, so that few of the large float32 features live at once.
-        stages = zip(self._look(one), self._look(other), strict=True)
+        # Stage by stage, so that few of the large float32 features are in memory at a time.
+        stages = zip(self._features(x), self._features(y), strict=True)
         return self.heads((self._unit(a) - self._unit(b)).square() for a, b in stages)
 
-    def _look(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
-        """(B, 3, H, W) in [-1, 1] -> one after another the trunk's features of five stages."""
-        # By numbers of the host, since it waits while a tensor of them goes to a GPU.
+    def _features(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> yields the trunk's features of the five stages."""
+        # With Python floats: copying a tensor of constants to a GPU would synchronise.
         channels = zip(images.unbind(1), SHIFT, SCALE, strict=True)
         images = torch.stack([(channel - shift) / scale for channel, shift, scale in channels], dim=1)
         return self.trunk(images.to(self.trunk.features[0].weight.dtype))
 
     def _unit(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, width, H, W) -> vectors of length 1 at each place, in the heads' precision."""
+        """(B, width, H, W) -> vectors of length 1 at each position, in the heads' dtype."""
         features = features.to(self.heads.lin0.model[1].weight.dtype)
         return features * (features.square().sum(dim=1, keepdim=True) + EPS).rsqrt()
 
 
 def load_lpips(models_dir: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> LPIPS:
-    """LPIPS of vgg/vgg16-397923af.pth (of which the classifier is not needed) and vgg/lpips.pth in a models folder.
+    """Loads vgg/vgg16-397923af.pth (without its classifier) and vgg/lpips.pth of a models folder.
 
-    dtype: of the trunk; distances are float32. Raises WeightsError.
+    dtype: of the trunk; the distance is float32. Raises WeightsError.
     """
     with torch.device("meta"):
         trunk, heads = VGG16(), Heads()

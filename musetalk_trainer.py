@@ -355,7 +355,7 @@ def optimizer_step(
         # Discriminator losses, backward.
         if due.train_disc:
             terms |= objective.discriminator_backward(images, data, 1 / config.grad_accum_steps)
-        del images  # or the next micro step would hold them too
+        del pred_latents, images  # or the next micro step would hold them too
         step.add(terms)
 
     # Clip, skip if non-finite, update, EMA.

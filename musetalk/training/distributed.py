@@ -1,4 +1,4 @@
-"""The processes of a training: started, their gradients averaged, and what they agree on apart from the GPUs' work."""
+"""Processes of a training: launch, averaged gradients, and agreement through a group of their own on the CPU."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import nn
 from musetalk.devices import choose_device, supports_bf16
 from musetalk.errors import TrainError, UserError
 
-# Of every collective, on GPUs too: the other processes wait in one while the first validates, or saves to a slow disk.
+# Of every collective, also on GPUs: other processes wait while the main one validates or saves to a slow disk.
 TIMEOUT = timedelta(hours=2)
 
 
 class Ranks:
-    """The processes of a training; a single one agrees with itself. All of them must make each call."""
+    """All processes of a training, or a single one. Every process must make each call."""
 
     def __init__(self) -> None:
-        many = torch.distributed.is_initialized()
-        self.group = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT) if many else None
+        distributed = torch.distributed.is_initialized()
+        self.group = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT) if distributed else None
 
     def any(self, flag: bool) -> bool:
-        """Returns whether a flag is set in any process."""
+        """Returns whether the flag is set in any process."""
         if self.group is None:
             return flag
         flags = torch.tensor(int(flag))
@@ -33,20 +33,20 @@ class Ranks:
         return bool(flags)
 
     def wait(self) -> None:
-        """Waits until all processes are here."""
+        """Waits until all processes call it."""
         if self.group is not None:
             torch.distributed.barrier(self.group)
 
     def require_same(self, describe: Callable[[], dict[str, object]]) -> None:
-        """Raises UserError, in all processes, where they do not describe what they have by the same values."""
+        """Raises UserError in all processes if `describe` returns different values in some of them."""
         if self.group is None:
             return
-        found = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, (socket.gethostname(), describe()), self.group)
+        descriptions = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(descriptions, (socket.gethostname(), describe()), self.group)
         faults = []
-        for name in found[0][1]:
+        for name in descriptions[0][1]:
             owners: dict[object, list[str]] = {}  # by value
-            for rank, (host, values) in enumerate(found):
+            for rank, (host, values) in enumerate(descriptions):
                 owners.setdefault(values[name], []).append(f"{rank} on {host}")
             if len(owners) > 1:
                 faults.append(f"{name} " + ", ".join(f"{value} (rank {', '.join(at)})" for value, at in owners.items()))
@@ -58,10 +58,10 @@ class Ranks:
 
 
 def start_processes(device: str) -> Accelerator:
-    """Devices, precision and processes, as `python`, `torchrun` or `accelerate launch` started this one.
+    """Sets up device, precision and process group for `python`, `torchrun` or `accelerate launch`.
 
-    device: "auto", "cpu" or "cuda", for which each process takes a GPU of its own. Raises DeviceError where the GPU
-    cannot be used, TrainError for ways to share a training that are not supported.
+    device: "auto", "cpu" or "cuda", with one GPU for each process. Raises DeviceError if the GPU cannot be used,
+    TrainError for an unsupported kind of distributed training.
     """
     chosen, groups = choose_device(device), InitProcessGroupKwargs(timeout=TIMEOUT)
     accelerator = Accelerator(mixed_precision=precision(chosen), cpu=chosen.type == "cpu", kwargs_handlers=[groups])
@@ -71,24 +71,24 @@ def start_processes(device: str) -> Accelerator:
             "launch, without DeepSpeed and FSDP, so that each process has all networks"
         )
     if chosen.type == "cuda":
-        # Speed for the last bits, which training can spare; a cache and inference cannot.
+        # Faster and less exact: acceptable in training, not in preparing or inference.
         torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.benchmark = True
     return accelerator
 
 
 def precision(device: torch.device) -> str:
-    """bf16 where the device computes in it, else full float32; accelerate's word for it."""
+    """Returns "bf16" if the device supports it, else "no" (float32), as accelerate names them."""
     return "bf16" if supports_bf16(device) else "no"
 
 
 def prepare_model(network: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """A network on its device and in the training's precision; `average_gradients` makes processes learn as one."""
+    """Moves a network to its device with the training's autocast; `average_gradients` replaces DDP."""
     return accelerator.prepare_model(network, evaluation_mode=True)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Give every process the mean of all processes' gradients; nothing where there is one process."""
+    """Averages gradients over processes; does nothing in a single one."""
     if not torch.distributed.is_initialized():
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

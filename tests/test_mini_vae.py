@@ -1,4 +1,4 @@
-"""The small VAE that is committed: its files, and what it makes of people that it was not trained on."""
+"""The committed small VAE: its files, and its reconstruction of people outside its training set."""
 
 import copy
 from itertools import islice
@@ -50,7 +50,7 @@ def vae() -> AutoencoderKL:
 
 @pytest.fixture(scope="module")
 def held_out(vae, clips) -> dict[str, dict[str, float]]:
-    """The figures of each person that was kept out of training."""
+    """Reconstruction metrics of each held-out person."""
     config = Config(clips=clips, held_out_frame_step=FRAME_STEP)
     return {clip: evaluate(vae, *crops) for clip, crops in held_out_crops(config).items()}
 
@@ -80,7 +80,7 @@ def test_file_holds_fp16_weights_of_exactly_this_network(vae):
         assert torch.equal(tensor, weights[name].float()), name
 
 
-def test_config_is_what_the_script_makes(vae):
+def test_config_is_that_of_the_script(vae):
     config = Config()
     assert tuple(vae.config.block_out_channels) == config.block_out_channels
     assert vae.config.norm_num_groups == config.norm_num_groups
@@ -100,8 +100,8 @@ def test_scaled_latents_have_unit_spread(vae, portrait):
 
 
 @torch.no_grad()
-def test_normalised_latents_give_the_same_pictures(vae, portrait):
-    """On a network whose latents are off: deviation and mean become right, pictures and noise stay."""
+def test_normalising_latents_keeps_the_images(vae, portrait):
+    """Corrects the mean and deviation of badly scaled latents, without changing images and relative noise."""
     image = to_tensor(portrait[0])
     off = copy.deepcopy(vae)
     off.quant_conv.weight *= torch.tensor([0.5, 2, 3, 4] * 2).reshape(8, 1, 1, 1)
@@ -125,8 +125,8 @@ def test_sample_is_reconstructed(vae, portrait):
     assert figures["colour"] <= 0.03 and figures["colour_lips"] <= 0.03 and figures["colour_eyes"] <= 0.03
 
 
-def test_figures_notice_a_worse_network(vae, portrait):
-    """Grey pictures: the error of the colours is that of the pooled crop against grey, and the PSNR drops."""
+def test_metrics_detect_a_worse_network(vae, portrait):
+    """For grey images the colour error equals the pooled crop's distance from grey, and the PSNR drops."""
 
     class Grey:
         encode = vae.encode
@@ -143,8 +143,8 @@ def test_figures_notice_a_worse_network(vae, portrait):
     assert figures["psnr"] < figures["psnr_bilinear"]
 
 
-def test_figures_on_unseen_people(held_out):
-    """Required were 2 dB, 1.5 dB and 3 %; the committed weights have 8.6 dB, 9.6 dB and 0.5 %."""
+def test_mean_metrics_of_held_out_people(held_out):
+    """Required: 2 dB, 1.5 dB and 3 %. The committed weights reach 8.6 dB, 9.6 dB and 0.5 %."""
     assert set(held_out) == set(HELD_OUT)
     mean = {name: np.mean([figures[name] for figures in held_out.values()]) for name in FIGURES}
     assert mean["psnr"] >= mean["psnr_bilinear"] + 7
@@ -155,7 +155,7 @@ def test_figures_on_unseen_people(held_out):
 
 
 @pytest.mark.parametrize("clip", HELD_OUT)
-def test_no_unseen_person_is_spoilt(held_out, clip):
+def test_metrics_of_each_held_out_person(held_out, clip):
     figures = held_out[clip]
     assert figures["psnr"] > figures["psnr_bilinear"] + 5
     assert figures["psnr_mouth"] > figures["psnr_mouth_bilinear"] + 5

@@ -1,4 +1,4 @@
-"""The tiny decoder: what it makes, for which VAE it may be used, how it is distilled and trained through."""
+"""The tiny decoder: output, files, distillation and use in training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def vae(mini) -> VAE:
 
 @pytest.fixture
 def tiny(vae, tmp_path) -> Path:
-    """The file of an untrained decoder, which says that it belongs to the small VAE."""
+    """A file of an untrained decoder that names the small VAE as its origin."""
     torch.manual_seed(0)
     save_tiny_decoder(tmp_path / "tiny.safetensors", TinyDecoder(4), vae)
     return tmp_path / "tiny.safetensors"
@@ -103,9 +103,9 @@ def test_output_is_like_the_vaes_and_only_the_latents_get_a_gradient(tiny, mini,
 
 
 def test_samples_do_not_mix(tiny, vae):
-    """Or decoding in chunks would be something else."""
+    """Otherwise decoding in chunks would change the result."""
     decoder, latents = load_tiny_decoder(tiny, vae), torch.randn(3, 4, 32, 32)
-    alone = torch.cat([decoder.decode(one) for one in latents.split(1)])
+    alone = torch.cat([decoder.decode(x) for x in latents.split(1)])
     torch.testing.assert_close(decoder.decode(latents), alone, atol=1e-5, rtol=1e-5)
 
 
@@ -126,7 +126,7 @@ def test_a_decoder_of_another_vae_is_refused(tiny, vae):
 
 
 def replace_fingerprint(vae: VAE, fingerprint: str) -> VAE:
-    """The VAE under another one's fingerprint."""
+    """Returns the VAE with another fingerprint."""
     other = VAE(vae.autoencoder)
     other.fingerprint = fingerprint
     return other

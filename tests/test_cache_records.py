@@ -138,7 +138,7 @@ def test_odd_names_come_back_from_records_as_they_are(writer, write, odd):
     written = write(clip, source, identity=odd)
     assert writer.finished(about(source, identity=odd)) == [written]
     assert Cache(writer.folder).clips[clip].identity == odd
-    assert Cache(writer.folder).clips[clip].about["source"] == source
+    assert Cache(writer.folder).clips[clip].metadata["source"] == source
     if odd.isprintable():
         assert odd in (writer.folder / "clips" / f"{clip}.json").read_text(encoding="utf-8")
 
@@ -176,7 +176,7 @@ def test_a_refused_source_is_done_and_is_no_clip(writer, write):
 def test_a_name_that_another_source_has_is_not_taken(writer, write, changed):
     write("a")
     before = (writer.folder / "clips" / "a.json").read_bytes()
-    with pytest.raises(MediaError, match=f"{changed}: .*a.json is of a.mp4; rename one of them") as caught:
+    with pytest.raises(MediaError, match=f"{changed}: .*a.json belongs to a.mp4; rename one of them") as caught:
         write("a", changed)
     assert caught.value.kind == "same name"
     assert (writer.folder / "clips" / "a.json").read_bytes() == before
@@ -283,9 +283,9 @@ def test_a_record_with_an_unfit_field_is_named(writer, write, place, name, value
     path.write_text(json.dumps(record if value is ABSENT else record | {name: value}))
     with pytest.raises(CacheError) as caught:
         writer.finished(about())
-    assert str(caught.value) == f"{path} has no {name} that can be read; delete it and run datasets_process.py again"
+    assert str(caught.value) == f"{path} has no valid {name}; delete it and run datasets_process.py again"
     if place == "clips":
-        with pytest.raises(CacheError, match=f"a.json has no {name} that can be read"):
+        with pytest.raises(CacheError, match=f"a.json has no valid {name}"):
             Cache(writer.folder)
         assert [str(fault) for fault in verify(writer.folder)] == [str(caught.value)]
 
@@ -326,7 +326,7 @@ def test_a_bit_changed_in_any_tensor_is_found(writer, faults, name, bit):
     assert [fault is None for fault in found] == [True, False, True]
     assert found[1].startswith(str(path)) and "delete b.json" in found[1]
     if name not in ("usable", "face_jpeg_offsets"):  # which are read when a clip is opened
-        assert found[1].startswith(f"{path} has changed since it was made")
+        assert found[1].startswith(f"{path} is corrupted")
         assert list(Cache(writer.folder).clips) == ["a", "b", "c"]
 
 
@@ -347,11 +347,11 @@ def test_a_clip_in_place_of_another_is_found(writer, faults):
     path.write_bytes((writer.folder / "clips" / "b.safetensors").read_bytes())
     assert Cache(writer.folder).clips["a"].usable.all()
     (only,) = (fault for fault in faults() if fault)
-    assert only.startswith(f"{path} has changed since it was made")
+    assert only.startswith(f"{path} is corrupted")
 
 
 def test_what_is_no_cache_cannot_be_verified(tmp_path):
-    with pytest.raises(CacheError, match="no cache of clips"):
+    with pytest.raises(CacheError, match="is not a cache"):
         list(verify(tmp_path))
 
 

@@ -140,7 +140,7 @@ def check_windows(clip: Clip, source: Path, models_dir: Path) -> None:
     for edge in ("zero", "clamp"):
         contract = replace(RIGID, window_edge=edge)
         for frame in np.flatnonzero(clip.usable):
-            heard = audio_windows(features, [clip.about["start"] + frame], contract)
+            heard = audio_windows(features, [clip.metadata["start"] + frame], contract)
             np.testing.assert_array_equal(read_windows(clip, frame, frame + 1, contract), heard)
 
 
@@ -182,7 +182,7 @@ def test_a_long_video_becomes_several_clips(small_clips, mini, tmp_path, monkeyp
         "sample_00-0001": 12,
         "sample_00-0002": 6,
     }
-    assert [clip.about["start"] for clip in clips.values()] == [0, 12, 24]
+    assert [clip.metadata["start"] for clip in clips.values()] == [0, 12, 24]
     assert {clip.identity for clip in clips.values()} == {"sample_00"}
 
     # A window reaches two frames back, which are in the clip before, and two ahead, whose features are kept.
@@ -207,14 +207,14 @@ def test_without_videos_of_ones_own_the_sample_is_made(mini, tmp_path, monkeypat
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets_process, "make_sample", fake_sample)
-    with pytest.raises(MediaError, match="no video in it"):
+    with pytest.raises(MediaError, match="contains no videos"):
         prepare(PrepareConfig(models_dir=mini))
     assert made == [Path("data/sample")]
     assert "making the built-in sample (set hdtf_dir" in capsys.readouterr().out
 
 
 def test_without_its_folder_of_videos_it_says_which_constant_to_set(tmp_path):
-    with pytest.raises(MediaError, match="nowhere: there is no such folder; set hdtf_dir"):
+    with pytest.raises(MediaError, match="nowhere: no such folder; set hdtf_dir"):
         prepare(PrepareConfig(hdtf_dir=tmp_path / "nowhere", hdtf_samples_dir=tmp_path / "cache"))
     assert not list(tmp_path.iterdir())
 
@@ -395,7 +395,7 @@ def test_a_cache_is_verified_and_mended_by_the_same_command(small_clips, sample_
 
 
 def test_without_a_cache_there_is_nothing_to_verify(tmp_path):
-    with pytest.raises(CacheError, match="no cache of clips"):
+    with pytest.raises(CacheError, match="is not a cache"):
         prepare(PrepareConfig(hdtf_samples_dir=tmp_path / "none", verify=True))
     assert not list(tmp_path.iterdir())
 
@@ -449,5 +449,5 @@ def test_real_clips(clips, tmp_path):
     assert cache.clips["WDA_AlexandriaOcasioCortez_000"].identity == "WDA_AlexandriaOcasioCortez"
     refused = json.loads((tmp_path / "cache" / "rejected" / "cartoon_no_audio.json").read_text())
     assert refused["kind"] == "no audio" and "has no audio track" in refused["reason"]
-    sizes = [clip.about["bytes"] for clip in cache.clips.values()]
+    sizes = [clip.metadata["bytes"] for clip in cache.clips.values()]
     assert sum(sizes) / sum(len(clip) for clip in cache.clips.values()) < 45_000

@@ -99,9 +99,7 @@ def test_a_stream_that_begins_between_key_frames_keeps_its_sound_in_time(tmp_pat
 @pytest.mark.parametrize("leap", [31, 100, 36_000])
 def test_a_picture_long_after_the_last_one_is_refused_instead_of_shown_until_then(tmp_path, leap):
     path = film(tmp_path / "late.mkv", [numbered(k) for k in range(3)], times=[0, leap, leap + 0.04])
-    with pytest.raises(
-        MediaError, match=f"after second 0.0 its picture goes on at {leap}.0; encode it anew"
-    ) as refused:
+    with pytest.raises(MediaError, match=f"its video jumps from second 0.0 to {leap}.0") as refused:
         list(read_frames(path))
     assert refused.value.kind == "gap in time"
 
@@ -110,8 +108,8 @@ def test_two_recordings_one_after_the_other_are_refused_instead_of_mixed(tmp_pat
     """Their times begin twice; the second one's sound would stand beside the first one's pictures."""
     path = film(tmp_path / "twice.ts", [numbered(k) for k in range(60)], voice(2.4))
     path.write_bytes(path.read_bytes() * 2)
-    for what, read in (("picture", lambda: list(read_frames(path))), ("sound", lambda: read_audio(path))):
-        with pytest.raises(MediaError, match=rf"after second 2\.\d its {what} goes on at 0.0; encode it anew"):
+    for what, read in (("video", lambda: list(read_frames(path))), ("audio", lambda: read_audio(path))):
+        with pytest.raises(MediaError, match=rf"its {what} jumps from second 2\.\d to 0.0"):
             read()
 
 
@@ -132,7 +130,7 @@ def test_sound_with_long_pauses_is_kept_and_sound_of_nothing_but_pauses_is_refus
     """Calls send nothing while nobody speaks; but a wrong duration of packets would make days of silence."""
     quiet = read_audio(write_packets(tmp_path / "call.mkv", np.arange(100) * 0.4))
     assert abs(len(quiet) / AUDIO_SAMPLE_RATE - 39.62) < 0.01 and np.count_nonzero(quiet) <= 100 * 320
-    with pytest.raises(MediaError, match="hardly any sound in a long time") as refused:
+    with pytest.raises(MediaError, match="almost only of gaps") as refused:
         read_audio(write_packets(tmp_path / "broken.mkv", np.arange(100) * 20.0))
     assert refused.value.kind == "gap in time"
 
@@ -201,8 +199,8 @@ def test_sound_may_change_its_channels_and_rate_on_the_way(tmp_path, rate, layou
     ("at", "value", "message"),
     [
         (22, (9).to_bytes(2, "little"), "cannot be mixed to one channel"),
-        (24, (1).to_bytes(4, "little"), "says that its sound has 1 samples a second"),
-        (24, (1 << 30).to_bytes(4, "little"), "says that its sound has 1073741824 samples a second"),
+        (24, (1).to_bytes(4, "little"), "invalid sample rate of 1 Hz"),
+        (24, (1 << 30).to_bytes(4, "little"), "invalid sample rate of 1073741824 Hz"),
     ],
 )
 def test_a_header_that_cannot_be_true_costs_neither_time_nor_memory(tmp_path, at, value, message):
@@ -228,7 +226,7 @@ def test_pictures_that_would_fill_the_memory_are_refused(tmp_path):
         packet = av.Packet(jpeg)
         packet.stream, packet.pts, packet.dts, packet.time_base = stream, 0, 0, Fraction(1, 25)
         container.mux(packet)
-    with pytest.raises(MediaError, match="its pictures of 8200 x 8200 pixels are too large") as refused:
+    with pytest.raises(MediaError, match="8200 x 8200 pixels are too large") as refused:
         next(read_frames(tmp_path / "huge.avi"))
     assert refused.value.kind == "too large"
 

@@ -71,18 +71,17 @@ REFUSED = {
     "text": ("unreadable", "cannot be read as video or audio"),
     "names another file": ("unreadable", "cannot be read as video or audio"),
     "end cut off": ("unreadable", "cannot be read as video or audio"),
-    "link to nothing": ("unreadable", "is no file that can be read"),
-    "link to itself": ("unreadable", "is no file that can be read"),
-    "pipe": ("unreadable", "is no file that can be read"),
+    "link to nothing": ("unreadable", "cannot be read"),
+    "link to itself": ("unreadable", "cannot be read"),
     "sound only": ("no video", "has no video track"),
     "sound with a cover": ("no video", "has no video track"),
     "no sound": ("no audio", "has no audio track"),
     "nobody": ("no face", f"no face of at least {MIN_FACE} pixels was found"),
     "20 pixels": ("no face", f"no face of at least {MIN_FACE} pixels was found"),
-    "picture after 100 s": ("gap in time", "after second 0.1 its picture goes on at 100.1"),
-    "picture after 3 h": ("gap in time", "after second 0.1 its picture goes on at 10800.1"),
-    "sound after 100 s": ("gap in time", "after second 0.0 its sound goes on at 100.0"),
-    "two recordings": ("gap in time", "its sound goes on at 0.0"),
+    "picture after 100 s": ("gap in time", "its video jumps from second 0.1 to 100.1"),
+    "picture after 3 h": ("gap in time", "its video jumps from second 0.1 to 10800.1"),
+    "sound after 100 s": ("gap in time", "its audio jumps from second 0.0 to 100.0"),
+    "two recordings": ("gap in time", "its audio jumps"),
     "people__c.mp4": ("same name", "rename one of them"),
 }
 # Names of files, all of the same two pictures -> names of their clips.
@@ -204,8 +203,7 @@ def make_broken(films: Film) -> None:
     folder, faces = films.folder, films.one
     (folder / "empty.mp4").touch()
     (folder / "text.mp4").write_text("this is no video\n" * 50)
-    (folder / "names another file.mp4").write_text("ffconcat version 1.0\nfile pipe.mp4\n")
-    os.mkfifo(folder / "pipe.mp4")
+    (folder / "names another file.mp4").write_text("ffconcat version 1.0\nfile plain.mp4\n")
     whole = films.write("whole.mp4", faces, options={"preset": "ultrafast"}).read_bytes()
     (folder / "whole.mp4").unlink()
     assert whole.index(b"moov") > whole.index(b"mdat")
@@ -298,9 +296,9 @@ def state(folder: Path) -> dict[str, tuple]:
     found = {}
     for here, folders, files in os.walk(folder):
         for path in (Path(here, name) for name in folders + files):
-            about = path.lstat()
+            status = path.lstat()
             content = path.read_bytes() if path.is_file() else os.readlink(path) if path.is_symlink() else None
-            found[str(path.relative_to(folder))] = (about.st_mode, about.st_size, about.st_mtime_ns, content)
+            found[str(path.relative_to(folder))] = (status.st_mode, status.st_size, status.st_mtime_ns, content)
     return found
 
 
@@ -343,7 +341,7 @@ def test_every_file_is_either_cached_or_refused_by_name(prepared):
     others = {"middle cut off", "turns away"} | long
     assert prepared.clips.keys() == CACHED.keys() | set(NAMES.values()) | others
     assert prepared.refused.keys() == REFUSED.keys()
-    for record in [*prepared.refused.values(), *(clip.about for clip in prepared.clips.values())]:
+    for record in [*prepared.refused.values(), *(clip.metadata for clip in prepared.clips.values())]:
         assert os.path.lexists(prepared.root / "videos" / record["source"]) and record["last"]
 
 
@@ -366,7 +364,7 @@ def test_what_can_be_used_is_cached_without_its_unusable_frames(prepared, name):
 def test_any_name_of_a_file_becomes_one_that_any_file_system_takes(prepared):
     for source, name in NAMES.items():
         clip = prepared.clips[name]
-        assert len(clip) == 2 and clip.usable.all() and os.fsencode(clip.about["source"]) == source
+        assert len(clip) == 2 and clip.usable.all() and os.fsencode(clip.metadata["source"]) == source
     cache = prepared.root / "cache"
     for path in cache.rglob("*"):
         assert path.parent in (cache, cache / "clips", cache / "rejected")
@@ -378,7 +376,8 @@ def test_the_table_counts_what_became_of_the_files_by_reason(prepared):
     rows = dict(re.findall(r"^(.*?) +(\d+)$", table.split("refused for the reasons")[0], re.MULTILINE))
     kinds = Counter(f"refused: {record['kind']}" for record in prepared.refused.values())
     assert {name: int(count) for name, count in rows.items() if count} == kinds | {"cached": len(prepared.clips)}
-    usable, frames = (sum(clip.about[key] for clip in prepared.clips.values()) for key in ("usable_frames", "frames"))
+    records = [clip.metadata for clip in prepared.clips.values()]
+    usable, frames = (sum(record[key] for record in records) for key in ("usable_frames", "frames"))
     assert f"{usable} of {frames} frames usable" in prepared.printed
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, JSON of any kind, and folders of one process, by real failures of the system."""
+"""Atomic writes, JSON and folder locks, tested with real failures of the system."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_an_error_within_passes_through_and_leaves_the_old_file(tmp_path, error)
 @pytest.mark.parametrize(
     "write", [atomic_write_bytes, lambda path, content: torch.save(torch.zeros(len(content)), path)]
 )
-def test_a_disk_that_is_full_is_told_with_the_name_that_people_know(tmp_path, write):
+def test_a_full_disk_is_reported_with_the_final_file_name(tmp_path, write):
     """torch.save hides the system's error behind a RuntimeError when it closes its archive."""
     path = tmp_path / "file"
     atomic_write_bytes(path, b"old")
@@ -158,7 +158,7 @@ def test_a_json_object_is_read(tmp_path, content, values):
     ],
     ids=lambda value: value[:12] if isinstance(value, bytes) else "",
 )
-def test_what_is_no_json_object_is_told_in_a_sentence_with_its_name(tmp_path, content, message):
+def test_a_file_that_is_not_a_json_object_is_named_in_a_sentence(tmp_path, content, message):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(UserError) as caught:
         read_json(tmp_path / "a.json")
@@ -166,7 +166,7 @@ def test_what_is_no_json_object_is_told_in_a_sentence_with_its_name(tmp_path, co
 
 
 @pytest.mark.parametrize(("name", "reason"), [("none", errno.ENOENT), ("folder", errno.EISDIR)])
-def test_a_json_file_that_cannot_be_opened_is_told_with_its_name(tmp_path, name, reason):
+def test_an_unreadable_json_file_is_named(tmp_path, name, reason):
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError) as caught:
         read_json(tmp_path / name)

@@ -1,6 +1,6 @@
 """Tries to lose something: kills, full disks, denied writes and two runs at once, on the real scripts.
 
-    python -m tools.torture                            all of it, as the README's table says
+    python -m tools.torture                            all of it, as in docs/robustness.md
     python -m tools.torture --kills 1 --faults 1       a short form
 
 Each script is run once undisturbed on a small copy of the built-in sample. Then it is disturbed again and again in one

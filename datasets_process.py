@@ -3,13 +3,13 @@
     python datasets_process.py                                             the built-in sample, small models
     python datasets_process.py --hdtf-dir videos --hdtf-samples-dir data/mine --models-dir models
 
-Reads every video below `hdtf_dir` (25 frames a second are made of whatever it has), finds and follows the face,
-crops and encodes it, and encodes the audio. Writes one file of tensors and one record per clip into
-`hdtf_samples_dir` (see musetalk/data/cache.py), a contact sheet of the crops, and a reason for every video it refuses.
-Several processes share the videos where there are many (`num_workers`); they give the same bytes as one.
-Run the same command again to go on after an interruption: clips that are done are not made again. A video that has
-another size than before is prepared anew. `--verify` reads a whole cache and says which of its files have changed.
-`identities.json` in `hdtf_dir`, if there is one, says who is in which video (path without ending -> name).
+Reads every video below `hdtf_dir`, resamples it to 25 frames per second, tracks and crops the face, encodes the crops
+with the VAE and the audio with Whisper. Writes one tensor file and one record per clip into `hdtf_samples_dir` (see
+musetalk/data/cache.py), a contact sheet of the crops, and a reason for every rejected video.
+The videos are distributed over `num_workers` processes; the output does not depend on their number.
+To resume after an interruption, run the same command again: completed clips are skipped. A video whose file size has
+changed is processed again. `--verify` checks all files of a cache against their sha256.
+`identities.json` in `hdtf_dir` is optional and names the person in each video (path without suffix -> name).
 """
 
 from __future__ import annotations
@@ -61,37 +61,37 @@ from musetalk.files import atomic_write_bytes, folder_lock
 from musetalk.models.audio_encoder import AudioEncoder, load_audio_encoder
 from musetalk.models.vae import VAE, load_vae
 
-SAMPLE_DIR = Path("data/sample")  # where the built-in sample is made
-PASSES = 2  # every frame is first looked at, then encoded
-FRAMES_A_PROCESS = 500  # at least, or it is not worth its start, which takes as long as some 200
-CONTACT_SHEET = (8, 24, 128)  # columns, most rows, pixels of a face
+SAMPLE_DIR = Path("data/sample")  # of the built-in sample
+PASSES = 2  # over every frame: detection, then encoding
+MIN_FRAMES_PER_PROCESS = 500  # starting a process takes as long as about 200 frames
+CONTACT_SHEET = (8, 24, 128)  # columns, maximum rows, pixels of a face
 
 
 @dataclass
 class PrepareConfig:
-    """The constants of preparing; edit them here or override them on the command line."""
+    """The constants of preprocessing; edit them here or override them on the command line."""
 
     # Paths
-    hdtf_dir: Path = SAMPLE_DIR  # videos, searched in all subfolders
+    hdtf_dir: Path = SAMPLE_DIR  # videos, searched recursively
     hdtf_samples_dir: Path = Path("data/cache")  # the cache
-    models_dir: Path = Path("models/mini")  # models/mini: the small set; models: the published weights
+    models_dir: Path = Path("models/mini")  # models/mini: the small test set; models: the published weights
 
-    # Features: must be the same wherever the weights are used
-    contract: Literal["rigid", "musetalk_v15", "musetalk_v1"] = "rigid"  # the latter two are of the published weights
-    bbox_shift: Shift = 0  # source pixels that the border of the mask moves down
-    margins: tuple[Pixels, ...] = ()  # source pixels below the chin; () is the contract's own
-    encode_dtype: Literal["float32", "bfloat16", ""] = ""  # "" is the contract's own, or float32 where bfloat16 is slow
+    # Features: must match wherever the weights are used
+    contract: Literal["rigid", "musetalk_v15", "musetalk_v1"] = "rigid"  # the latter two match the published weights
+    bbox_shift: Shift = 0  # source pixels by which the mask border moves down
+    margins: tuple[Pixels, ...] = ()  # source pixels below the chin; (): from the contract
+    encode_dtype: Literal["float32", "bfloat16", ""] = ""  # "": from the contract, or float32 where bfloat16 is slow
 
     # Run
-    face_backend: Literal["mediapipe", "dwpose", "mmpose"] = "mediapipe"  # dwpose is what MuseTalk uses
-    device: str = "auto"  # all GPUs, or the CPU where there is none; "cpu", "cuda", or one GPU alone: "cuda:1"
-    num_workers: Workers = field(default_factory=most_processes)  # the most there will be; 0, 1: this process alone
-    verify: bool = False  # make nothing, but hold the cache against its records
+    face_backend: Literal["mediapipe", "dwpose", "mmpose"] = "mediapipe"  # MuseTalk uses dwpose
+    device: str = "auto"  # all GPUs, or the CPU if there is none; "cpu", "cuda", or a single GPU, "cuda:1"
+    num_workers: Workers = field(default_factory=most_processes)  # maximum processes; 0, 1: this process only
+    verify: bool = False  # only check the cache against its records
 
 
 @dataclass
 class Models:
-    """The frozen networks, and the rules they are used under."""
+    """The frozen networks and the feature contract."""
 
     backend: FaceBackend
     vae: VAE
@@ -100,7 +100,7 @@ class Models:
 
 
 def main(config: PrepareConfig) -> None:
-    """Prepare all videos of a folder, or verify what was prepared."""
+    """Processes all videos of a folder, or verifies a cache."""
     check_constants(config)
     if config.verify:
         verify_cache(config.hdtf_samples_dir)
@@ -109,57 +109,57 @@ def main(config: PrepareConfig) -> None:
     config = replace(config, device=str(device))
     print(f"on {describe(device)}")
     if config.hdtf_dir == SAMPLE_DIR and not SAMPLE_DIR.exists():
-        print(f"{SAMPLE_DIR} is not there: making the built-in sample (set hdtf_dir to use your own videos)")
+        print(f"{SAMPLE_DIR} does not exist: rendering the built-in sample (set hdtf_dir to use your own videos)")
         make_sample(SAMPLE_DIR)
     sources = find_sources(config.hdtf_dir)
     jobs = independent(sources)
     frames = sum(source.frames for source in sources)
-    processes = min(config.num_workers, len(jobs), frames // FRAMES_A_PROCESS)
+    processes = min(config.num_workers, len(jobs), frames // MIN_FRAMES_PER_PROCESS)
     with folder_lock(config.hdtf_samples_dir):
         with tqdm(total=PASSES * frames, desc="prepare", unit="frame", unit_scale=1 / PASSES) as bar:
             if processes > 1:
                 results = map_jobs("datasets_process:start_worker", (vars(config),), jobs, processes, bar)
-                records = [record for done in results.values() for record in done]
+                records = [record for job_records in results.values() for record in job_records]
             else:
                 records = start_worker(0, vars(config))(sources, bar)
         report(config.hdtf_samples_dir, records)
 
 
 def start_worker(number: int, constants: dict) -> Callable[[list[Source], Bar], list[dict]]:
-    """Load the networks in this process, the number-th of several; what is left of `prepare_all` is given."""
+    """Loads the networks in the process of an index (`number`) and returns the function that runs a job there."""
     config = PrepareConfig(**constants)
     if config.device == "cuda":
         config = replace(config, device=f"cuda:{number % torch.cuda.device_count()}")
-    tools = load_tools(config)
-    return partial(prepare_all, config.hdtf_dir, CacheWriter(config.hdtf_samples_dir, tools.contract), tools)
+    models = load_models(config)
+    return partial(prepare_all, config.hdtf_dir, CacheWriter(config.hdtf_samples_dir, models.contract), models)
 
 
-def prepare_all(folder: Path, writer: CacheWriter, tools: Models, sources: list[Source], bar: Bar) -> list[dict]:
-    """Prepare one video after another; a bad one is recorded and never ends the run. Returns all records."""
+def prepare_all(folder: Path, writer: CacheWriter, models: Models, sources: list[Source], bar: Bar) -> list[dict]:
+    """Processes videos in order and returns all records. An unusable video is recorded and does not end the run."""
     records = []
     for source in sources:
-        begun, done = bar.n, []
+        bar_start, source_records = bar.n, []
         bar.set_postfix_str(printable(source.path.name))
-        about = {"source": source.path.as_posix(), "identity": source.identity}
+        metadata = {"source": source.path.as_posix(), "identity": source.identity}
         try:
-            about["source_bytes"] = file_size(folder / source.path)
-            for record in prepare_source(folder / source.path, about, writer, tools, bar):
-                done.append(record)
+            metadata["source_bytes"] = file_size(folder / source.path)
+            for record in prepare_source(folder / source.path, metadata, writer, models, bar):
+                source_records.append(record)
         except MediaError as error:
             if error.kind == "same name":
-                refused = clip_name(source.path) + source.path.suffix
+                rejected = clip_name(source.path) + source.path.suffix
             else:
-                refused = clip_name(source.path, len(done) or None)  # the clips before stay
-            about = {"source_bytes": 0} | about
-            done.append(writer.reject(refused, about | {"last": True}, error.kind, str(error)))
+                rejected = clip_name(source.path, len(source_records) or None)  # earlier clips are kept
+            metadata = {"source_bytes": 0} | metadata
+            source_records.append(writer.reject(rejected, metadata | {"last": True}, error.kind, str(error)))
             bar.write(f"refused: {error}")
-        records += done
-        bar.update(begun + PASSES * source.frames - bar.n)
+        records += source_records
+        bar.update(bar_start + PASSES * source.frames - bar.n)
     return records
 
 
-def load_tools(config: PrepareConfig) -> Models:
-    """Networks and contract of a configuration. Raises WeightsError, ContractError."""
+def load_models(config: PrepareConfig) -> Models:
+    """Loads the networks and builds the contract of a configuration. Raises WeightsError, ContractError."""
     base = CONTRACTS[config.contract]
     contract = replace(
         base,
@@ -168,7 +168,7 @@ def load_tools(config: PrepareConfig) -> Models:
         encode_dtype=config.encode_dtype or (base.encode_dtype if supports_bf16(config.device) else "float32"),
     )
     if config.device == "cpu":
-        torch.set_num_threads(1)  # with more, a batch of another size would give other last bits
+        torch.set_num_threads(1)  # with more threads the last bits of the output depend on the batch size
     vae = load_vae(config.models_dir, config.device, getattr(torch, contract.encode_dtype))
     audio_encoder = load_audio_encoder(config.models_dir, config.device)
     backend = load_face_backend(config.face_backend, config.models_dir, config.device)
@@ -181,52 +181,52 @@ def load_tools(config: PrepareConfig) -> Models:
     return Models(backend, vae, audio_encoder, contract)
 
 
-def prepare_source(source: Path, about: dict, writer: CacheWriter, tools: Models, bar: Bar) -> Iterator[dict]:
-    """Put the clips of one video into the cache; gives their records in order, those of earlier runs first.
+def prepare_source(source: Path, metadata: dict, writer: CacheWriter, models: Models, bar: Bar) -> Iterator[dict]:
+    """Writes the clips of one video into the cache and yields their records in order, those of earlier runs first.
 
-    about: what its records have in common. Raises MediaError.
+    metadata: the fields that all its records share. Raises MediaError.
     """
-    relative = PurePath(about["source"])
-    finished = writer.finished(about)
+    relative = PurePath(metadata["source"])
+    finished = writer.finished(metadata)
     bar.update(PASSES * sum(record.get("frames", 0) for record in finished))
     yield from finished
     if finished and finished[-1]["last"]:
         return
 
-    # Audio of the whole source, its video clip by clip.
+    # The audio is processed at once, the video clip by clip.
     audio = read_audio(source)
     mel = sync_mel(audio)
-    features = audio_features(audio, tools.audio_encoder, tools.contract)
-    begun = len(finished)
-    frames = counted(read_frames(source, begun * MAX_CLIP_FRAMES), bar)
-    clips = crop_clips(relative, frames, tools.backend, tools.contract, begun)
-    for part, (name, cropped, last) in enumerate(clips, begun):
+    features = audio_features(audio, models.audio_encoder, models.contract)
+    first_part = len(finished)
+    frames = counted(read_frames(source, first_part * MAX_CLIP_FRAMES), bar)
+    clips = crop_clips(relative, frames, models.backend, models.contract, first_part)
+    for part, (name, cropped, last) in enumerate(clips, first_part):
         start = part * MAX_CLIP_FRAMES
-        now = about | {"start": start, "last": last}
-        seen = np.array([face is not None for face in cropped.faces])
-        heard = FEATURES_PER_FRAME * (start + np.arange(len(seen))) < len(features)
-        # What the first frames of a later part hear begins before their clip and is not in it: training would hear the
-        # edge of a file where inference hears sound.
-        usable = seen & heard & (np.arange(len(seen)) >= (CONTEXT_FRAMES if part else 0))
+        clip_metadata = metadata | {"start": start, "last": last}
+        has_face = np.array([face is not None for face in cropped.faces])
+        has_audio = FEATURES_PER_FRAME * (start + np.arange(len(has_face))) < len(features)
+        # The windows of the first frames of a later part start before the part: training would see padding where
+        # inference sees audio, so these frames are unusable.
+        usable = has_face & has_audio & (np.arange(len(has_face)) >= (CONTEXT_FRAMES if part else 0))
         if usable.any():
-            sound = features[FEATURES_PER_FRAME * start :], mel[SYNC_MEL_RATE * start // VIDEO_FPS :]
-            yield writer.write(name, clip_tensors(name, cropped, usable, sound, tools=tools, bar=bar), now)
+            audio_inputs = features[FEATURES_PER_FRAME * start :], mel[SYNC_MEL_RATE * start // VIDEO_FPS :]
+            tensors = clip_tensors(name, cropped, usable, audio_inputs, models=models, bar=bar)
+            yield writer.write(name, tensors, clip_metadata)
             continue
         second = start // VIDEO_FPS
-        if not seen.any():
+        if not has_face.any():
             kind, reason = "no face", f"no face of at least {MIN_FACE} pixels was found from second {second} on"
-        elif not (seen & heard).any():
+        elif not (has_face & has_audio).any():
             kind, reason = "no audio", f"its audio ends before its second {second}"
         else:
-            after = f"more than {CONTEXT_FRAMES} frames after second {second}"
-            kind, reason = "too short", f"no face with sound was found {after}, where a part of it begins"
-        reason = f"{source}: {reason}"
-        bar.write(f"refused: {printable(reason)}")
-        yield writer.reject(name, now, kind, printable(reason))
+            kind, reason = "too short", f"no face with audio more than {CONTEXT_FRAMES} frames after second {second}"
+        reason = printable(f"{source}: {reason}")
+        bar.write(f"refused: {reason}")
+        yield writer.reject(name, clip_metadata, kind, reason)
 
 
 def counted(items: Iterable, bar: Bar) -> Iterator:
-    """The items, each moving the bar on."""
+    """Yields the items and advances the bar by one for each."""
     for item in items:
         yield item
         bar.update()
@@ -236,26 +236,26 @@ def clip_tensors(
     name: str,
     cropped: CroppedClip,
     usable: np.ndarray,
-    sound: tuple[np.ndarray, np.ndarray],
+    audio_inputs: tuple[np.ndarray, np.ndarray],
     *,
-    tools: Models,
+    models: Models,
     bar: Bar,
 ) -> dict[str, np.ndarray]:
-    """Tensors of a clip as musetalk/data/cache.py lists them.
+    """Builds the tensors of a clip, see TENSORS in musetalk/data/cache.py.
 
-    sound: features and mel from the clip's first frame on, to the end of the source's sound.
+    audio_inputs: features and mel from the first frame of the clip to the end of the source.
     """
-    features, mel = sound
+    features, mel = audio_inputs
     count = len(usable)
-    none = [None] * len(tools.contract.margins)
+    no_images = [None] * len(models.contract.margins)
 
     def crops() -> Iterator[np.ndarray | None]:
-        return (images if good else None for images, good in zip(cropped.crops, usable, strict=True))
+        return (images if is_usable else None for images, is_usable in zip(cropped.crops, usable, strict=True))
 
-    masked_latents, latents = tools.vae.encode_clip(name, counted(crops(), bar), tools.contract)
-    jpegs, offsets = encode_jpegs(image for images in crops() for image in (none if images is None else images))
-    unknown = np.zeros((68, 2))
-    landmarks = np.stack([unknown if face is None else face.landmarks for face in cropped.faces])
+    masked_latents, latents = models.vae.encode_clip(name, counted(crops(), bar), models.contract)
+    jpegs, offsets = encode_jpegs(image for images in crops() for image in (no_images if images is None else images))
+    no_landmarks = np.zeros((68, 2))
+    landmarks = np.stack([no_landmarks if face is None else face.landmarks for face in cropped.faces])
     return {
         "face_jpeg": jpegs,
         "face_jpeg_offsets": offsets,
@@ -270,49 +270,48 @@ def clip_tensors(
 
 
 def report(folder: Path, records: list[dict]) -> None:
-    """Print what became of the videos and draw the contact sheet. Raises CacheError where none could be used."""
+    """Prints a summary and writes the contact sheet. Raises CacheError if no clip could be cached."""
     outcomes = Counter(f"refused: {record['kind']}" if "kind" in record else "cached" for record in records)
-    print(f"\n{'clips':<24}{'count':>6}\n" + "\n".join(f"{o:<24}{n:>6}" for o, n in sorted(outcomes.items())))
-    if refused := len(records) - outcomes["cached"]:
-        print(f"{refused} refused for the reasons in {folder / 'rejected'}; delete a record there to try it again")
+    print(
+        f"\n{'clips':<24}{'count':>6}\n"
+        + "\n".join(f"{outcome:<24}{count:>6}" for outcome, count in sorted(outcomes.items()))
+    )
+    if rejected := len(records) - outcomes["cached"]:
+        print(f"{rejected} refused for the reasons in {folder / 'rejected'}; delete a record there to retry the video")
     if not outcomes["cached"]:
-        raise CacheError(f"{folder}: no video could be used; the reasons are in {folder / 'rejected'}")
+        raise CacheError(f"{folder}: no video is usable; the reasons are in {folder / 'rejected'}")
     cached = [record for record in records if "kind" not in record]
     total, usable, size = (sum(record[key] for record in cached) for key in ("frames", "usable_frames", "bytes"))
     print(f"{usable} of {total} frames usable ({total / VIDEO_FPS:.0f} s), {size / total:.0f} bytes a frame")
     if others := len(list((folder / "clips").glob("*.json"))) - len(cached):
-        print(
-            f"{others} more clips in the cache are of videos that are not in this folder; delete their records if gone"
-        )
+        print(f"{others} more clips in the cache belong to other videos; delete their records if obsolete")
     print(f"cache: {folder}\ncontact sheet: {write_contact_sheet(folder)}")
 
 
 def verify_cache(folder: Path) -> None:
-    """Print which clips of a cache are not what was made. Raises CacheError where there is one."""
+    """Prints the corrupted clips of a cache. Raises CacheError if there are any."""
     count = len(list((folder / "clips").glob("*.json")))
-    faults = []
-    for fault in tqdm(verify(folder), "verify", count, unit="clip"):
-        if fault:
-            tqdm.write(str(fault))
-            faults.append(fault)
-    if faults:
-        raise CacheError(
-            f"{folder}: {len(faults)} of {count} clips are not what was made; delete the records named above"
-        )
-    print(f"{folder}: all {count} clips are what was made")
+    errors = []
+    for error in tqdm(verify(folder), "verify", count, unit="clip"):
+        if error:
+            tqdm.write(str(error))
+            errors.append(error)
+    if errors:
+        raise CacheError(f"{folder}: {len(errors)} of {count} clips are corrupted; delete the records named above")
+    print(f"{folder}: all {count} clips are intact")
 
 
 def write_contact_sheet(folder: Path) -> Path:
-    """A picture of the crops: a row for each clip (evenly chosen where there are many), a column for each moment."""
-    columns, most_rows, size = CONTACT_SHEET
+    """Writes an image of crops: a row for each of at most 24 clips, evenly spaced frames of it in the columns."""
+    columns, max_rows, size = CONTACT_SHEET
     clips = list(Cache(folder).clips.values())
     rows = []
-    for clip in clips[:: -(-len(clips) // most_rows)]:
+    for clip in clips[:: -(-len(clips) // max_rows)]:
         usable = np.flatnonzero(clip.usable)
         if len(usable):
-            moments = usable[np.linspace(0, len(usable) - 1, columns).astype(int)]
+            frames = usable[np.linspace(0, len(usable) - 1, columns).astype(int)]
             row = np.hstack(
-                [cv2.resize(clip.image(frame), (size, size), interpolation=cv2.INTER_AREA) for frame in moments]
+                [cv2.resize(clip.image(frame), (size, size), interpolation=cv2.INTER_AREA) for frame in frames]
             )
             rows.append(cv2.putText(row, clip.name, (4, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 255, 0)))
     path = folder / "contact_sheet.png"
@@ -321,5 +320,5 @@ def write_contact_sheet(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as clusters send it: the same as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clusters send it; handled like Ctrl-C
     run_script(main, tyro.cli(PrepareConfig, description=__doc__))

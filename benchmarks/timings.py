@@ -119,7 +119,7 @@ def preprocess_ratio(workplace: Workplace) -> Measured:
 
     def ours(videos: Path) -> tuple[int, float]:
         begin = time.perf_counter()
-        with patch("datasets_process.FRAMES_A_PROCESS", 1):  # as where there is more to do
+        with patch("datasets_process.MIN_FRAMES_PER_PROCESS", 1):  # as for larger data
             cache = prepare_quietly(PrepareConfig(videos, folder / videos.name, models))
         return sum(map(len, cache.clips.values())), time.perf_counter() - begin
 

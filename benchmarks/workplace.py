@@ -82,7 +82,7 @@ class Workplace:
             begins, size = clip.tensor("face_jpeg_offsets")[:-1], clip.rows("face_jpeg")
             begins = [begins + index * size for index in range(times)]
             tensors["face_jpeg_offsets"] = np.concatenate([*begins, [times * size]])
-            writer.write(clip.name, tensors, clip.about)
+            writer.write(clip.name, tensors, clip.metadata)
         return Cache(folder)
 
     @cached_property

@@ -250,7 +250,9 @@ def interrupt(tmp_path) -> Callable[[list, Callable[[], bool]], tuple[int, str]]
             os.killpg(process.pid, signal.SIGINT)
             process.wait()
             with pytest.raises(ProcessLookupError):
-                os.killpg(process.pid, 0)
+                for _ in range(500):  # multiprocessing's resource tracker ends shortly after its parent
+                    os.killpg(process.pid, 0)
+                    time.sleep(0.01)
         finally:
             process.kill()
             process.wait()

@@ -127,7 +127,7 @@ def test_a_frame_without_a_reference_is_not_drawn(tmp_path, random_tensors):
     CacheWriter(tmp_path, CONTRACT).write("c", random_tensors(8, variants=3), about("c"))
     data = dataset(Cache(tmp_path), ["c"])
     assert {data.draw(step, 0).start for step in range(300)} == {0, 1, 2, 5, 6, 7}
-    with pytest.raises(CacheError, match="4 usable frames"):
+    with pytest.raises(CacheError, match="4 consecutive usable frames"):
         dataset(Cache(tmp_path), ["c"], frames=4)
 
 
@@ -140,7 +140,9 @@ def test_only_the_clips_named_are_drawn(cache):
 def test_no_window_at_all_is_refused_with_the_folder(cache, options):
     with pytest.raises(CacheError) as caught:
         dataset(cache, **options)
-    assert str(cache.folder) in str(caught.value) and f"{options.get('frames', 1)} usable frames" in str(caught.value)
+    assert str(cache.folder) in str(caught.value) and f"{options.get('frames', 1)} consecutive usable frames" in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize(
@@ -315,7 +317,7 @@ def test_windows_whose_mel_is_not_whole_are_not_drawn(tmp_path, random_tensors, 
 
 def test_a_clip_with_too_little_sound_is_refused_with_the_folder(tmp_path, random_tensors):
     cache = heard_cache(tmp_path, random_tensors, 15)
-    with pytest.raises(CacheError, match="16 mel frames of sound") as caught:
+    with pytest.raises(CacheError, match="16 mel frames") as caught:
         dataset(cache, ["c"], frames=5, mel_frames=16)
     assert str(tmp_path) in str(caught.value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import shutil
 import subprocess
@@ -25,7 +26,6 @@ from datasets_process import PrepareConfig
 from datasets_process import main as prepare
 from musetalk.cli import run_script
 from musetalk.contract import CONTRACTS, RIGID, ContractError
-from musetalk.data import workers
 from musetalk.data.audio import audio_features, audio_windows
 from musetalk.data.cache import Cache, CacheError, Clip
 from musetalk.data.dataset import read_windows
@@ -140,7 +140,7 @@ def check_windows(clip: Clip, source: Path, models_dir: Path) -> None:
     for edge in ("zero", "clamp"):
         contract = replace(RIGID, window_edge=edge)
         for frame in np.flatnonzero(clip.usable):
-            heard = audio_windows(features, [clip.about["start"] + frame], contract)
+            heard = audio_windows(features, [clip.metadata["start"] + frame], contract)
             np.testing.assert_array_equal(read_windows(clip, frame, frame + 1, contract), heard)
 
 
@@ -164,7 +164,7 @@ def test_a_last_part_that_is_all_edge_is_refused(small_clips, tmp_path, monkeypa
     assert [len(clip) for clip in Cache(tmp_path / "cache").clips.values()] == [28]
     record = json.loads((tmp_path / "cache" / "rejected" / "sample_00-0001.json").read_text())
     assert record["kind"] == "too short" and record["last"]
-    assert "sample_00.mp4: no face with sound was found more than 2 frames after second 1" in record["reason"]
+    assert "sample_00.mp4: no face with audio more than 2 frames after second 1" in record["reason"]
 
 
 def test_a_long_video_becomes_several_clips(small_clips, mini, tmp_path, monkeypatch):
@@ -182,7 +182,7 @@ def test_a_long_video_becomes_several_clips(small_clips, mini, tmp_path, monkeyp
         "sample_00-0001": 12,
         "sample_00-0002": 6,
     }
-    assert [clip.about["start"] for clip in clips.values()] == [0, 12, 24]
+    assert [clip.metadata["start"] for clip in clips.values()] == [0, 12, 24]
     assert {clip.identity for clip in clips.values()} == {"sample_00"}
 
     # A window reaches two frames back, which are in the clip before, and two ahead, whose features are kept.
@@ -207,14 +207,14 @@ def test_without_videos_of_ones_own_the_sample_is_made(mini, tmp_path, monkeypat
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets_process, "make_sample", fake_sample)
-    with pytest.raises(MediaError, match="no video in it"):
+    with pytest.raises(MediaError, match="contains no videos"):
         prepare(PrepareConfig(models_dir=mini))
     assert made == [Path("data/sample")]
-    assert "making the built-in sample (set hdtf_dir" in capsys.readouterr().out
+    assert "rendering the built-in sample (set hdtf_dir" in capsys.readouterr().out
 
 
 def test_without_its_folder_of_videos_it_says_which_constant_to_set(tmp_path):
-    with pytest.raises(MediaError, match="nowhere: there is no such folder; set hdtf_dir"):
+    with pytest.raises(MediaError, match="nowhere: no such folder; set hdtf_dir"):
         prepare(PrepareConfig(hdtf_dir=tmp_path / "nowhere", hdtf_samples_dir=tmp_path / "cache"))
     assert not list(tmp_path.iterdir())
 
@@ -280,14 +280,14 @@ def test_a_cache_made_under_other_rules_is_refused(small_clips, sample_cache):
 def test_nothing_usable_ends_in_a_sentence(tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "text.mp4").write_text("no video")
-    with pytest.raises(CacheError, match="no video could be used; the reasons are in .*rejected"):
+    with pytest.raises(CacheError, match="no video is usable; the reasons are in .*rejected"):
         prepare(PrepareConfig(hdtf_dir=tmp_path / "videos", hdtf_samples_dir=tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("name", FACE_BACKENDS)
 def test_the_contract_says_whose_landmarks_made_the_boxes(name, mini, monkeypatch):
     monkeypatch.setattr(datasets_process, "load_face_backend", lambda *given: given[0])
-    tools = datasets_process.load_tools(PrepareConfig(models_dir=mini, face_backend=name, device="cpu"))
+    tools = datasets_process.load_models(PrepareConfig(models_dir=mini, face_backend=name, device="cpu"))
     assert tools.backend == name and tools.contract.face_backend == {"mmpose": "dwpose"}.get(name, name)
 
 
@@ -303,7 +303,7 @@ def test_the_contract_says_whose_landmarks_made_the_boxes(name, mini, monkeypatc
 def test_bfloat16_is_only_chosen_where_the_device_computes_in_it(contract, asked, known, made, mini, monkeypatch):
     monkeypatch.setattr(datasets_process, "supports_bf16", lambda device: known)
     config = PrepareConfig(models_dir=mini, contract=contract, encode_dtype=asked, device="cpu")
-    tools = datasets_process.load_tools(config)
+    tools = datasets_process.load_models(config)
     assert tools.contract.encode_dtype == made
     assert tools.vae.autoencoder.dtype is getattr(torch, made)
 
@@ -312,7 +312,7 @@ def test_bfloat16_is_only_chosen_where_the_device_computes_in_it(contract, asked
 
 
 def test_two_processes_give_the_same_bytes_as_one_whatever_is_bad_or_has_one_name(small_clips, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets_process, "FRAMES_A_PROCESS", 1)
+    monkeypatch.setattr(datasets_process, "MIN_FRAMES_PER_PROCESS", 1)
     videos = tmp_path / "videos"
     shutil.copytree(small_clips, videos)
     (videos / "deeper").mkdir()
@@ -332,22 +332,22 @@ def test_two_processes_give_the_same_bytes_as_one_whatever_is_bad_or_has_one_nam
     }
 
 
-def test_a_killed_process_loses_nothing(small_clips, sample_cache, tmp_path, monkeypatch, capsys):
-    launched, launch = [], workers._launch
-
+def test_a_killed_process_loses_nothing(small_clips, sample_cache, tmp_path, monkeypatch):
     class Killing(tqdm):
         def update(self, count=1):
+            before = self.n
             super().update(count)
-            if self.n > 20 and launched:
-                launched.pop().process.kill()
-                launched.clear()
+            if before <= 20 < self.n:
+                multiprocessing.active_children()[0].kill()
 
-    monkeypatch.setattr(datasets_process, "FRAMES_A_PROCESS", 1)
+    monkeypatch.setattr(datasets_process, "MIN_FRAMES_PER_PROCESS", 1)
     monkeypatch.setattr(datasets_process, "tqdm", Killing)
-    monkeypatch.setattr(workers, "_launch", lambda *given: launched.append(launch(*given)) or launched[-1])
-    prepare(PrepareConfig(hdtf_dir=small_clips, hdtf_samples_dir=tmp_path, num_workers=2))
+    config = PrepareConfig(hdtf_dir=small_clips, hdtf_samples_dir=tmp_path, num_workers=2)
+    with pytest.raises(UserError, match="was killed while processing sample_0"):
+        prepare(config)
+    monkeypatch.setattr(datasets_process, "tqdm", tqdm)
+    prepare(config)
     assert contents(tmp_path) == contents(sample_cache.folder)
-    assert capsys.readouterr().out.count("a process was ended by signal 9 (Killed)") == 1
 
 
 TWO_PROCESSES = """
@@ -355,7 +355,7 @@ import sys
 from pathlib import Path
 import datasets_process
 from musetalk.cli import run_script
-datasets_process.FRAMES_A_PROCESS = 1
+datasets_process.MIN_FRAMES_PER_PROCESS = 1
 config = datasets_process.PrepareConfig(*map(Path, sys.argv[1:]), num_workers=2)
 run_script(datasets_process.main, config)
 """
@@ -370,7 +370,7 @@ def test_a_cache_is_verified_and_mended_by_the_same_command(small_clips, sample_
     config = PrepareConfig(hdtf_dir=small_clips, hdtf_samples_dir=folder)
     check = replace(config, verify=True)
     run_script(prepare, check)
-    assert capsys.readouterr().out == f"{folder}: all 3 clips are what was made\n"
+    assert capsys.readouterr().out == f"{folder}: all 3 clips are intact\n"
 
     record, tensors = folder / "clips" / "sample_01.json", folder / "clips" / "sample_01.safetensors"
     content = bytearray(tensors.read_bytes())
@@ -385,7 +385,7 @@ def test_a_cache_is_verified_and_mended_by_the_same_command(small_clips, sample_
         str(tensors),
         str(folder / "clips" / "sample_02.safetensors"),
     ]
-    assert f"{folder}: 2 of 3 clips are not what was made; delete the records named above" in printed.err
+    assert f"{folder}: 2 of 3 clips are corrupted; delete the records named above" in printed.err
 
     record.unlink()
     (folder / "clips" / "sample_02.json").unlink()
@@ -395,7 +395,7 @@ def test_a_cache_is_verified_and_mended_by_the_same_command(small_clips, sample_
 
 
 def test_without_a_cache_there_is_nothing_to_verify(tmp_path):
-    with pytest.raises(CacheError, match="no cache of clips"):
+    with pytest.raises(CacheError, match="is not a cache"):
         prepare(PrepareConfig(hdtf_samples_dir=tmp_path / "none", verify=True))
     assert not list(tmp_path.iterdir())
 
@@ -449,5 +449,5 @@ def test_real_clips(clips, tmp_path):
     assert cache.clips["WDA_AlexandriaOcasioCortez_000"].identity == "WDA_AlexandriaOcasioCortez"
     refused = json.loads((tmp_path / "cache" / "rejected" / "cartoon_no_audio.json").read_text())
     assert refused["kind"] == "no audio" and "has no audio track" in refused["reason"]
-    sizes = [clip.about["bytes"] for clip in cache.clips.values()]
+    sizes = [clip.metadata["bytes"] for clip in cache.clips.values()]
     assert sum(sizes) / sum(len(clip) for clip in cache.clips.values()) < 45_000

@@ -1,4 +1,4 @@
-"""One folder of everything that videos and their names do, through the real script: cached or refused, each by name."""
+"""A folder of unusual and broken videos and names, run through the real script: each is cached or rejected."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from musetalk.data.video import write_video
 from musetalk.errors import printable
 from musetalk.files import read_json
 
-GREY = 90  # of what is nobody
-MIDDLE, HEAD = 188, 90  # pixels: where the nose of the sample is, and the radius of a head that turns
+GREY = 90  # of a frame without a face
+MIDDLE, HEAD = 188, 90  # pixels: column of the sample's nose, radius of a turning head
 YAW = 90 - np.abs(np.linspace(-90, 90, 30))  # degrees: away and back
-HIDDEN = range(6, 12)  # frames in which the larger of two people is not seen
+HIDDEN = range(6, 12)  # frames in which the larger of two people is hidden
 
-# What becomes of the files that can be used: frames, and those that are unusable.
+# Usable files: number of frames, and the unusable ones among them.
 CACHED: dict[str, tuple[int, Sequence[int]]] = {
     "plain": (4, ()),
     "sound cut short": (20, range(10, 20)),
@@ -65,27 +65,26 @@ CACHED: dict[str, tuple[int, Sequence[int]]] = {
     "linked folder__inside": (2, ()),
     "folder.mp4__inside": (2, ()),
 }
-# The kind of the refusal of the others, and what its reason says.
+# Rejected files: kind, and words of the reason.
 REFUSED = {
     "empty": ("unreadable", "cannot be read as video or audio"),
     "text": ("unreadable", "cannot be read as video or audio"),
     "names another file": ("unreadable", "cannot be read as video or audio"),
     "end cut off": ("unreadable", "cannot be read as video or audio"),
-    "link to nothing": ("unreadable", "is no file that can be read"),
-    "link to itself": ("unreadable", "is no file that can be read"),
-    "pipe": ("unreadable", "is no file that can be read"),
+    "link to nothing": ("unreadable", "cannot be read"),
+    "link to itself": ("unreadable", "cannot be read"),
     "sound only": ("no video", "has no video track"),
     "sound with a cover": ("no video", "has no video track"),
     "no sound": ("no audio", "has no audio track"),
     "nobody": ("no face", f"no face of at least {MIN_FACE} pixels was found"),
     "20 pixels": ("no face", f"no face of at least {MIN_FACE} pixels was found"),
-    "picture after 100 s": ("gap in time", "after second 0.1 its picture goes on at 100.1"),
-    "picture after 3 h": ("gap in time", "after second 0.1 its picture goes on at 10800.1"),
-    "sound after 100 s": ("gap in time", "after second 0.0 its sound goes on at 100.0"),
-    "two recordings": ("gap in time", "its sound goes on at 0.0"),
+    "picture after 100 s": ("gap in time", "its video jumps from second 0.1 to 100.1"),
+    "picture after 3 h": ("gap in time", "its video jumps from second 0.1 to 10800.1"),
+    "sound after 100 s": ("gap in time", "its audio jumps from second 0.0 to 100.0"),
+    "two recordings": ("gap in time", "its audio jumps"),
     "people__c.mp4": ("same name", "rename one of them"),
 }
-# Names of files, all of the same two pictures -> names of their clips.
+# File names, all of the same two frames -> clip names.
 NAMES = {
     b"with  space.mp4": "with  space",
     b'it\'s "quoted" `$HOME`.mp4': 'it\'s "quoted" `$HOME`',
@@ -124,7 +123,7 @@ def film(
     keyframe_every: int = 12,
     cover: np.ndarray | None = None,
 ) -> Path:
-    """Write a video as other programs would. times: seconds of each picture; sound: mono at 16 kHz."""
+    """Writes a video with any codec and timing. times: seconds of each frame; sound: mono at 16 kHz."""
     tick = Fraction(1, 90_000) if times else 1 / Fraction(rate)
     with av.open(str(path), "w") as container:
         packets = [] if cover is None else add_cover(container, cover)
@@ -146,7 +145,7 @@ def film(
 
 
 def add_sound(container: av.container.OutputContainer, sound: np.ndarray, codec: str, start: Fraction) -> list:
-    """Packets of a sound track of its own."""
+    """Adds an audio track and returns its packets."""
     track = container.add_stream(codec, rate=AUDIO_SAMPLE_RATE, layout="mono")
     frame = av.AudioFrame.from_ndarray(sound[None].astype(np.float32), format="fltp", layout="mono")
     frame.sample_rate, frame.time_base = AUDIO_SAMPLE_RATE, Fraction(1, AUDIO_SAMPLE_RATE)
@@ -155,7 +154,7 @@ def add_sound(container: av.container.OutputContainer, sound: np.ndarray, codec:
 
 
 def add_cover(container: av.container.OutputContainer, picture: np.ndarray) -> list:
-    """The packet of a cover picture."""
+    """Adds cover art and returns its packet."""
     cover = container.add_stream("mjpeg", rate=25)
     cover.height, cover.width = picture.shape[:2]
     cover.pix_fmt, cover.disposition = "yuvj420p", Disposition.attached_pic
@@ -165,7 +164,7 @@ def add_cover(container: av.container.OutputContainer, picture: np.ndarray) -> l
 
 
 def turned_head(picture: np.ndarray, degrees: float) -> np.ndarray:
-    """The face wrapped around a cylinder that has turned: its nose is at MIDDLE + HEAD * sin(degrees)."""
+    """Wraps the face around a rotated cylinder: the nose is at MIDDLE + HEAD * sin(degrees)."""
     y, x = np.mgrid[: picture.shape[0], : picture.shape[1]].astype(np.float32)
     angle = np.arcsin(np.clip((x - MIDDLE) / HEAD, -1, 1)) - np.radians(degrees)
     turned = cv2.remap(picture, (MIDDLE + HEAD * angle).astype(np.float32), y, cv2.INTER_LINEAR)
@@ -178,7 +177,7 @@ def shrunk(picture: np.ndarray, size: int) -> np.ndarray:
 
 
 def beside(large: np.ndarray, small: np.ndarray, side: str) -> np.ndarray:
-    """Two people in one picture, the small one on a side."""
+    """Two people in one frame, the smaller one on a side."""
     column = np.full((FRAME_SIZE, 240, 3), GREY, np.uint8)
     column[100:320, 10:230] = shrunk(small, 220)
     return np.hstack([column, large] if side == "left" else [large, column])
@@ -186,7 +185,7 @@ def beside(large: np.ndarray, small: np.ndarray, side: str) -> np.ndarray:
 
 @dataclass
 class Film:
-    """What the films are made of."""
+    """Material of the videos."""
 
     folder: Path
     one: list[np.ndarray]
@@ -204,8 +203,7 @@ def make_broken(films: Film) -> None:
     folder, faces = films.folder, films.one
     (folder / "empty.mp4").touch()
     (folder / "text.mp4").write_text("this is no video\n" * 50)
-    (folder / "names another file.mp4").write_text("ffconcat version 1.0\nfile pipe.mp4\n")
-    os.mkfifo(folder / "pipe.mp4")
+    (folder / "names another file.mp4").write_text("ffconcat version 1.0\nfile plain.mp4\n")
     whole = films.write("whole.mp4", faces, options={"preset": "ultrafast"}).read_bytes()
     (folder / "whole.mp4").unlink()
     assert whole.index(b"moov") > whole.index(b"mdat")
@@ -294,19 +292,19 @@ def make_names(films: Film, outside: Path) -> None:
 
 
 def state(folder: Path) -> dict[str, tuple]:
-    """Everything below a folder that a program could change."""
+    """Mode, size, time and content of everything below a folder."""
     found = {}
     for here, folders, files in os.walk(folder):
         for path in (Path(here, name) for name in folders + files):
-            about = path.lstat()
+            status = path.lstat()
             content = path.read_bytes() if path.is_file() else os.readlink(path) if path.is_symlink() else None
-            found[str(path.relative_to(folder))] = (about.st_mode, about.st_size, about.st_mtime_ns, content)
+            found[str(path.relative_to(folder))] = (status.st_mode, status.st_size, status.st_mtime_ns, content)
     return found
 
 
 @dataclass
 class Prepared:
-    """What the script was given, and what it made of it."""
+    """Input and output of the script."""
 
     root: Path
     before: dict[str, tuple]
@@ -333,22 +331,22 @@ def prepared(tmp_path_factory) -> Prepared:
 
 
 def box_middles(clip: Clip) -> np.ndarray:
-    """Columns of the middles of the boxes of usable frames."""
+    """Centre columns of the boxes of usable frames."""
     return clip.tensor("boxes")[clip.usable, 0][:, [0, 2]].mean(axis=1)
 
 
-def test_every_file_is_either_cached_or_refused_by_name(prepared):
+def test_every_file_is_either_cached_or_rejected(prepared):
     long = {name for name in prepared.clips if name.endswith("y" * 90)}
     assert len(long) == 1
     others = {"middle cut off", "turns away"} | long
     assert prepared.clips.keys() == CACHED.keys() | set(NAMES.values()) | others
     assert prepared.refused.keys() == REFUSED.keys()
-    for record in [*prepared.refused.values(), *(clip.about for clip in prepared.clips.values())]:
+    for record in [*prepared.refused.values(), *(clip.metadata for clip in prepared.clips.values())]:
         assert os.path.lexists(prepared.root / "videos" / record["source"]) and record["last"]
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_used_is_refused_in_one_line_that_says_why(prepared, name):
+def test_a_rejected_file_has_a_reason_of_one_line(prepared, name):
     record = prepared.refused[name]
     kind, words = REFUSED[name]
     assert record["kind"] == kind and words in record["reason"]
@@ -357,41 +355,42 @@ def test_what_cannot_be_used_is_refused_in_one_line_that_says_why(prepared, name
 
 
 @pytest.mark.parametrize("name", CACHED)
-def test_what_can_be_used_is_cached_without_its_unusable_frames(prepared, name):
+def test_a_usable_file_is_cached_and_its_unusable_frames_are_marked(prepared, name):
     clip = prepared.clips[name]
     frames, unusable = CACHED[name]
     assert len(clip) == frames and list(np.flatnonzero(~clip.usable)) == list(unusable)
 
 
-def test_any_name_of_a_file_becomes_one_that_any_file_system_takes(prepared):
+def test_any_file_name_gives_a_valid_clip_name(prepared):
     for source, name in NAMES.items():
         clip = prepared.clips[name]
-        assert len(clip) == 2 and clip.usable.all() and os.fsencode(clip.about["source"]) == source
+        assert len(clip) == 2 and clip.usable.all() and os.fsencode(clip.metadata["source"]) == source
     cache = prepared.root / "cache"
     for path in cache.rglob("*"):
         assert path.parent in (cache, cache / "clips", cache / "rejected")
         assert printable(path.name) == path.name and len(path.name.encode()) <= 255
 
 
-def test_the_table_counts_what_became_of_the_files_by_reason(prepared):
+def test_the_summary_counts_files_by_reason(prepared):
     table = prepared.printed.split("count\n")[1].split("\n\n")[0]
     rows = dict(re.findall(r"^(.*?) +(\d+)$", table.split("refused for the reasons")[0], re.MULTILINE))
     kinds = Counter(f"refused: {record['kind']}" for record in prepared.refused.values())
     assert {name: int(count) for name, count in rows.items() if count} == kinds | {"cached": len(prepared.clips)}
-    usable, frames = (sum(clip.about[key] for clip in prepared.clips.values()) for key in ("usable_frames", "frames"))
+    records = [clip.metadata for clip in prepared.clips.values()]
+    usable, frames = (sum(record[key] for record in records) for key in ("usable_frames", "frames"))
     assert f"{usable} of {frames} frames usable" in prepared.printed
 
 
-def test_the_files_are_as_they_were_and_nothing_is_written_beside_the_cache(prepared):
+def test_the_sources_are_unchanged_and_nothing_is_written_outside_the_cache(prepared):
     after = state(prepared.root)
     assert {path: after[path] for path in after if path.split(os.sep)[0] != "cache"} == prepared.before
 
 
-def test_what_was_made_can_be_verified(prepared):
+def test_the_cache_can_be_verified(prepared):
     assert list(verify(prepared.root / "cache")) == [None] * len(prepared.clips)
 
 
-def test_a_second_run_makes_nothing_again(prepared):
+def test_a_second_run_changes_nothing(prepared):
     made = state(prepared.root / "cache")
     with redirect_stdout(io.StringIO()) as printed:
         prepare(PrepareConfig(hdtf_dir=prepared.root / "videos", hdtf_samples_dir=prepared.root / "cache"))
@@ -403,7 +402,7 @@ def test_a_second_run_makes_nothing_again(prepared):
         assert again[path] == made[path] or not path.startswith("clips")
 
 
-def test_of_a_file_that_was_cut_off_what_is_left_is_kept(prepared):
+def test_a_truncated_file_is_cached_as_far_as_it_goes(prepared):
     clip = prepared.clips["middle cut off"]
     assert 10 <= len(clip) < len(YAW) and clip.usable[:8].all()
 

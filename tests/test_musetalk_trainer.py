@@ -464,7 +464,7 @@ def test_command_line():
         ({"loss_weights": {"pixel_l1": 0.0}}, TrainError, "weight over 0"),
         ({"pixel_every": 2, "loss_weights": {"pixel_l1": 1.0}}, TrainError, "pixel_every must be 1 .* latent_l1"),
         ({"optimizer": "adamax"}, TrainError, "weight_decay must be 0 with adamax"),
-        ({"hdtf_samples_dir": Path("nowhere")}, CacheError, "nowhere is no cache.*datasets_process.py"),
+        ({"hdtf_samples_dir": Path("nowhere")}, CacheError, "nowhere is not a cache.*datasets_process.py"),
         ({"models_dir": Path("nowhere")}, WeightsError, "nowhere/sd-vae-ft-mse/.* is missing; get it from"),
     ],
 )

@@ -60,10 +60,12 @@ def test_audio_as_long_as_its_video_has_mel_for_every_window(frames, window):
 
 def test_the_clips_drawn_are_those_with_room(cache):
     data = dataset(cache, CLIPS, gaps=(15, 3))
-    assert data.names == ["a", "b", "quiet"] and data.heard == {"a": 56, "b": 36, "quiet": 21}
+    assert data.names == ["a", "b", "quiet"] and data.mel_starts == {"a": 56, "b": 36, "quiet": 21}
     assert dataset(cache, CLIPS, gaps=(15, 2)).names == list(CLIPS)  # 5 windows: the middle one has mel 2 frames away
     for clips, gaps in ((["short"], (15, 3)), ([], (3, 3)), (["quiet"], (11, 11))):
-        with pytest.raises(CacheError, match=rf"no clip has 5 usable frames in a row and mel {gaps[1]} frames away"):
+        with pytest.raises(
+            CacheError, match=rf"no clip has 5 consecutive usable frames and mel at least {gaps[1]} frames away"
+        ):
             dataset(cache, clips, gaps=gaps)
 
 
@@ -91,9 +93,9 @@ def test_other_mel_is_of_another_clip_or_far_enough_away_and_whole(cache, step, 
     data = dataset(cache)
     sample = data.draw(step, slot)
     assert sample.start in window_starts(cache.clips[sample.clip], 5)
-    assert 0 <= sample.other_start < data.heard[sample.other_clip]
+    assert 0 <= sample.other_start < data.mel_starts[sample.other_clip]
     if sample.other_clip == sample.clip:
-        room = (data.heard[sample.clip] - 1) // 2
+        room = (data.mel_starts[sample.clip] - 1) // 2
         assert abs(sample.other_start - sample.start) >= min(room, data.gap(step)) >= 3
 
 

@@ -466,7 +466,7 @@ def test_an_unfit_constant_is_refused_by_name_before_anything_is_done(name, tmp_
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"hdtf_samples_dir": Path("nowhere")}, CacheError, "nowhere is no cache.*datasets_process.py"),
+        ({"hdtf_samples_dir": Path("nowhere")}, CacheError, "nowhere is not a cache.*datasets_process.py"),
         ({"start_from": "nowhere"}, WeightsError, "nowhere is no sync expert"),
         ({"weight_decay": 1e-2}, TrainError, "weight_decay must be 0 with adam,"),
         ({"batch_size": 1}, TrainError, "batch_size must be 2 or more for wav2lip_narrow"),

@@ -58,7 +58,7 @@ WRITES = {"open", "os.mkdir", "os.rename", "os.remove"}  # what Python calls the
 # Functions in which a script can be killed -> what the report calls them.
 STAGES = {
     "datasets_process.py": {
-        "load_tools": "load",
+        "load_models": "load",
         "render_frames": "sample",
         "write_video": "sample",
         "read_audio": "hear",

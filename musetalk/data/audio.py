@@ -1,4 +1,4 @@
-"""Audio -> features -> one window per video frame; and the mel spectrogram of the sync expert."""
+"""Audio -> features -> one window per video frame, and the mel spectrogram of the sync expert."""
 
 from __future__ import annotations
 
@@ -22,57 +22,57 @@ from musetalk.contract import (
 )
 from musetalk.models.audio_encoder import AudioEncoder
 
-SEGMENT_SAMPLES = whisper.audio.N_SAMPLES  # 30 s, what Whisper hears at once
+SEGMENT_SAMPLES = whisper.audio.N_SAMPLES  # 30 s, the input length of Whisper
 SEGMENT_MEL_FRAMES = whisper.audio.N_FRAMES  # 3000
-SYNC_MEL_BLOCK = 60 * SYNC_MEL_RATE  # frames made at once, so that long audio needs little memory
+SYNC_MEL_BLOCK = 60 * SYNC_MEL_RATE  # mel frames computed at a time, to bound memory
 
 
 def audio_features(audio: np.ndarray, encoder: AudioEncoder, contract: FeatureContract) -> np.ndarray:
-    """Hidden states of Whisper's encoder, 50 a second.
+    """Computes the hidden states of Whisper's encoder, 50 per second.
 
-    audio: float32 (N,) in [-1, 1] at 16 kHz, of any length. Returns float16 (F, S, D), F = N / 320 rounded down,
-    at least 1. Encoded in segments of 30 s without overlap, as MuseTalk does.
+    audio: float32 (N,) in [-1, 1] at 16 kHz, of any length. Returns float16 (F, S, D), F = max(1, N // 320).
+    Encoded in segments of 30 s without overlap, as MuseTalk does.
     """
     count = max(1, len(audio) // SAMPLES_PER_FEATURE)
     features = np.empty((count, *encoder.shape), np.float16)
     for index, mel in enumerate(_segment_mels(audio, encoder.mel_bins, contract)):
         states = encoder(mel, contract.final_layer_norm)  # (1500, S, D)
-        here = features[index * len(states) : (index + 1) * len(states)]
-        here[:] = states[: len(here)].half().cpu().numpy()
+        segment = features[index * len(states) : (index + 1) * len(states)]
+        segment[:] = states[: len(segment)].half().cpu().numpy()
     return features
 
 
 def _segment_mels(audio: np.ndarray, mel_bins: int, contract: FeatureContract) -> Iterator[torch.Tensor]:
-    """Whisper's log-mel of each 30 s, (mel_bins, 3000)."""
+    """Yields Whisper's log-mel spectrogram of each 30 s segment, (mel_bins, 3000)."""
     samples = torch.from_numpy(audio).float()
-    silence = -len(samples) % SEGMENT_SAMPLES if contract.tail == "silence" else 0
+    padding = -len(samples) % SEGMENT_SAMPLES if contract.tail == "silence" else 0
     if contract.mel_scope == "file":
-        mels = _log_mel(torch.nn.functional.pad(samples, (0, silence)), mel_bins).split(SEGMENT_MEL_FRAMES, dim=1)
+        mels = _log_mel(torch.nn.functional.pad(samples, (0, padding)), mel_bins).split(SEGMENT_MEL_FRAMES, dim=1)
     else:
         *full, last = samples.split(SEGMENT_SAMPLES)
-        mels = (_log_mel(piece, mel_bins) for piece in (*full, torch.nn.functional.pad(last, (0, silence))))
+        mels = (_log_mel(segment, mel_bins) for segment in (*full, torch.nn.functional.pad(last, (0, padding))))
     return (whisper.audio.pad_or_trim(mel, SEGMENT_MEL_FRAMES) for mel in mels)
 
 
 def _log_mel(samples: torch.Tensor, mel_bins: int) -> torch.Tensor:
-    """Whisper's log-mel; of less than one of its windows, as if silence followed."""
-    short = max(0, whisper.audio.N_FFT - len(samples))
-    return whisper.audio.log_mel_spectrogram(torch.nn.functional.pad(samples, (0, short)), mel_bins)
+    """Computes Whisper's log-mel spectrogram; audio shorter than one FFT window is padded with silence."""
+    padding = max(0, whisper.audio.N_FFT - len(samples))
+    return whisper.audio.log_mel_spectrogram(torch.nn.functional.pad(samples, (0, padding)), mel_bins)
 
 
 def window_start(frames: int | np.ndarray) -> int | np.ndarray:
-    """The first feature that the window of a frame holds, before the clip where negative."""
+    """Index of the first feature in the window of a frame; negative before the start of the clip."""
     return FEATURES_PER_FRAME * (frames - CONTEXT_FRAMES)
 
 
 def audio_windows(
     features: np.ndarray, frames: Sequence[int], contract: FeatureContract, first: int = 0, count: int | None = None
 ) -> np.ndarray:
-    """What the UNet hears at each of T frames: features [2f - 4, 2f + 6), time-major.
+    """Returns the audio window of each of T frames: features [2f - 4, 2f + 6), time-major.
 
-    features: (F, S, D), or of a clip with `count` of them those from `first` on that the windows hold. Returns
-    (T, W, D) of the same dtype, W = 10 S. Beyond the clip there are zeros (window_edge "zero") or the nearest
-    feature again ("clamp").
+    features: (F, S, D). Where only a part of a clip is passed, `first` is the index of its first feature and `count`
+    the number of features in the clip. Returns (T, W, D) of the same dtype, W = 10 S. Positions beyond the clip are
+    zero (window_edge "zero") or repeat the nearest feature ("clamp").
     """
     count = len(features) if count is None else count
     index = window_start(np.asarray(frames))[:, None] + np.arange(WINDOW_STEPS)  # (T, 10)
@@ -84,12 +84,12 @@ def audio_windows(
 
 
 def mel_start(frame: int | np.ndarray) -> int | np.ndarray:
-    """The first frame of the sync expert's mel at a video frame, 3.2 of which make one. Source: Wav2Lip."""
+    """Index of the sync expert's first mel frame at a video frame (3.2 mel frames per video frame). Source: Wav2Lip."""
     return SYNC_MEL_RATE * frame // VIDEO_FPS
 
 
 def sync_mel(audio: np.ndarray) -> np.ndarray:
-    """The sync expert's log-mel, 80 frames a second, float16 (M, 80) in [-4, 4], M = 1 + N / 200 rounded down.
+    """Computes the sync expert's log-mel, 80 frames per second: float16 (M, 80) in [-4, 4], M = 1 + N // 200.
 
     audio: float32 (N,) at 16 kHz. Source: Wav2Lip, hparams.py and audio.py (numbers only).
     """
@@ -98,9 +98,9 @@ def sync_mel(audio: np.ndarray) -> np.ndarray:
     bank = librosa.filters.mel(sr=AUDIO_SAMPLE_RATE, n_fft=window, n_mels=SYNC_MEL_BINS, fmin=55, fmax=7600)
     mel = np.empty((1 + len(audio) // hop, SYNC_MEL_BINS), np.float16)
     for first in range(0, len(mel), SYNC_MEL_BLOCK):
-        here = mel[first : first + SYNC_MEL_BLOCK]
-        samples = emphasised[first * hop : (first + len(here) - 1) * hop + window]
+        block = mel[first : first + SYNC_MEL_BLOCK]
+        samples = emphasised[first * hop : (first + len(block) - 1) * hop + window]
         spectrum = np.abs(librosa.stft(samples, n_fft=window, hop_length=hop, center=False))
         decibels = 20 * np.log10(np.maximum(1e-5, bank @ spectrum)) - 20
-        here[:] = np.clip(8 * (decibels + 100) / 100 - 4, -4, 4).T
+        block[:] = np.clip(8 * (decibels + 100) / 100 - 4, -4, 4).T
     return mel

@@ -1,7 +1,7 @@
-"""Cache -> training samples: each a pure function of (seed, step, slot), so that a resumed run draws the same ones.
+"""Cache -> training samples. Each is a pure function of (seed, step, slot), so a resumed run draws the same samples.
 
 A sample is a window of T consecutive frames of one clip in one margin variant, and for each of them a reference
-frame from elsewhere in the clip in a variant of its own.
+frame from the same clip in a randomly drawn variant.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from musetalk.data.cache import Cache, CacheError, Clip
 from musetalk.data.crop import EYE_CORNERS, INNER_LIPS, JAW, mouth_box, skull_size
 
 References = Literal["random", "pose_and_mouth"]
-QUANTILE = 0.51  # share of the frames whose pose is near, and of those whose mouth is far; two such shares always meet
+QUANTILE = (
+    0.51  # share of frames that count as near in pose, and as far in mouth shape; above 0.5 so that the two overlap
+)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What to read: frames [start, start + T) of a clip in a margin variant; T reference frames, each in its own."""
+    """Frames [start, start + T) of a clip in one margin variant, and T reference frames with a variant each."""
 
     clip: str
     start: int
@@ -36,7 +38,7 @@ class Sample:
 
 
 class FaceDataset(Dataset):
-    """All samples of a run, item step * slots + slot being the one of that slot of the global batch."""
+    """All samples of a run; item step * slots + slot is the sample of that slot of the global batch."""
 
     def __init__(
         self,
@@ -52,15 +54,16 @@ class FaceDataset(Dataset):
         mel_frames: int = 0,
         sync_offset: int = 0,
     ) -> None:
-        """slots: samples in one optimizer step, over accumulation and processes. frames: T.
+        """slots: samples per optimizer step, over gradient accumulation and ranks. frames: T.
 
-        references: any frame at least min_reference_gap away (nearer ones show the same mouth, and copying it would
-        be a short cut), or one that `pose_matched_candidates` finds among them.
-        mel_frames: of the window's time, for a sync expert; 0 is none. sync_offset: frames that this mel is later than
-        the window. It is measured with the expert, and whether it is due to the expert (Wav2Lip's published one is a
-        frame off) or to the data, moving what the UNet hears too would gain nothing and disturb published weights.
-        The contract's model fields shape the audio windows; its margins say which variants are drawn.
-        Raises ContractError for a cache made under other rules, CacheError where no clip has such a window.
+        references: "random" draws any frame at least min_reference_gap away, since nearer ones show the same mouth,
+        which the network could copy; "pose_and_mouth" restricts these to `pose_matched_candidates`.
+        mel_frames: length of the window's mel for a sync expert; 0: none. sync_offset: frames by which this mel lags
+        the window, as measured with the expert. Only the mel is shifted: whether the offset stems from the expert
+        (Wav2Lip's is one frame off) or from the data, shifting the UNet's audio too would not help and would disturb
+        published weights.
+        The contract's model fields shape the audio windows; its margins select the variants.
+        Raises ContractError if the cache was made under another contract, CacheError if no clip has such a window.
         """
         assert references in get_args(References), references
         cache.contract.require(contract, CACHE_FIELDS, str(cache.folder))
@@ -68,23 +71,23 @@ class FaceDataset(Dataset):
         self.references, self.min_reference_gap = references, min_reference_gap
         self.mel_frames, self.sync_offset = mel_frames, sync_offset
         self.variants = [cache.contract.margins.index(margin) for margin in contract.margins]
-        self.starts = {}  # clip -> first frames of windows that can be drawn
+        self.starts = {}  # clip -> first frames of valid windows
         for name in clips:
             starts = self._window_starts(cache.clips[name])
             if len(starts):
                 self.starts[name] = starts
         if not self.starts:
-            sound = f" with {mel_frames} mel frames of sound {sync_offset} frames later" if mel_frames else ""
+            mel = f" with {mel_frames} mel frames at an offset of {sync_offset} frames" if mel_frames else ""
             raise CacheError(
-                f"{cache.folder}: no clip has {frames} usable frames in a row{sound} and another {min_reference_gap} "
-                "frames away; prepare longer videos"
+                f"{cache.folder}: no clip has {frames} consecutive usable frames{mel} and a reference frame "
+                f"{min_reference_gap} frames away; prepare longer videos"
             )
         self.names = list(self.starts)
         self.ends = np.cumsum([len(starts) for starts in self.starts.values()])
         self._shapes: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # clip -> `face_shapes`, 200 bytes a frame
 
     def _window_starts(self, clip: Clip) -> np.ndarray:
-        """First frames of the windows of usable frames with their mel, each frame with a reference far enough away."""
+        """Returns the first frames of windows of usable frames with a reference frame each and mel in range."""
         usable = np.flatnonzero(clip.usable)
         if len(clip) < self.frames or not len(usable):
             return np.zeros(0, int)
@@ -98,7 +101,7 @@ class FaceDataset(Dataset):
         return starts[(mel >= 0) & (mel + self.mel_frames <= clip.rows("mel"))]
 
     def draw(self, step: int, slot: int) -> Sample:
-        """The sample of a slot at a step: every window of every clip is equally likely."""
+        """Draws the sample of a slot at a step, uniformly over all windows of all clips."""
         rng = np.random.default_rng([self.seed, step, slot])
         pick = int(rng.integers(self.ends[-1]))
         which = int(np.searchsorted(self.ends, pick, side="right"))
@@ -111,7 +114,7 @@ class FaceDataset(Dataset):
         return Sample(name, start, references, variant, tuple(others))
 
     def _candidates(self, name: str, frame: int) -> np.ndarray:
-        """The frames of a clip that may be the reference of one of them."""
+        """Returns the frames of a clip that may serve as reference of a frame."""
         clip = self.cache.clips[name]
         usable = np.flatnonzero(clip.usable)
         far = usable[np.abs(usable - frame) >= self.min_reference_gap]
@@ -122,26 +125,26 @@ class FaceDataset(Dataset):
         return pose_matched_candidates(*self._shapes[name], frame, far)
 
     def __len__(self) -> int:
-        return 2**62  # steps never run out
+        return 2**62  # unlimited steps
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
         return self.read(self.draw(*divmod(index, self.slots)))
 
     def read(self, sample: Sample) -> dict[str, torch.Tensor | str]:
         """masked_latents, reference_latents, target_latents float16 (T, 4, 32, 32) · audio_window float16 (T, W, D)
-        · target_image uint8 (T, 256, 256, 3) BGR · mouth_box float32 (T, 4), of the target in its pixels
-        · mel float16 (mel_frames, 80) where there are any · where: a name for messages."""
+        · target_image uint8 (T, 256, 256, 3) BGR · mouth_box float32 (T, 4) in pixels of the target
+        · mel float16 (mel_frames, 80) if mel_frames > 0 · where: position for messages."""
         clip = self.cache.clips[sample.clip]
         start, stop, variant = sample.start, sample.start + self.frames, sample.variant
         references = zip(sample.references, sample.reference_variants, strict=True)
-        places = zip(clip.tensor("landmarks", start, stop), clip.tensor("boxes", start, stop)[:, variant], strict=True)
+        regions = zip(clip.tensor("landmarks", start, stop), clip.tensor("boxes", start, stop)[:, variant], strict=True)
         arrays = {
             "masked_latents": clip.tensor("masked_latents", start, stop)[:, variant],
             "reference_latents": np.stack([clip.tensor("latents", frame, frame + 1)[0, v] for frame, v in references]),
             "target_latents": clip.tensor("latents", start, stop)[:, variant],
             "audio_window": read_windows(clip, start, stop, self.contract),
             "target_image": np.stack([clip.image(frame, variant) for frame in range(start, stop)]),
-            "mouth_box": np.stack([mouth_box(landmarks, box) for landmarks, box in places]),
+            "mouth_box": np.stack([mouth_box(landmarks, box) for landmarks, box in regions]),
         }
         if self.mel_frames:
             first = mel_start(start + self.sync_offset)
@@ -151,11 +154,11 @@ class FaceDataset(Dataset):
 
 
 def face_shapes(landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Jaw and mouth of each frame as x + iy in skull sizes: complex64 (T, 17) and (T, 8).
+    """Returns jaw and mouth shape of each frame as x + iy in skull sizes: complex64 (T, 17) and (T, 8).
 
-    The jaw is seen from the middle between the eyes: it moves with the pose of the head, and only a little with
-    speech. The mouth, its inner lips, is seen from their own middle with the head upright: it moves with speech, and
-    only a little with the pose. landmarks: (T, 68, 2), zero where there is no face.
+    The jaw is relative to the midpoint of the eyes, so it changes with head pose and only a little with speech. The
+    inner lips are relative to their own centre and rotated upright, so they change with speech and only a little with
+    pose. landmarks: (T, 68, 2), zero where there is no face.
     """
     points = landmarks[..., 0] + 1j * landmarks[..., 1]
     left, right = points[:, EYE_CORNERS[:1]], points[:, EYE_CORNERS[1:]]
@@ -168,21 +171,21 @@ def face_shapes(landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pose_matched_candidates(jaw: np.ndarray, mouth: np.ndarray, frame: int, candidates: np.ndarray) -> np.ndarray:
-    """Those of some frames of a clip that show the pose of a frame, but another mouth; at least one.
+    """Returns those candidates whose pose is near that of a frame and whose mouth shape differs; at least one.
 
-    Nearer than most by the jaw and farther than most by the mouth (MuseTalk v1.5's choice; its distances are between
-    landmarks in the face's box). Both shares are rounded up to more than half, so that they always have one in common.
-    jaw, mouth: as `face_shapes` gives them. candidates: int (N,), N at least 1.
+    The intersection of the nearer half by jaw and the farther half by mouth, as in MuseTalk v1.5 (which measures
+    landmarks within the face box). Both halves are rounded up to more than half, so the intersection is not empty.
+    jaw, mouth: see `face_shapes`. candidates: int (N,), N >= 1.
     """
     count = math.ceil(QUANTILE * len(candidates))
-    turned = np.linalg.norm(jaw[candidates] - jaw[frame], axis=1)
-    spoken = np.linalg.norm(mouth[candidates] - mouth[frame], axis=1)
-    near, far = np.argsort(turned, kind="stable")[:count], np.argsort(-spoken, kind="stable")[:count]
+    jaw_distance = np.linalg.norm(jaw[candidates] - jaw[frame], axis=1)
+    mouth_distance = np.linalg.norm(mouth[candidates] - mouth[frame], axis=1)
+    near, far = np.argsort(jaw_distance, kind="stable")[:count], np.argsort(-mouth_distance, kind="stable")[:count]
     return candidates[np.intersect1d(near, far)]
 
 
 def read_windows(clip: Clip, start: int, stop: int, contract: FeatureContract) -> np.ndarray:
-    """Audio windows float16 (stop - start, W, D) of frames of a clip, reading no more features than they hold."""
+    """Reads the audio windows of frames [start, stop) of a clip, float16 (stop - start, W, D)."""
     count = clip.rows("audio_features")
     first = int(np.clip(window_start(start), 0, count - 1))
     last = int(np.clip(window_start(stop - 1) + WINDOW_STEPS, first + 1, count))
@@ -191,10 +194,10 @@ def read_windows(clip: Clip, start: int, stop: int, contract: FeatureContract) -
 
 
 def split_clips(cache: Cache, held_out: float, seed: int) -> tuple[list[str], list[str], str]:
-    """Clips to train on, clips held out, and a sentence for the log.
+    """Splits clips by identity. Returns training clips, held-out clips, and a sentence for the log.
 
-    held_out: share of the identities (at least one) that training never sees. With a single identity whole clips
-    are held out; with a single clip none can be.
+    held_out: share of identities (at least one) to hold out. With a single identity whole clips are held out; with a
+    single clip nothing is.
     """
     identities = {name: clip.identity for name, clip in cache.clips.items()}
     groups = sorted(set(identities.values()))
@@ -202,7 +205,7 @@ def split_clips(cache: Cache, held_out: float, seed: int) -> tuple[list[str], li
     if len(groups) == 1:
         by, groups, identities = "clips", sorted(identities), {name: name for name in identities}
     if len(groups) == 1:
-        return sorted(cache.clips), [], "a single clip: nothing is held out, samples show what was trained on"
+        return sorted(cache.clips), [], "a single clip: nothing is held out, samples show training data"
     count = min(max(1, round(held_out * len(groups))), len(groups) - 1)
     chosen = set(np.random.default_rng(seed).permutation(groups)[:count])
     train = sorted(name for name, group in identities.items() if group not in chosen)

@@ -1,4 +1,4 @@
-"""Batches of a dataset for one of several processes."""
+"""Data loading for one rank of a distributed run."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from musetalk.cli import STOP_SIGNALS
 
 @dataclass(frozen=True)
 class SlotSampler:
-    """The items of a dataset that one of several processes reads, batch by batch: its slots of each part of each step.
+    """Yields the dataset indices of one rank, batch by batch: its slots of every micro step of every step.
 
-    A part of a step is one batch of every process, so the parts hold the same slots on any number of processes whose
-    batches are together as large.
+    A micro step is one batch on every rank, so it covers the same slots for any world size as long as the global batch
+    size stays the same.
     """
 
-    slots: int  # samples in one optimizer step, over parts and processes
+    slots: int  # samples per optimizer step, over micro steps and ranks
     steps: range
-    batch_size: int  # of one process
+    batch_size: int  # of one rank
     rank: int = 0
     world_size: int = 1
 
     def __iter__(self) -> Iterator[int]:
         for step in self.steps:
-            for begin in range(self.rank * self.batch_size, self.slots, self.world_size * self.batch_size):
-                yield from range(step * self.slots + begin, step * self.slots + begin + self.batch_size)
+            for first_slot in range(self.rank * self.batch_size, self.slots, self.world_size * self.batch_size):
+                yield from range(step * self.slots + first_slot, step * self.slots + first_slot + self.batch_size)
 
 
 def loader(
@@ -42,7 +42,7 @@ def loader(
     world_size: int = 1,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Batches of some steps for one of several processes, in the order of their slots. dataset: has `slots`."""
+    """Returns a loader of the batches of one rank for a range of steps, in slot order. dataset: has `slots`."""
     return DataLoader(
         dataset,
         batch_size,
@@ -55,6 +55,6 @@ def loader(
 
 
 def ignore_stop_requests(_: int) -> None:
-    """A worker goes on through what is sent to the whole group of processes: the step at hand needs it."""
+    """Lets loader workers ignore signals sent to the process group: the current step still needs their batches."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

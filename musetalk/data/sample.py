@@ -1,11 +1,11 @@
-"""The built-in sample: eight short clips of one portrait that babbles, made with nothing downloaded.
+"""The built-in sample: eight short clips of an animated, babbling portrait, rendered without downloads.
 
 `make_sample(folder)` writes `sample_00.mp4` ... `sample_07.mp4` (10.4 s, 25 fps, H.264 + AAC) and
 `identities.json`. The portrait is the NASA photograph of Eileen Collins that scikit-image carries (public
-domain). One score of phones drives both sides of a clip: a formant synthesiser speaks it, and a smoothed copy
-of it opens, spreads and rounds the mouth. So the sound tells where the lips are, as it does in a real video.
+domain). A random sequence of phones drives both audio and video: a formant synthesiser speaks it, and a smoothed
+copy opens, spreads and rounds the mouth. So the audio predicts the lips, as in a real video.
 
-Coordinates x, y and lengths are pixels of the 512x512 portrait; frames show a part of it `ZOOM` times larger.
+Coordinates x, y and lengths are pixels of the 512x512 portrait; frames show a region of it magnified by `ZOOM`.
 Shape legend: T video frames, N audio samples.
 """
 
@@ -27,15 +27,15 @@ from musetalk.contract import AUDIO_SAMPLE_RATE, VIDEO_FPS
 from musetalk.data.video import write_video
 from musetalk.files import atomic_write_bytes, folder_lock
 
-# One seed per clip, found by search: mouths that open wide, and tracks no two of which correlate by 0.1.
+# One seed per clip, found by search: mouths open wide, and no two tracks correlate by 0.1 or more.
 SEEDS = (93, 94, 278, 732, 1533, 1890, 3203, 3826)
 NUM_FRAMES = 260  # 10.4 s
 FRAME_SIZE = 384  # px, frames are square
 ZOOM = 1.75  # frame px per portrait px: a face of about 160 px
 VIEW_CENTRE = (224.0, 116.0)  # x, y of the portrait in the middle of the frame
 
-# The mouth of the portrait, measured by hand. It smiles: both inner lip edges are parabolas hung between the
-# corners, on a line that tilts a little.
+# The smiling mouth of the portrait, measured by hand: both inner lip edges are parabolas between the corners, below
+# a slightly tilted line.
 MOUTH_X, MOUTH_HALF_WIDTH = 224.2, 21.5
 CORNER_Y, CORNER_SLOPE = 140.1, 0.015
 UPPER_SAG, LOWER_SAG = 2.7, 10.8  # depth of the inner edges under the corner line
@@ -47,17 +47,17 @@ CAVITY, TONGUE = (20, 16, 38), (66, 62, 138)  # BGR
 TEETH_TINT, LIP_TINT = (0.82, 0.88, 0.91), (0.66, 0.64, 0.88)
 
 TICKS = 1000  # controls per second
-VOICE_BLUR, MOUTH_BLUR = 0.012, 0.04  # s, how fast the sound and the jaw follow the score (Gaussian sigma)
+VOICE_BLUR, MOUTH_BLUR = 0.012, 0.04  # s, Gaussian sigma of the voice and of the jaw
 
 
 @dataclass(frozen=True)
 class Phone:
-    """One sound and the mouth that makes it."""
+    """A speech sound and its mouth shape."""
 
     formants: tuple[int, ...]  # Hz
     gain: float  # loudness, 1 is the loudest vowel
     opening: float  # 0 lips together .. 1 wide open
-    width: float  # of the mouth, 1 is the smile of the portrait
+    width: float  # of the mouth; 1: the smile of the portrait
     noise: bool = False  # hiss instead of voice
 
 
@@ -83,7 +83,7 @@ REST_WIDTH = 0.84
 
 @dataclass(frozen=True)
 class Script:
-    """What is said in a clip and how the mouth moves. Frame k shows the mouth at (k + 0.5) / 25 s."""
+    """Audio and mouth movement of a clip. Frame k shows the mouth at (k + 0.5) / 25 s."""
 
     audio: np.ndarray  # float32 (N,), in [-1, 1], 16 kHz
     opening: np.ndarray  # float32 (T,), 0 lips together .. 1 widest
@@ -92,12 +92,12 @@ class Script:
 
 
 def clip_script(index: int) -> Script:
-    """The script of clip `index`: the same arrays at every call."""
+    """Generates the script of clip `index`, deterministically."""
     rng = np.random.default_rng(SEEDS[index])
     score = _score(rng, tempo=rng.uniform(0.85, 1.15))
     audio = _speak(score, pitch=rng.uniform(95, 230), rng=rng)
 
-    # The mouth is the score as a slow articulator follows it, read in the middle of each frame
+    # The mouth follows the score slowly, sampled at the middle of each frame
     slow = ndimage.gaussian_filter1d(score, MOUTH_BLUR * TICKS, axis=1)
     loudness = slow.sum(0)
     opening = np.array([phone.opening for phone in PHONES.values()]) @ slow
@@ -108,7 +108,7 @@ def clip_script(index: int) -> Script:
 
 
 def _score(rng: np.random.Generator, tempo: float) -> np.ndarray:
-    """Random phrases of syllables: (phones, ticks), the stress 0.7 .. 1 of the phone that sounds, else 0."""
+    """Generates random phrases of syllables: (phones, ticks), the stress of the active phone in [0.7, 1], else 0."""
     names, vowels, consonants = list(PHONES), list(VOWELS), list(CONSONANTS)
     score = np.zeros((len(names), NUM_FRAMES * TICKS // VIDEO_FPS))
     now = rng.uniform(0.1, 1.0)
@@ -138,10 +138,10 @@ def _speak(score: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndar
     cycles = np.cumsum(pitch * (1 + 0.12 * melody)) / AUDIO_SAMPLE_RATE
     noise = rng.standard_normal(num_samples)
     pulses = np.diff(np.floor(cycles), prepend=0.0)
-    voice = signal.lfilter([1.0], [1.0, -0.9], pulses + 0.01 * noise)  # falling spectrum, some breath
+    voice = signal.lfilter([1.0], [1.0, -0.9], pulses + 0.01 * noise)  # falling spectrum with breath noise
 
     controls = ndimage.gaussian_filter1d(score, VOICE_BLUR * TICKS, axis=1)
-    audio = 0.0005 * rng.standard_normal(num_samples)  # the room
+    audio = 0.0005 * rng.standard_normal(num_samples)  # room noise
     for phone, control in zip(PHONES.values(), controls, strict=True):
         sound = signal.sosfilt(_resonators(phone), noise if phone.noise else voice)
         audio += 0.16 * phone.gain * np.interp(seconds, ticks, control) * sound / sound.std()
@@ -149,7 +149,7 @@ def _speak(score: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndar
 
 
 def _resonators(phone: Phone) -> np.ndarray:
-    """One two-pole resonator per formant, as second-order sections (Klatt, JASA 67, 1980)."""
+    """Returns a two-pole resonator per formant as second-order sections (Klatt, JASA 67, 1980)."""
     sections = []
     for formant in phone.formants:
         radius = np.exp(-np.pi * (60 + 0.05 * formant) / AUDIO_SAMPLE_RATE)
@@ -159,7 +159,7 @@ def _resonators(phone: Phone) -> np.ndarray:
 
 
 def render_frames(index: int) -> Iterator[np.ndarray]:
-    """The frames of clip `index`, BGR uint8 (384, 384, 3), rendered one by one as they are asked for."""
+    """Renders the frames of clip `index`, BGR uint8 (384, 384, 3), lazily."""
     script = clip_script(index)
     rng = np.random.default_rng((SEEDS[index], 1))
     portrait = cv2.cvtColor(data.astronaut(), cv2.COLOR_RGB2BGR)
@@ -170,14 +170,14 @@ def render_frames(index: int) -> Iterator[np.ndarray]:
 
 
 def _drift(rng: np.random.Generator, amplitude: float) -> np.ndarray:
-    """A slow smooth wander around 0 that stays within `amplitude`, (T,)."""
+    """Returns a slow smooth drift within [-amplitude, amplitude], (T,)."""
     seconds = np.arange(NUM_FRAMES) / VIDEO_FPS
     periods, phases = rng.uniform(2.5, 9.0, 3), rng.uniform(0, 2 * np.pi, 3)
     return amplitude * np.sin(2 * np.pi * seconds[:, None] / periods + phases).mean(1)
 
 
 def _light(rng: np.random.Generator) -> np.ndarray:
-    """Gain, gamma and warmth, different in each clip and drifting: lookup tables uint8 (T, 1, 256, 3)."""
+    """Returns lookup tables uint8 (T, 1, 256, 3) of gain, gamma and warmth, which drift within a clip."""
     gain = rng.uniform(0.85, 1.08) + _drift(rng, 0.06)
     gamma = rng.uniform(0.85, 1.2) + _drift(rng, 0.05)
     warmth = rng.uniform(-0.06, 0.06) + _drift(rng, 0.03)
@@ -187,9 +187,9 @@ def _light(rng: np.random.Generator) -> np.ndarray:
 
 
 def _head_motion(rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each frame, where in the portrait every pixel lies: x, y, each float32 (384, 384).
+    """Yields for each frame the portrait coordinates of every pixel: x, y, each float32 (384, 384).
 
-    The head drifts, tilts and comes nearer; the background follows it only in part.
+    The head drifts, tilts and approaches; the background follows it only partly.
     """
     right, down = _drift(rng, 7.0), _drift(rng, 5.0)  # portrait px
     tilt, zoom = np.radians(_drift(rng, 6.0)), 1 + _drift(rng, 0.05)
@@ -207,47 +207,47 @@ def _head_motion(rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndar
 
 
 def _fade(distance: np.ndarray) -> np.ndarray:
-    """1 where distance <= 0, 0 where distance >= 1, smooth between."""
+    """Smooth step: 1 where distance <= 0, 0 where distance >= 1."""
     distance = np.clip(distance, 0, 1)
     return 1 - distance * distance * (3 - 2 * distance)
 
 
 def _talk(portrait: np.ndarray, x: np.ndarray, y: np.ndarray, opening: float, width: float) -> np.ndarray:
-    """The portrait seen at x, y with another mouth: uint8 (H, W, 3).
+    """Renders the portrait at x, y with another mouth: uint8 (H, W, 3).
 
-    The skin is one warp, torn along the mouth: above the tear it hangs on the upper lip, below it follows the
-    lower lip and the jaw. What shows in the tear is painted.
+    The skin is warped with a discontinuity along the mouth: above, it follows the upper lip, below, the lower lip and
+    the jaw. The inside of the mouth is painted.
     """
     gap = MIN_GAP + (MAX_GAP - MIN_GAP) * float(opening)
     rounding = 1 - float(width)
 
-    # Narrow or spread: the column of the portrait that each pixel shows
+    # Narrow or spread: the portrait column that each pixel shows
     near = _fade(np.hypot((x - MOUTH_X) / 40, (y - 150) / 30))
     column = x + (x - MOUTH_X) * (rounding / width) * near
     t = (column - MOUTH_X) / MOUTH_HALF_WIDTH
     arch = np.clip(1 - t * t, 0, None)
 
-    # The inner edges of the lips, in the portrait and now: opening lowers the corners, rounding everything
+    # Inner lip edges in the portrait and in this frame: opening lowers the corners, rounding lowers everything
     corners = CORNER_Y + CORNER_SLOPE * (column - MOUTH_X)
-    upper_was, lower_was = corners + UPPER_SAG * arch**2, corners + LOWER_SAG * arch
+    source_upper, source_lower = corners + UPPER_SAG * arch**2, corners + LOWER_SAG * arch
     fall = (6 * rounding + 0.25 * gap) * _fade((np.abs(t) - 1) / 1.2)
     upper = corners + fall + (UPPER_SAG - 0.25 * gap) * arch
     lower = upper + gap * arch**0.75
 
-    # The skin moves with the lip near it, further down with the jaw, and not at all far away
+    # The skin moves with the nearby lip, further down with the jaw, and not at all far away
     above, below = upper - y, y - lower
     wider = gap - (LOWER_SAG - UPPER_SAG)  # than in the portrait
     jaw = wider * (0.75 if wider > 0 else 0.35) * _fade(np.abs(x - MOUTH_X) / 46)
     with_lip = _fade((below - 5) / 20)
-    upper_shift = (upper - upper_was) * _fade((above - 4) / 14)
-    lower_shift = (jaw + with_lip * (lower - lower_was - jaw)) * _fade((y - CHIN_Y - 6) / 36)
+    upper_shift = (upper - source_upper) * _fade((above - 4) / 14)
+    lower_shift = (jaw + with_lip * (lower - source_lower - jaw)) * _fade((y - CHIN_Y - 6) / 36)
     # Rounded lips are thicker
     upper_shift -= 1.1 * rounding * above * _fade(above / 12)
     lower_shift += 1.1 * rounding * below * _fade(below / 16)
     row = y - np.where(above > below, upper_shift, lower_shift)
     frame = cv2.remap(portrait, column, row, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
 
-    # Paint the rows of the mouth: the sides of a wide lower lip, thin in the portrait, then what is inside
+    # Paint the rows of the mouth: the sides of a wide lower lip, which is thin in the portrait, then the inside
     coverage = np.clip(0.5 + ZOOM * np.minimum(-above, -below) / 1.5, 0, 1) * (arch > 0)  # anti-aliased
     rows = slice(*(np.flatnonzero(coverage.any(axis=1))[[0, -1]] + (0, 8)))
     depth = below[rows] / np.hypot(1, 1.5 * gap * t[rows] / MOUTH_HALF_WIDTH)  # px into the lip
@@ -261,10 +261,10 @@ def _talk(portrait: np.ndarray, x: np.ndarray, y: np.ndarray, opening: float, wi
 def _inside_mouth(
     portrait: np.ndarray, x: np.ndarray, y: np.ndarray, above: np.ndarray, below: np.ndarray
 ) -> np.ndarray:
-    """Between the lips, float32 (H, W, 3): the dark, the tongue on the lower side, the upper teeth, a shadow.
+    """Renders the inside of the mouth, float32 (H, W, 3): cavity, tongue, upper teeth and a shadow.
 
-    above, below: px over the edge of the upper lip and under that of the lower one, negative inside.
-    The teeth are those of the portrait and do not move in the head.
+    above, below: px above the edge of the upper lip and below that of the lower one, negative inside.
+    The teeth are those of the portrait and fixed to the head.
     """
     tongue = 0.8 * _fade(np.hypot((x - MOUTH_X) / 15, below / 9) ** 2)
     inside = _over(np.float32(CAVITY), np.float32(TONGUE), tongue)
@@ -277,18 +277,17 @@ def _inside_mouth(
 
 
 def _over(under: np.ndarray, colour: np.ndarray, coverage: np.ndarray) -> np.ndarray:
-    """A colour painted over another where coverage, (H, W) in 0 .. 1, says so."""
+    """Blends a colour over another. coverage: (H, W) in [0, 1]."""
     return under + coverage[..., None] * (colour - under)
 
 
 def make_sample(folder: Path) -> list[Path]:
-    """Write the sample clips and `identities.json` to `folder` (which must not exist) and list the clips.
+    """Renders the sample clips and `identities.json` into a new folder, atomically, and returns the paths of the clips.
 
-    They are made in a temporary folder beside it that takes its name at the end: a sample is whole or absent.
     Raises FileExistsError. Takes about a minute.
     """
     if folder.exists():
-        raise FileExistsError(f"{folder}: exists already; the sample needs a new folder")
+        raise FileExistsError(f"{folder} already exists; choose a new folder for the sample")
     unfinished = folder.with_name(folder.name + ".unfinished")
     names = [f"sample_{index:02d}" for index in range(len(SEEDS))]
     with folder_lock(unfinished) as lock:

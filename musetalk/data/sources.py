@@ -1,4 +1,4 @@
-"""The videos of a folder: which there are, who is in them, and which of them must be prepared one after another."""
+"""Finds the videos of a folder, their identities, and which of them can be processed in parallel."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from musetalk.data.video import MediaError, count_frames
 from musetalk.errors import UserError
 from musetalk.files import read_json
 
-VIDEO_ENDINGS = {".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"}
-NAME_ENDING = re.compile(r"(-\d{4,}|\.\w+)\Z")  # what the cache may add to a name: a part, the ending of a file
+VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"}
+NAME_SUFFIX = re.compile(r"(-\d{4,}|\.\w+)\Z")  # appended by the cache: index of a part or file suffix
 
 
 @dataclass(frozen=True)
 class Source:
     """A video below a folder.
 
-    frames: how many there should be by its own word, 0 where it cannot be read: for progress bars, not for logic.
+    frames: estimated number of frames, 0 if the file is unreadable. Only for progress bars.
     """
 
-    path: PurePath  # below the folder
+    path: PurePath  # relative to the folder
     identity: str
     frames: int
 
 
 def find_sources(folder: Path) -> list[Source]:
-    """All videos below a folder, sorted. Raises as `find_videos` and `read_identities` do."""
+    """Lists all videos below a folder, sorted. Raises as `find_videos` and `read_identities` do."""
     videos, identities = find_videos(folder), read_identities(folder)
     relative = [video.relative_to(folder) for video in videos]
     return [
@@ -41,13 +41,13 @@ def find_sources(folder: Path) -> list[Source]:
 
 
 def find_videos(folder: Path) -> list[Path]:
-    """All videos below a folder, sorted; links are followed, but into no folder twice.
+    """Lists all videos below a folder, sorted. Symbolic links are followed, but no folder is visited twice.
 
-    Raises MediaError where there is no folder or no video, OSError for a folder that cannot be read.
+    Raises MediaError if there is no such folder or no video in it, OSError for an unreadable folder.
     """
     if not folder.is_dir():
-        raise MediaError("unreadable", f"{folder}: there is no such folder; set hdtf_dir to your folder of videos")
-    found, visited, tops = [], set(), [folder]
+        raise MediaError("unreadable", f"{folder}: no such folder; set hdtf_dir to your folder of videos")
+    videos, visited, tops = [], set(), [folder]
     for top in tops:
         for here, folders, files in os.walk(top, onerror=_raise):
             if os.path.realpath(here) in visited:
@@ -55,12 +55,12 @@ def find_videos(folder: Path) -> list[Path]:
                 continue
             visited.add(os.path.realpath(here))
             folders.sort()
-            found += (Path(here, name) for name in files if Path(name).suffix.lower() in VIDEO_ENDINGS)
+            videos += (Path(here, name) for name in files if Path(name).suffix.lower() in VIDEO_SUFFIXES)
             links = (Path(here, name) for name in folders if Path(here, name).is_symlink())
             tops += (link for link in links if not folder.resolve().is_relative_to(link.resolve()))
-    if not found:
-        raise MediaError("no video", f"{folder}: no video in it ({', '.join(sorted(VIDEO_ENDINGS))})")
-    return sorted(found)
+    if not videos:
+        raise MediaError("no video", f"{folder}: contains no videos ({', '.join(sorted(VIDEO_SUFFIXES))})")
+    return sorted(videos)
 
 
 def _raise(error: OSError) -> None:
@@ -68,11 +68,11 @@ def _raise(error: OSError) -> None:
 
 
 def read_identities(folder: Path) -> dict[str, str]:
-    """identities.json of a folder of videos, {} where there is none. Raises UserError where it is unfit."""
+    """Reads identities.json of a folder of videos, {} if there is none. Raises UserError if it is invalid."""
     path = folder / "identities.json"
-    identities = read_json(path) if os.path.lexists(path) else {}  # a link to nothing is a fault
+    identities = read_json(path) if os.path.lexists(path) else {}  # a broken link is an error
     if not all(isinstance(name, str) for name in identities.values()):
-        raise UserError(f'{path}: must be one object of "path without ending": "name of the person"')
+        raise UserError(f'{path}: must be an object of "path without suffix": "name of the person"')
     return identities
 
 
@@ -84,17 +84,17 @@ def _expected_frames(video: Path) -> int:
 
 
 def independent(sources: Sequence[Source]) -> dict[str, list[Source]]:
-    """Sources that can be prepared at the same time, by name, the longest first.
+    """Groups sources into jobs that can run in parallel: {clip name of the first: sources}, the longest job first.
 
-    Those whose clips could want the same name stay together in their order, since the first of them gets it: a source
-    and any that is called as one of its parts, "a" and "a-0001", or as it is when refused, "a.mp4".
+    Sources whose clip names may collide stay in one job, in order, since the first one gets the name: a source and
+    another that is named like one of its parts ("a" and "a-0001") or like its rejected record ("a.mp4").
     """
     names = {clip_name(source.path) for source in sources}
-    together = defaultdict(list)
+    jobs = defaultdict(list)
     for source in sources:
         first = name = clip_name(source.path)
-        while (shorter := NAME_ENDING.sub("", name)) != name:
+        while (shorter := NAME_SUFFIX.sub("", name)) != name:
             name = shorter
             first = name if name in names else first
-        together[first].append(source)
-    return dict(sorted(together.items(), key=lambda item: -sum(source.frames for source in item[1])))
+        jobs[first].append(source)
+    return dict(sorted(jobs.items(), key=lambda item: -sum(source.frames for source in item[1])))

@@ -1,6 +1,6 @@
-"""Cache -> what a sync expert learns from: faces, the mel of their time, and mel of another time.
+"""Cache -> training samples of a sync expert: faces with matching and with non-matching mel.
 
-Samples are, as in dataset.py, a pure function of (seed, step, slot).
+As in dataset.py, a sample is a pure function of (seed, step, slot).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from musetalk.data.cache import Cache, CacheError, Clip
 
 @dataclass(frozen=True)
 class SyncSample:
-    """What to read: faces from frame `start` of a clip on in a margin variant, mirrored or not, and the mel of that
-    time; and mel from frame `other_start` of a clip on, which is not theirs."""
+    """A window of faces of a clip from frame `start`, optionally mirrored, with its mel; and non-matching mel from
+    frame `other_start` of a clip."""
 
     clip: str
     start: int
@@ -31,7 +31,7 @@ class SyncSample:
 
 
 class SyncDataset(Dataset):
-    """All samples of a run, item step * slots + slot being the one of that slot of the global batch."""
+    """All samples of a run; item step * slots + slot is the sample of that slot of the global batch."""
 
     def __init__(
         self,
@@ -45,35 +45,35 @@ class SyncDataset(Dataset):
         gaps: tuple[int, int],
         other_clips: float,
     ) -> None:
-        """slots: samples in one optimizer step. frames: that the expert sees at once.
+        """slots: samples per optimizer step. frames: length of the expert's window.
 
-        gaps: frames that mel of the same clip is off at least, at the first step and at the last of `num_steps`; in a
-        clip that is too short for the larger one, as many as half of it.
-        other_clips: share of samples whose other mel is of another clip.
-        Raises CacheError where no clip has a window of usable frames with their mel and room for other mel.
+        gaps: minimum offset in frames of non-matching mel from the same clip, at the first and at the last of
+        `num_steps`; at most half the length of the clip.
+        other_clips: share of samples whose non-matching mel comes from another clip.
+        Raises CacheError if no clip has a window of usable frames with its mel and room for non-matching mel.
         """
         self.cache, self.seed, self.slots, self.frames = cache, seed, slots, frames
         self.num_steps, self.gaps, self.other_clips = num_steps, gaps, other_clips
-        self.starts, self.heard = {}, {}  # clip -> first frames of windows, and how many frames mel begins at
+        self.starts, self.mel_starts = {}, {}  # clip -> first frames of windows; number of frames where mel may start
         for name in clips:
-            starts, heard = window_starts(cache.clips[name], frames), frames_with_audio(cache.clips[name], frames)
-            if len(starts) and heard > 2 * min(gaps):
-                self.starts[name], self.heard[name] = starts, heard
+            starts, count = window_starts(cache.clips[name], frames), frames_with_audio(cache.clips[name], frames)
+            if len(starts) and count > 2 * min(gaps):
+                self.starts[name], self.mel_starts[name] = starts, count
         if not self.starts:
             raise CacheError(
-                f"{cache.folder}: no clip has {frames} usable frames in a row and mel {min(gaps)} frames away "
-                "from any; prepare longer videos"
+                f"{cache.folder}: no clip has {frames} consecutive usable frames and mel at least {min(gaps)} frames "
+                "away; prepare longer videos"
             )
         self.names = list(self.starts)
         self.ends = np.cumsum([len(starts) for starts in self.starts.values()])
 
     def gap(self, step: int) -> int:
-        """Frames that mel of the same clip is off at least."""
+        """Minimum offset in frames of non-matching mel from the same clip."""
         first, last = self.gaps
         return round(first + (last - first) * min(1, step / self.num_steps))
 
     def draw(self, step: int, slot: int) -> SyncSample:
-        """The sample of a slot at a step: every window is equally likely, other mel of the clip the more the nearer."""
+        """Draws the sample of a slot at a step: windows uniformly, mel of the same clip by inverse distance."""
         rng = np.random.default_rng([self.seed, step, slot])
         pick = int(rng.integers(self.ends[-1]))
         which = int(np.searchsorted(self.ends, pick, side="right"))
@@ -82,15 +82,15 @@ class SyncDataset(Dataset):
         variant, mirrored = int(rng.integers(self.cache.clips[name].variants)), bool(rng.integers(2))
         if len(self.names) > 1 and rng.random() < self.other_clips:
             other = self.names[(which + int(rng.integers(1, len(self.names)))) % len(self.names)]
-            return SyncSample(name, start, variant, mirrored, other, int(rng.integers(self.heard[other])))
-        distance = np.abs(np.arange(self.heard[name]) - start)
-        far = distance >= min(self.gap(step), (self.heard[name] - 1) // 2)
-        chances = far / np.maximum(distance, 1)
-        other_start = int(rng.choice(len(chances), p=chances / chances.sum()))
+            return SyncSample(name, start, variant, mirrored, other, int(rng.integers(self.mel_starts[other])))
+        distance = np.abs(np.arange(self.mel_starts[name]) - start)
+        far = distance >= min(self.gap(step), (self.mel_starts[name] - 1) // 2)
+        weights = far / np.maximum(distance, 1)
+        other_start = int(rng.choice(len(weights), p=weights / weights.sum()))
         return SyncSample(name, start, variant, mirrored, name, other_start)
 
     def __len__(self) -> int:
-        return 2**62  # steps never run out
+        return 2**62  # unlimited steps
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
         return self.read(self.draw(*divmod(index, self.slots)))
@@ -111,13 +111,13 @@ class SyncDataset(Dataset):
 
 
 def frames_with_audio(clip: Clip, frames: int) -> int:
-    """How many frames of a clip are the first of a window of mel that is whole; they are the first ones of the clip."""
-    begins = mel_start(np.arange(len(clip)))
-    return int((begins + sync_mel_frames(frames) <= clip.rows("mel")).sum())
+    """Number of frames, from the first on, at which a complete mel window starts."""
+    starts = mel_start(np.arange(len(clip)))
+    return int((starts + sync_mel_frames(frames) <= clip.rows("mel")).sum())
 
 
 def window_starts(clip: Clip, frames: int) -> np.ndarray:
-    """First frames of the windows of a clip that can be seen and heard."""
+    """Returns the first frames of windows with usable frames and complete mel."""
     if len(clip) < frames:
         return np.zeros(0, int)
     starts = np.flatnonzero(np.lib.stride_tricks.sliding_window_view(clip.usable, frames).all(axis=1))
@@ -125,11 +125,11 @@ def window_starts(clip: Clip, frames: int) -> np.ndarray:
 
 
 def read_images(clip: Clip, start: int, frames: int, variant: int = 0) -> np.ndarray:
-    """A window of faces, BGR uint8 (frames, 256, 256, 3)."""
+    """Reads a window of faces, BGR uint8 (frames, 256, 256, 3)."""
     return np.stack([clip.image(frame, variant) for frame in range(start, start + frames)])
 
 
 def read_mel(clip: Clip, start: int, frames: int) -> np.ndarray:
-    """The mel of a window's time, float16 (mel_frames, 80)."""
+    """Reads the mel of a window, float16 (mel_frames, 80)."""
     first = mel_start(start)
     return clip.tensor("mel", first, first + sync_mel_frames(frames))

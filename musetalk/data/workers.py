@@ -1,175 +1,164 @@
-"""Work shared out to processes that get ready once, by loading networks say, and then do one job after another.
-
-Each is an interpreter of its own, since neither a GPU nor the threads of a library survive a fork, and has a pipe to
-the process that gives the jobs: when one of the two ends, however that comes, the other sees its end of the pipe close.
-"""
+"""Distributes jobs over processes that are set up once, for example by loading networks."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pkgutil
 import signal
-import subprocess
-import sys
-from collections import deque
-from contextlib import suppress
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Lock
 
 import torch
 from tqdm import tqdm
 
-from musetalk.errors import UserError, printable
+from musetalk.errors import UserError
 
-MEMORY = 3 << 30  # bytes for one: networks and libraries take up to 2 GB, the frames at hand and sound the rest
-LAST_SECONDS = 10  # that a process has to remove what it has half written, when it must end
+MEMORY = 3 << 30  # bytes per process: up to 2 GB for networks and libraries, the rest for frames and audio
+GRACE_SECONDS = 10  # for a process to remove its temporary files before it is killed
 
 
+@dataclass
 class RemoteBar:
-    """A progress bar in a process that has none: the one that gave the job draws it. The part of tqdm's that is used.
+    """The part of tqdm's interface that jobs use, in a process whose parent draws the progress bar.
 
-    n: how far this job has moved it.
+    n: progress of the current job.
     """
 
-    def __init__(self, pipe: Connection) -> None:
-        self.pipe = pipe
-        self.n = 0
+    pipe: Connection
+    lock: Lock
+    job: str
+    n: int = 0
+
+    def _send(self, method: str, value: object) -> None:
+        with self.lock:
+            self.pipe.send((self.job, method, value))
 
     def update(self, count: int = 1) -> None:
         self.n += count
-        self.pipe.send(("update", count))
+        self._send("update", count)
 
     def write(self, line: str) -> None:
-        self.pipe.send(("write", line))
+        self._send("write", line)
 
     def set_postfix_str(self, text: str) -> None:
-        self.pipe.send(("set_postfix_str", text))
+        self._send("set_postfix_str", text)
 
 
 Bar = tqdm | RemoteBar
 
 
-@dataclass
-class Worker:
-    """A process, from the side of the one that gives the jobs."""
-
-    process: subprocess.Popen
-    pipe: Connection
-    job: str | None = None  # what it is at
-    moved: int = 0  # how far it has moved the bar with it
-
-
 def most_processes() -> int:
-    """How many processes make full use of this machine.
+    """Returns the number of processes that makes full use of this machine.
 
-    On GPUs two each: one decodes, finds faces and writes while the other one's networks are at work. Else one a core,
-    since networks on a CPU run on one thread, as far as memory goes.
+    Two per GPU: one decodes, detects faces and writes while the other computes. Otherwise one per core, as far as
+    memory allows, since networks on a CPU run on one thread.
     """
     if torch.cuda.is_available():
         return 2 * torch.cuda.device_count()
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(len(os.sched_getaffinity(0)), whole // MEMORY))
+    total_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(len(os.sched_getaffinity(0)), total_memory // MEMORY))
 
 
 def map_jobs(start: str, arguments: tuple, jobs: dict[str, object], count: int, bar: tqdm) -> dict[str, object]:
-    """Have jobs done by `count` processes, the first ones first. Returns what each gave, by its name.
+    """Runs jobs on `count` processes, starting them in order. Returns their results by name.
 
-    start: "module:function". The function is called in each process with its number and the arguments, and gives one
-    of a job and a bar, which does the job. Jobs, arguments and results are pickled, so none is of a class of a script.
-    When a process is killed it is said, and the others go on; its job is done again at the end. Raises UserError where
-    no process is left, and the UserError or OSError of a job. When it ends, so have all processes.
+    start: "module:function". Each process calls it once with its index and the arguments; it returns the function of
+    a job and a bar that runs a job. Jobs, arguments and results are pickled, so their classes must not be defined in a
+    script. All processes have ended when this returns or raises. Raises UserError if a process is killed, and the
+    error of a job.
     """
-    waiting, results = deque(jobs), {}
-    workers: list[Worker] = []
+    others = multiprocessing.active_children()
+    context = multiprocessing.get_context("spawn")  # neither CUDA nor the threads of a library survive a fork
+    reader, writer = context.Pipe(duplex=False)
+    executor = ProcessPoolExecutor(
+        count, context, _initialize, (start, arguments, context.Value("i", 0), writer, context.Lock())
+    )
+    started, results = [], {}
+    display = threading.Thread(target=_show_progress, args=(reader, bar, started), daemon=True)
     try:
-        # Ctrl-C at a terminal is for all processes of a command: the others never get it, this one ends them.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Ctrl-C reaches all processes of a terminal; the workers inherit a mask that blocks it, and this process
+        # ends them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            workers += (_launch(start, (number, *arguments)) for number in range(count))
+            futures = {executor.submit(_run_job, name, job): name for name, job in jobs.items()}
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        while len(results) < len(jobs):
-            for worker in workers:
-                if worker.job is None and waiting:
-                    worker.job, worker.moved = waiting.popleft(), 0
-                    with suppress(ConnectionError):  # it is gone, as reading from it will show
-                        worker.pipe.send(jobs[worker.job])
-            ready = wait([worker.pipe for worker in workers])
-            for worker in [worker for worker in workers if worker.pipe in ready]:
-                try:
-                    what, value = worker.pipe.recv()
-                except (EOFError, OSError):  # the latter in the middle of a message
-                    workers.remove(worker)
-                    bar.update(-worker.moved)
-                    waiting += [worker.job] * (worker.job is not None)
-                    bar.write(_exit_message(worker, len(workers)))
-                    continue
-                if what == "done":
-                    results[worker.job], worker.job = value, None
-                elif what == "failed":
-                    raise value
-                else:
-                    getattr(bar, what)(value)
-                    worker.moved += value if what == "update" else 0
-        return results
+            writer.close()
+            display.start()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for future in as_completed(futures):
+            results[futures[future]] = future.result()
+    except BrokenProcessPool as error:
+        display.join()
+        running = ", ".join(name for name in started if name not in results)
+        raise UserError(
+            f"a process was killed while processing {running}, perhaps out of memory; "
+            "run the same command again, with a smaller num_workers"
+        ) from error
     finally:
-        _end(workers)
+        workers = [child for child in multiprocessing.active_children() if child not in others]
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join(GRACE_SECONDS)
+            worker.kill()
+        executor.shutdown(cancel_futures=True)
+        display.join()
+        reader.close()
+    return {name: results[name] for name in jobs}
 
 
-def _launch(start: str, arguments: tuple) -> Worker:
-    """A process that has got its arguments and imports what this one would."""
-    pipe, other_end = Pipe()
-    with other_end:
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__, start, str(other_end.fileno())],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-            pass_fds=[other_end.fileno()],
-        )
-    pipe.send(arguments)
-    return Worker(process, pipe)
-
-
-def _exit_message(worker: Worker, left: int) -> str:
-    """What to say of a process that was killed. Raises UserError where it was the last, RuntimeError if it failed."""
-    code = worker.process.wait()
-    if code >= 0:
-        raise RuntimeError(f"a process failed with exit code {code} at {worker.job}; its traceback is above")
-    at = f" at {worker.job}" if worker.job is not None else ""
-    cause = f"a process was ended by signal {-code} ({signal.strsignal(-code)}){at}, perhaps for want of memory"
-    if not left:
-        raise UserError(f"{cause}; run the same command again, with a smaller num_workers")
-    return printable(f"{cause}; what it was at is done at the end, number of processes left: {left}")
-
-
-def _end(workers: list[Worker]) -> None:
-    for worker in workers:
-        worker.pipe.close()
-        worker.process.terminate()
-    for worker in workers:
-        try:
-            worker.process.wait(LAST_SECONDS)
-        except subprocess.TimeoutExpired:
-            worker.process.kill()
-            worker.process.wait()
-
-
-def _serve(start: str, pipe: Connection) -> None:
-    """Do jobs until there is nobody to give one."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left half written
+def _show_progress(reader: Connection, bar: tqdm, started: list[str]) -> None:
+    """Applies the messages of all workers to the bar until the last worker ends, and lists the jobs that started."""
     try:
-        work = pkgutil.resolve_name(start)(*pipe.recv())
         while True:
-            job = pipe.recv()
-            pipe.send(("done", work(job, RemoteBar(pipe))))
+            job, method, value = reader.recv()
+            if method == "start":
+                started.append(job)
+            else:
+                getattr(bar, method)(value)
+    except EOFError:
+        return
+
+
+# What follows runs in the workers.
+
+_setup: tuple[str, tuple, int, Connection, Lock]
+_work: Callable[[object, Bar], object] | None = None
+
+
+def _initialize(start: str, arguments: tuple, counter: Synchronized, pipe: Connection, lock: Lock) -> None:
+    global _setup
+    with counter.get_lock():
+        _setup = start, arguments, counter.value, pipe, lock
+        counter.value += 1
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+
+
+def _run_job(name: str, job: object) -> object:
+    """Runs a job, after setting up this process if it is the first one. SIGTERM unwinds it and ends the process."""
+    global _work
+    start, arguments, index, pipe, lock = _setup
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        bar = RemoteBar(pipe, lock, name)
+        bar._send("start", None)
+        if _work is None:
+            _work = pkgutil.resolve_name(start)(index, *arguments)
+        return _work(job, bar)
     except KeyboardInterrupt:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTERM)
-    except (EOFError, ConnectionError):
-        return
-    except (UserError, OSError) as error:
-        pipe.send(("failed", error))
-
-
-if __name__ == "__main__":
-    _serve(sys.argv[1], Connection(int(sys.argv[2])))
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

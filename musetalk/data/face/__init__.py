@@ -1,7 +1,6 @@
-"""The face backends: detectors of faces with landmarks, by name.
+"""Face backends: detectors of faces with landmarks, by name.
 
-A backend is stateless: a frame gives the same faces whatever came before it, so batches and processes may cut
-a video anywhere.
+A backend is stateless: its output for a frame does not depend on other frames, so a video can be split anywhere.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 from musetalk.data.face.face import FaceBackend
 from musetalk.errors import UserError
 
-# Backends, and whose landmarks each gives, by the name that a feature contract has for them.
+# Backend -> name of its landmarks in a feature contract.
 FACE_BACKENDS = {"mediapipe": "mediapipe", "dwpose": "dwpose", "mmpose": "dwpose"}
 
 
@@ -24,19 +23,19 @@ def check_face_backend(name: str) -> None:
 
 
 def load_face_backend(name: str, models_dir: Path, device: torch.device | str) -> FaceBackend:
-    """The backend of a name in FACE_BACKENDS; mediapipe has its weights in itself and runs on the CPU.
+    """Loads a backend of FACE_BACKENDS. mediapipe contains its weights and runs on the CPU.
 
-    Raises UserError for a name there is none of, WeightsError where a file of models_dir is missing or unfit.
+    Raises UserError for an unknown name, WeightsError if a file of models_dir is missing or invalid.
     """
     check_face_backend(name)
     if name == "mediapipe":
-        from musetalk.data.face.mediapipe import MediapipeFaceMesh  # heavy: imported by those who use it
+        from musetalk.data.face.mediapipe import MediapipeFaceMesh  # slow import
 
         return MediapipeFaceMesh()
     if name == "dwpose":
-        from musetalk.data.face.dwpose import load_dwpose  # weights.py imports diffusers
+        from musetalk.data.face.dwpose import load_dwpose  # slow import (diffusers)
 
         return load_dwpose(models_dir, torch.device(device))
-    from musetalk.data.face.mmpose import load_mmpose  # not among the requirements
+    from musetalk.data.face.mmpose import load_mmpose  # optional requirement
 
     return load_mmpose(models_dir, torch.device(device))

@@ -1,9 +1,10 @@
-"""DWPose, MuseTalk's own landmarks: RTMPose-l for the whole body, of whose 133 points 68 are a face.
+"""DWPose, the landmark network of MuseTalk: whole-body RTMPose-l with 133 points, 68 of them in the face.
 
-Networks and names: mmpose and mmdet (https://github.com/open-mmlab/mmpose, RTMPose-l, whole body, 384 x 288) in plain
+Architecture and parameter names follow mmpose and mmdet
+(https://github.com/open-mmlab/mmpose, RTMPose-l, whole body, 384 x 288) in plain
 torch. Jiang et al. 2023, https://arxiv.org/abs/2303.07399 (RTMPose); Lyu et al. 2022, https://arxiv.org/abs/2212.07784
 (CSPNeXt); Hua et al. 2022, https://arxiv.org/abs/2202.10447 (gated attention); Yang et al. 2023,
-https://arxiv.org/abs/2307.15880 (DWPose). As in MuseTalk the whole frame is the one person's box.
+https://arxiv.org/abs/2307.15880 (DWPose). As in MuseTalk, the whole frame is the person's box.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from musetalk.models.weights import find, freeze, load_strictly, read_tensors, u
 
 WEIGHTS = "dwpose/dw-ll_ucoco_384.pth"
 POINTS = 133
-FACE = slice(23, 91)  # MuseTalk's 68 of the 133
+FACE = slice(23, 91)  # the 68 face points used by MuseTalk
 INPUT_WIDTH, INPUT_HEIGHT = 288, 384
 PADDING = 1.25  # of the box
-SPLIT = 2.0  # SimCC bins a pixel
+SPLIT = 2.0  # SimCC bins per pixel
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, RGB in [0, 255]
-BATCH = 4  # frames, which the network sees twice: of 8 images each gets the bits it gets alone, of 16 on CPU others
-# The mean score of the 68 from which on there is a face. DWPose's own demo leaves out every point below 0.3:
+BATCH = 4  # frames; doubled by flip testing. Up to 8 images the output on a CPU does not depend on the batch size
+# Minimum mean score of the 68 points of a face. DWPose's own demo drops points below 0.3:
 # https://github.com/IDEA-Research/DWPose, ControlNet-v1-1-nightly/annotator/dwpose/__init__.py
 MIN_SCORE = 0.3
 
@@ -48,7 +49,7 @@ class ConvNorm(nn.Module):
 
 
 class SeparableConv(nn.Module):
-    """A convolution of each channel alone, then one across channels."""
+    """Depthwise convolution, then pointwise convolution."""
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class SeparableConv(nn.Module):
 
 
 class Block(nn.Module):
-    """CSPNeXt's: a small convolution and a large separable one, beside a shortcut."""
+    """CSPNeXt block: a 3x3 convolution and a separable 5x5 convolution, with an optional shortcut."""
 
     def __init__(self, width: int, shortcut: bool) -> None:
         super().__init__()
@@ -76,7 +77,7 @@ class Block(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Each channel weighted by what all of them are on average."""
+    """Weights channels by a function of their global averages."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ class ChannelAttention(nn.Module):
 
 
 class SplitStage(nn.Module):
-    """Cross stage partial: one half of the channels goes through the blocks, the other past them."""
+    """Cross stage partial: half of the channels passes through the blocks, the other half bypasses them."""
 
     def __init__(self, width: int, blocks: int, shortcut: bool) -> None:
         super().__init__()
@@ -106,7 +107,7 @@ class SplitStage(nn.Module):
 
 
 class PyramidPooling(nn.Module):
-    """The maximum around each place, at three sizes."""
+    """Spatial pyramid pooling: max pooling at three sizes."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -116,12 +117,12 @@ class PyramidPooling(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, width, H, W) -> the same shape."""
         x = self.conv1(x)
-        around = [functional.max_pool2d(x, size, stride=1, padding=size // 2) for size in (5, 9, 13)]
-        return self.conv2(torch.cat([x, *around], dim=1))
+        pooled = [functional.max_pool2d(x, size, stride=1, padding=size // 2) for size in (5, 9, 13)]
+        return self.conv2(torch.cat([x, *pooled], dim=1))
 
 
 class CSPNeXt(nn.Module):
-    """CSPNeXt-L: features at a 32nd of the size."""
+    """CSPNeXt-L backbone with stride 32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +138,7 @@ class CSPNeXt(nn.Module):
 
 
 class ScaleNorm(nn.Module):
-    """Vectors to a root mean square of g (https://arxiv.org/abs/1910.05895)."""
+    """Normalises vectors to a root mean square of g (https://arxiv.org/abs/1910.05895)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -151,7 +152,7 @@ class ScaleNorm(nn.Module):
 
 
 class Scale(nn.Module):
-    """A factor for each channel."""
+    """Learned scale per channel."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -163,7 +164,7 @@ class Scale(nn.Module):
 
 
 class GatedAttention(nn.Module):
-    """The gated attention unit, between the points; squared ReLU in place of a softmax."""
+    """Gated attention unit over the points, with squared ReLU instead of softmax."""
 
     def __init__(self, width: int, inner: int, keys: int) -> None:
         super().__init__()
@@ -184,7 +185,7 @@ class GatedAttention(nn.Module):
 
 
 class SimCCHead(nn.Module):
-    """Features -> for each point how likely it is in each column and in each row of the input, at half pixels."""
+    """Predicts for each point a score per column and per row of the input, at half-pixel resolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +203,7 @@ class SimCCHead(nn.Module):
 
 
 class RTMPose(nn.Module):
-    """RTMPose-l for 133 points, 33,610,919 parameters."""
+    """RTMPose-l with 133 points, 33,610,919 parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,20 +216,21 @@ class RTMPose(nn.Module):
 
 
 class DWPose:
-    """Stateless face backend that sees one person in a frame."""
+    """Stateless face backend for one person per frame."""
 
     def __init__(self, network: RTMPose) -> None:
         self.network = freeze(network)
 
     def detect(self, frames: Sequence[np.ndarray]) -> list[list[Face]]:
-        """Faces of each frame, one at most. frames: BGR uint8 (H, W, 3), of any size."""
+        """Detects at most one face per frame. frames: BGR uint8 (H, W, 3), of any size."""
         return faces_of_points(*self.points(frames))
 
     def points(self, frames: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """All points of the person in each frame: float64 (T, 133, 2) x, y in source pixels, and their scores, float32
-        (T, 133).
+        """Estimates all points of the person in each frame: float64 (T, 133, 2) x, y in source pixels, and scores,
+        float32 (T, 133).
 
-        frames: BGR uint8 (H, W, 3), of any size. A score is about 1 for a point in sight; it may be above, or below 0.
+        frames: BGR uint8 (H, W, 3), of any size. Scores are about 1 for visible points; they may exceed 1 or be
+        negative.
         """
         points, scores = np.zeros((len(frames), POINTS, 2)), np.zeros((len(frames), POINTS), np.float32)
         for batch in batched(range(len(frames)), BATCH):
@@ -241,9 +243,9 @@ class DWPose:
 
     @torch.no_grad()
     def _simcc(self, views: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """B views as `warp` gives them -> columns (B, 133, 576), rows (B, 133, 768), meant with those of the mirror."""
+        """B views of `warp` -> columns (B, 133, 576), rows (B, 133, 768), averaged with the mirrored views."""
         images = torch.from_numpy(np.stack(views)).to(next(self.network.parameters()).device)
-        images = images.permute(0, 3, 1, 2).flip(1).float().contiguous()  # else convolutions have other last bits
+        images = images.permute(0, 3, 1, 2).flip(1).float().contiguous()  # the memory layout affects the last bits
         mean, std = (images.new_tensor(values)[:, None, None] for values in (MEAN, STD))
         images = (images - mean) / std
         columns, rows = self.network(torch.cat([images, images.flip(-1)]))
@@ -254,7 +256,7 @@ class DWPose:
 
 
 def load_dwpose(models_dir: Path, device: torch.device) -> DWPose:
-    """The network of dwpose/dw-ll_ucoco_384.pth in a models folder. Raises WeightsError."""
+    """Loads dwpose/dw-ll_ucoco_384.pth of a models folder. Raises WeightsError."""
     with torch.device("meta"):
         network = RTMPose()
     load_published(network, models_dir)
@@ -262,7 +264,7 @@ def load_dwpose(models_dir: Path, device: torch.device) -> DWPose:
 
 
 def load_published(network: nn.Module, models_dir: Path) -> None:
-    """Loads dwpose/dw-ll_ucoco_384.pth, a checkpoint of mmengine's trainer, into a network of RTMPose's names.
+    """Loads dwpose/dw-ll_ucoco_384.pth, a checkpoint of mmengine, into a network with RTMPose's parameter names.
 
     Raises WeightsError.
     """
@@ -271,8 +273,8 @@ def load_published(network: nn.Module, models_dir: Path) -> None:
 
 
 def box_of_frame(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Centre and size, each float32 (2,) in source pixels, of what the network sees of a frame: all of it with a
-    margin, widened to the shape of the input."""
+    """Returns centre and size of the network's view of a frame, each float32 (2,) in source pixels: the whole frame
+    with a margin, extended to the aspect ratio of the input."""
     extent = np.array([frame.shape[1], frame.shape[0]], np.float32)
     width, height = extent * np.float32(PADDING)
     aspect = INPUT_WIDTH / INPUT_HEIGHT
@@ -281,7 +283,7 @@ def box_of_frame(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def warp(frame: np.ndarray) -> np.ndarray:
-    """The view of the network: BGR uint8 (384, 288, 3), black outside of the frame."""
+    """Warps a frame to the network's view: BGR uint8 (384, 288, 3), black outside the frame."""
     centre, size = box_of_frame(frame)
     left = centre - (size[0] / 2, 0)
     source = np.array([centre, left, left + (0, size[0] / 2)], np.float32)
@@ -293,8 +295,8 @@ def warp(frame: np.ndarray) -> np.ndarray:
 def decode(columns: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """SimCC: columns (B, K, 576), rows (B, K, 768) -> points (B, K, 2) in pixels of the input, scores (B, K).
 
-    A point is where both are largest, its score the smaller of the two; without a positive score it is half a pixel
-    outside, as in mmpose.
+    A point is at the two maxima, and its score is the smaller maximum. Points without a positive score are half a
+    pixel outside the input, as in mmpose.
     """
     points = np.stack([columns.argmax(axis=-1), rows.argmax(axis=-1)], axis=-1).astype(np.float32)
     scores = np.minimum(columns.max(axis=-1), rows.max(axis=-1))
@@ -303,7 +305,7 @@ def decode(columns: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def faces_of_points(points: np.ndarray, scores: np.ndarray) -> list[list[Face]]:
-    """The face among the points of each frame, if they score high enough. points: (T, 133, 2). scores: (T, 133)."""
+    """Extracts the face of each frame if its mean score reaches MIN_SCORE. points: (T, 133, 2). scores: (T, 133)."""
     faces = []
     for landmarks, score in zip(points[:, FACE], scores[:, FACE].mean(axis=1), strict=True):
         box = np.concatenate([landmarks.min(axis=0), landmarks.max(axis=0)])
@@ -312,16 +314,20 @@ def faces_of_points(points: np.ndarray, scores: np.ndarray) -> list[list[Face]]:
 
 
 def _mirrored() -> list[int]:
-    """Of each point the one it changes places with in a mirror."""
+    """Returns for each point the index of its mirrored counterpart."""
     order = np.arange(POINTS)
     nose_to_ankles, feet = range(1, 17, 2), range(17, 20)
     pairs = [(point, point + 1) for point in nose_to_ankles] + [(point, point + 3) for point in feet]
     sums = {16: range(8), 43: range(17, 22), 66: (31, 32), 81: (36, 37, 38, 39), 87: (40, 41), 102: (48, 49, 50)}
-    sums |= {114: (55, 56), 124: (60, 61), 132: (65,)}  # of the two numbers among the 68: jaw, brows, nose, eyes, lips
-    pairs += [(23 + point, 23 + both - point) for both, points in sums.items() for point in points]
+    sums |= {
+        114: (55, 56),
+        124: (60, 61),
+        132: (65,),
+    }  # sums of paired indices among the 68: jaw, brows, nose, eyes, lips
+    pairs += [(23 + point, 23 + total - point) for total, points in sums.items() for point in points]
     pairs += [(point, point + 21) for point in range(91, 112)]  # hands
-    for one, other in pairs:
-        order[[one, other]] = other, one
+    for left, right in pairs:
+        order[[left, right]] = right, left
     return order.tolist()
 
 

@@ -1,4 +1,4 @@
-"""One face in a frame, and the interface of every detector of faces and landmarks."""
+"""A detected face, and the interface of face backends."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Face:
-    """One face in one frame.
+    """A face in a frame.
 
     box: (4,) x1, y1, x2, y2 in source pixels. score: in [0, 1].
     landmarks: (68, 2) x, y in source pixels, in the order of dlib and of MuseTalk: jaw 0-16, brows 17-26, nose 27-35
     (29 low on the bridge), eyes 36-47, outer lips 48-59, inner lips 60-67.
-    Both are float32 from mediapipe and float64 from DWPose, whose fractions MuseTalk cuts off: rounded to float32 one
-    may be a whole pixel more.
+    Both are float32 from mediapipe and float64 from DWPose: MuseTalk truncates DWPose's points, and rounding them to
+    float32 first could change a point by a whole pixel.
     """
 
     box: np.ndarray
@@ -33,12 +33,12 @@ class FaceBackend(Protocol):
 
 
 def area(box: np.ndarray) -> float:
-    """Pixels in a box (4,), 0 where it is empty."""
+    """Area of a box (4,) in pixels, 0 if it is empty."""
     return float(max(0, box[2] - box[0]) * max(0, box[3] - box[1]))
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of two boxes (4,), in [0, 1]."""
-    common = area(np.concatenate([np.maximum(a[:2], b[:2]), np.minimum(a[2:], b[2:])]))
-    union = area(a) + area(b) - common
-    return common / union if union > 0 else 0.0
+    intersection = area(np.concatenate([np.maximum(a[:2], b[:2]), np.minimum(a[2:], b[2:])]))
+    union = area(a) + area(b) - intersection
+    return intersection / union if union > 0 else 0.0

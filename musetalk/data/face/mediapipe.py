@@ -1,7 +1,7 @@
-"""MediaPipe's face detector and face mesh (Apache-2.0), whose weights are inside its wheel.
+"""MediaPipe's face detector and face mesh (Apache-2.0), whose weights are part of its wheel.
 
-The full-range detector finds faces of any size, the mesh then looks at each face alone; both in static mode,
-so that no frame depends on another. https://ai.google.dev/edge/mediapipe (models: BlazeFace, Attention Mesh)
+The full-range detector finds faces of any size, and the mesh is applied to each face; both in static mode, so that
+frames are independent. https://ai.google.dev/edge/mediapipe (models: BlazeFace, Attention Mesh)
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ INNER_LIPS = (78, 81, 13, 311, 308, 402, 14, 178)
 MESH_TO_68 = [p if isinstance(p, tuple) else (p, p) for p in (*JAW, *BROWS, *NOSE, *EYES, *OUTER_LIPS, *INNER_LIPS)]
 
 MIN_SCORE = 0.5  # of both networks
-MESH_VIEW = 2.0  # side of the square that the mesh sees, in sizes of the detected face
+MESH_VIEW = 2.0  # side of the mesh's input square, relative to the detected face
 
 
 class MediapipeFaceMesh:
-    """Stateless face backend on the CPU, some 10 ms a face."""
+    """Stateless face backend on the CPU, about 10 ms per face."""
 
     def __init__(self) -> None:
-        os.environ.setdefault("GLOG_minloglevel", "2")  # its notes on start-up tell a user nothing
+        os.environ.setdefault("GLOG_minloglevel", "2")  # hides start-up messages
         from mediapipe.python.solutions import face_detection, face_mesh
 
         self.detector = face_detection.FaceDetection(model_selection=1, min_detection_confidence=MIN_SCORE)
@@ -41,11 +41,11 @@ class MediapipeFaceMesh:
         )
 
     def detect(self, frames: Sequence[np.ndarray]) -> list[list[Face]]:
-        """Faces of each frame. frames: BGR uint8 (H, W, 3), of any size."""
+        """Detects the faces of each frame. frames: BGR uint8 (H, W, 3), of any size."""
         return [self._detect_one(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)) for frame in frames]
 
     def _detect_one(self, image: np.ndarray) -> list[Face]:
-        """Faces of an RGB image (H, W, 3)."""
+        """Detects the faces of an RGB image (H, W, 3)."""
         size = np.array([image.shape[1], image.shape[0]])  # width, height
         faces = []
         for detection in self.detector.process(image).detections or ():
@@ -59,23 +59,18 @@ class MediapipeFaceMesh:
         return faces
 
     def _landmarks(self, image: np.ndarray, centre: np.ndarray, side: float) -> np.ndarray | None:
-        """float32 (68, 2) in pixels of the image, of the face in a square of it; None where the mesh sees none."""
+        """Returns the landmarks of the face in a square of an image, float32 (68, 2) in pixels, or None."""
         height, width = image.shape[:2]
         side = max(2, round(side))
         left, top = np.round(centre - side / 2).astype(int)
         x1, y1, x2, y2 = max(0, left), max(0, top), min(width, left + side), min(height, top + side)
         if x2 <= x1 or y2 <= y1:
             return None
-        around = (
-            y1 - top,
-            top + side - y2,
-            x1 - left,
-            left + side - x2,
-        )  # black where the square leaves the image
-        view = cv2.copyMakeBorder(image[y1:y2, x1:x2], *around, cv2.BORDER_CONSTANT)
-        found = self.mesh.process(view).multi_face_landmarks
-        if not found:
+        borders = y1 - top, top + side - y2, x1 - left, left + side - x2  # black outside the image
+        view = cv2.copyMakeBorder(image[y1:y2, x1:x2], *borders, cv2.BORDER_CONSTANT)
+        meshes = self.mesh.process(view).multi_face_landmarks
+        if not meshes:
             return None
-        points = np.array([(point.x, point.y) for point in found[0].landmark])
+        points = np.array([(point.x, point.y) for point in meshes[0].landmark])
         points = points * side + (left, top)
         return points[np.array(MESH_TO_68)].mean(axis=1).astype(np.float32)

@@ -1,6 +1,6 @@
-"""mmpose as the engine of DWPose's network: the program that MuseTalk runs, where it is installed.
+"""DWPose run by mmpose, as in MuseTalk. Optional: `pip install -r requirements-mmpose.txt`.
 
-`pip install -r requirements-mmpose.txt` installs it. The points are those of dwpose.py, which needs none of it.
+Gives the same points as dwpose.py, which does not need mmpose.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from musetalk.images import batched
 from musetalk.models.weights import freeze
 
 INPUT_SIZE = (INPUT_WIDTH, INPUT_HEIGHT)
-DATA_SET = {"dataset_name": "coco_wholebody", "flip_indices": MIRRORED}  # all that mmpose asks of the points
-# The network and its use, as mmpose's registries build them. Its trainer's settings play no part.
+DATA_SET = {"dataset_name": "coco_wholebody", "flip_indices": MIRRORED}  # the metadata that mmpose requires
+# Configuration of the network and its inference for mmpose's registries.
 CODEC = {
     "type": "SimCCLabel",
     "input_size": INPUT_SIZE,
@@ -91,7 +91,7 @@ PIPELINE = [
 
 
 class NoOperators(ModuleType):
-    """In the place of mmcv's compiled operators, which mmcv-lite has none of: all can be named, none can be called."""
+    """Stands in for mmcv's compiled operators, which mmcv-lite lacks: importable, but not callable."""
 
     def __getattr__(self, name: str) -> Callable:
         if name.startswith("_"):
@@ -104,19 +104,19 @@ class NoOperators(ModuleType):
 
 
 class MMPose:
-    """Stateless face backend that sees one person in a frame."""
+    """Stateless face backend for one person per frame."""
 
     def __init__(self, network: nn.Module, prepare: Callable[[dict], dict]) -> None:
-        """prepare: mmpose's pipeline, from a frame with its box to a sample."""
+        """prepare: mmpose's pipeline, frame with box -> sample."""
         self.network, self.prepare = freeze(network), prepare
 
     def detect(self, frames: Sequence[np.ndarray]) -> list[list[Face]]:
-        """Faces of each frame, one at most. frames: BGR uint8 (H, W, 3), of any size."""
+        """Detects at most one face per frame. frames: BGR uint8 (H, W, 3), of any size."""
         return faces_of_points(*self.points(frames))
 
     def points(self, frames: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """All points of the person in each frame: float64 (T, 133, 2) x, y in source pixels, and their scores, float32
-        (T, 133).
+        """Estimates all points of the person in each frame: float64 (T, 133, 2) x, y in source pixels, and scores,
+        float32 (T, 133).
 
         frames: BGR uint8 (H, W, 3), of any size.
         """
@@ -124,20 +124,20 @@ class MMPose:
 
         points, scores = np.zeros((len(frames), POINTS, 2)), np.zeros((len(frames), POINTS), np.float32)
         for batch in batched(range(len(frames)), BATCH):
-            samples = pseudo_collate([self.prepare(whole(frames[index])) for index in batch])
+            samples = pseudo_collate([self.prepare(frame_input(frames[index])) for index in batch])
             with torch.no_grad():
-                found = self.network.test_step(samples)
-            for index, sample in zip(batch, found, strict=True):
+                predictions = self.network.test_step(samples)
+            for index, sample in zip(batch, predictions, strict=True):
                 points[index] = sample.pred_instances.keypoints[0]
                 scores[index] = sample.pred_instances.keypoint_scores[0]
         return points, scores
 
 
 def in_float64(decode: Callable) -> Callable:
-    """A decoder of mmpose, with its points as float64.
+    """Wraps a decoder of mmpose so that it returns points as float64.
 
-    mmpose moves them into the frame in the type that it is given here, rounding to float32 what it computes in
-    float64. 1.1, which MuseTalk names, does not round, and MuseTalk then cuts the fractions off.
+    mmpose maps points into the frame in the dtype of the decoder, so newer versions round them to float32. Version
+    1.1, which MuseTalk requires, does not, and MuseTalk truncates the points afterwards.
     """
 
     def decode_in_float64(*simcc: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -147,16 +147,16 @@ def in_float64(decode: Callable) -> Callable:
     return decode_in_float64
 
 
-def whole(frame: np.ndarray) -> dict:
-    """A frame as mmpose's pipeline takes it, with all of it as the one person's box."""
+def frame_input(frame: np.ndarray) -> dict:
+    """Builds the input of mmpose's pipeline: a frame whose whole area is the person's box."""
     box = np.array([[0, 0, frame.shape[1], frame.shape[0]]], np.float32)
     return {"img": frame, "bbox": box, "bbox_score": np.ones(1, np.float32), **DATA_SET}
 
 
 def load_mmpose(models_dir: Path, device: torch.device) -> MMPose:
-    """mmpose with the network of dwpose/dw-ll_ucoco_384.pth in a models folder.
+    """Loads dwpose/dw-ll_ucoco_384.pth of a models folder into mmpose.
 
-    Raises UserError where mmpose cannot be imported, WeightsError for a missing or unfit file.
+    Raises UserError if mmpose cannot be imported, WeightsError for a missing or invalid file.
     """
     try:
         if find_spec("mmcv._ext") is None:
@@ -167,7 +167,7 @@ def load_mmpose(models_dir: Path, device: torch.device) -> MMPose:
         from mmengine.dataset import Compose
         from mmengine.registry import init_default_scope
         from mmpose.models.builder import build_pose_estimator
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another build of torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision does not match torch
         raise UserError(
             f"face_backend 'mmpose' cannot be imported: {error}; pip install -r requirements-mmpose.txt, "
             "or use 'dwpose', which gives the same points"

@@ -1,4 +1,4 @@
-"""Follows one person through the frames of a video."""
+"""Tracks one person through the frames of a video."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from collections.abc import Sequence
 from musetalk.contract import VIDEO_FPS
 from musetalk.data.face.face import Face, area, overlap
 
-SAME_PERSON_IOU = 0.3  # overlap of a person's boxes from one frame to the next
-MAX_GAP = 2 * VIDEO_FPS  # frames that a person may be unseen before a face there counts as somebody else
+SAME_PERSON_IOU = 0.3  # minimum overlap of a person's boxes in consecutive frames
+MAX_GAP = 2 * VIDEO_FPS  # frames without detection after which a track ends
 
 
 def follow_person(faces: Sequence[Sequence[Face]]) -> list[Face | None]:
-    """The face of one person in each of T frames, None where it is not seen.
+    """Returns the face of the main person in each of T frames, None where it is not detected.
 
-    Faces that overlap from frame to frame make a track; the person is the track with the largest sum of box
-    areas, so somebody passing behind, or seen only before a cut, is left out.
+    Faces that overlap from frame to frame form a track. The main person is the track with the largest sum of box
+    areas, which excludes passers-by and people shown only before a cut.
     """
     tracks: list[dict[int, Face]] = []
     for index, candidates in enumerate(faces):
-        alive = [track for track in tracks if index - next(reversed(track)) <= MAX_GAP]
+        active = [track for track in tracks if index - next(reversed(track)) <= MAX_GAP]
         pairs = [
             (overlap(track[next(reversed(track))].box, face.box), t, f)
-            for t, track in enumerate(alive)
+            for t, track in enumerate(active)
             for f, face in enumerate(candidates)
         ]
-        free_tracks, free_faces = set(range(len(alive))), set(range(len(candidates)))
-        for iou, t, f in sorted(pairs, reverse=True):  # the best pair first
+        free_tracks, free_faces = set(range(len(active))), set(range(len(candidates)))
+        for iou, t, f in sorted(pairs, reverse=True):  # best pair first
             if iou >= SAME_PERSON_IOU and t in free_tracks and f in free_faces:
-                alive[t][index] = candidates[f]
+                active[t][index] = candidates[f]
                 free_tracks.remove(t)
                 free_faces.remove(f)
         tracks += [{index: candidates[f]} for f in sorted(free_faces)]

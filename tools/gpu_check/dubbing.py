@@ -20,7 +20,7 @@ from musetalk.data.crop import in_crop
 from musetalk.data.face.face import Face
 from musetalk.data.video import write_video
 from musetalk.files import read_json
-from musetalk.inference.pipeline import LipSyncPipeline, PreparedVideo, Stages
+from musetalk.inference.pipeline import LipSyncPipeline, PreparedVideo, StageTimer
 from musetalk.models.unet import build_unet
 from musetalk.models.vae import VAE
 
@@ -48,14 +48,12 @@ def dub(config: GpuCheckConfig, accelerator: Accelerator, report: Callable) -> N
         encoded = len(crops) / (time.perf_counter() - start)
         prepared = PreparedVideo(source, faces, boxes, masked[:, 0], full[:, 0])
         count = len(crops) * (1 if config.quick else 4)
-        stages = Stages("start")
-        frames = pipeline.frames(prepared, clip.tensor("audio_features"), count, stages)
-        silence = np.zeros(count * SAMPLES_PER_FRAME, np.float32)
-        start = time.perf_counter()
-        write_video(config.output / f"dubbed_{height}.mp4", frames, silence, AUDIO_SAMPLE_RATE)
-        stages("end")
-        total = count / (time.perf_counter() - start)
-        rates = {name.replace(" ", "_"): count / seconds for name, seconds in stages.seconds.items() if name != "start"}
+        timer, silence = StageTimer(), np.zeros(count * SAMPLES_PER_FRAME, np.float32)
+        with timer("write"):
+            frames = pipeline.frames(prepared, clip.tensor("audio_features"), count, timer)
+            write_video(config.output / f"dubbed_{height}.mp4", frames, silence, AUDIO_SAMPLE_RATE)
+        rates = {stage.replace(" ", "_"): count / seconds for stage, seconds in timer.seconds.items()}
+        total = count / timer.seconds.total()
         report("dubbing", f"{height} lines, frames a second", encode=encoded, **rates, all_but_encode=total)
 
 

@@ -457,7 +457,7 @@ def test_ctrl_c_keeps_what_has_come(serve, models, tmp_path):
         process.kill()
         process.join()
     words = (tmp_path / "words").read_text()
-    assert process.exitcode == 130 and words.endswith("\ninterrupted; run the same command again to go on\n")
+    assert process.exitcode == 130 and words.endswith("\ninterrupted; run the same command again to resume\n")
     assert "Traceback" not in words and NAME not in files(models)
     come = part.read_bytes()
     get(models)

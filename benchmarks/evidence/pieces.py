@@ -189,9 +189,9 @@ def make_measurement(_: Path, material: str, recipe: str, seed: str) -> dict:
     pipeline = LipSyncPipeline.from_checkpoint(weights_folder(material, recipe, seed), models_folder(material))
     found = Validator(pipeline, cache, split(material, cache)[1], frames=LOOKED_AT, expert=expert)()
     path = Piece("measurement", (material, recipe, seed)).result.with_suffix(".jpg")
-    atomic_write_bytes(path, strip(found.looks, lambda look: look.images["prediction"]))
-    atomic_write_bytes(RESULTS / f"truth-{material}.jpg", strip(found.looks, lambda look: look.truth))
-    return {"figures": found.figures, "openings": [openings(look) for look in found.looks]}
+    atomic_write_bytes(path, strip(found.results, lambda result: result.images["prediction"]))
+    atomic_write_bytes(RESULTS / f"truth-{material}.jpg", strip(found.results, lambda result: result.truth))
+    return {"figures": found.figures, "openings": [openings(result) for result in found.results]}
 
 
 def needs_cache(material: str, *_: str) -> list[Piece]:

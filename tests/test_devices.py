@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import syncnet_trainer
 from benchmarks import ROOT
 from benchmarks.counts import STAGE2, TINY_DECODER
-from benchmarks.training import made_up_batch, training, without_contents
+from benchmarks.training import fake_tensors, training, zero_batch
 from benchmarks.workplace import WHISPER_TINY
 from musetalk.contract import IMAGE_SIZE, RIGID, SYNC_MEL_BINS
 from musetalk.data.audio import audio_features
@@ -54,7 +54,7 @@ def mock_device(monkeypatch) -> Iterator[None]:
     # Copies to the host become arrays of the same shape.
     to_numpy = torch.Tensor.numpy
     monkeypatch.setattr(torch.Tensor, "numpy", lambda x: empty_array(x) if isinstance(x, FakeTensor) else to_numpy(x))
-    with torch._functorch.config.patch(fake_tensor_allow_meta=True), without_contents():
+    with torch._functorch.config.patch(fake_tensor_allow_meta=True), fake_tensors():
         yield
     whisper.audio.mel_filters.cache_clear()  # the cached filters are fake tensors
 
@@ -162,7 +162,7 @@ def test_a_step_and_the_evaluation_of_a_distillation(vae):
     decoder = TinyDecoder(4).to(accelerator.device)
     state = NetworkState(decoder, torch.optim.AdamW(decoder.parameters()), {})
     config = distil_decoder.DistilConfig()
-    batch = made_up_batch(replace(TINY_DECODER, frames=1), 1, 4)
+    batch = zero_batch(replace(TINY_DECODER, frames=1), 1, 4)
     with device_synchronizations() as records:
         loss = distil_decoder.optimizer_step(state, vae, batch, config, accelerator)
     assert loss.device == MOCK and not records

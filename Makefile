@@ -31,12 +31,12 @@ evidence: .venv/installed
 torture: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.torture
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --requirement requirements.txt
+	$(BIN)/pip install --quiet --requirement requirements.txt --requirement requirements-dev.txt
 	touch $@
 
-.venv-mmpose/installed: requirements.txt requirements-mmpose.txt
+.venv-mmpose/installed: requirements.txt requirements-dev.txt requirements-mmpose.txt
 	$(PYTHON) -m venv .venv-mmpose
 	.venv-mmpose/bin/pip install --quiet --requirement requirements-mmpose.txt
 	touch $@

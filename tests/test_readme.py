@@ -1,90 +1,176 @@
-"""What the README and the notebook say is so."""
+"""The README, the manuals and the notebook agree with the code."""
+
+from __future__ import annotations
 
 import ast
 import re
+import shlex
 import shutil
 import subprocess
-from dataclasses import fields
+import tomllib
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from importlib import import_module
 from pathlib import Path
+from unittest.mock import create_autospec, patch
 
 import nbformat
+import pytest
 import tyro
 from nbclient import NotebookClient
 
-from datasets_process import PrepareConfig
-from musetalk.check import CheckConfig
 from musetalk.contract import CONTRACTS
 from musetalk.data.cache import Cache
 from musetalk.data.dataset import split_clips
 from musetalk.data.sample import SEEDS
-from musetalk.download import DownloadConfig
-from musetalk.export import ExportConfig
+from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.unet import build_unet
 from musetalk.models.weights import SOURCES
 from musetalk.training.checkpoint import save_unet
-from musetalk_trainer import PRESETS, TrainConfig, parse
-from syncnet_trainer import SyncConfig
+from musetalk_trainer import PRESETS
 
 ROOT = Path(__file__).parents[1]
-MODULES = {"musetalk.check": CheckConfig, "musetalk.export": ExportConfig, "musetalk.download": DownloadConfig}
 README = (ROOT / "README.md").read_text()
 NOTEBOOK = nbformat.read(ROOT / "demo.ipynb", as_version=4)
+TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+PAGES = [name for name in TRACKED if name.endswith(".md")]
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+PROGRAMS = ("python", "torchrun", "accelerate", "make", "pip", "bash", "pre-commit")
 
 
-def tracked() -> list[str]:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return listed.stdout.splitlines()
+def commands(page: str) -> Iterator[str]:
+    """Lines of the unlabelled code blocks, and inline code that starts with a program; "..." marks a fragment."""
+    text = (ROOT / page).read_text()
+    for language, block in FENCE.findall(text):
+        if not language:
+            yield from (line.strip() for line in block.splitlines() if line.strip())
+    for span in re.findall(r"`([^`]+)`", FENCE.sub("", text)):
+        if span.split()[0] in PROGRAMS and len(span.split()) > 1 and "..." not in span:
+            yield " ".join(span.split())
+
+
+def parse_command(command: str) -> None:
+    """Fails if a command names a script, option, preset, target or file that does not exist."""
+    words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
+    program, *arguments = words
+    assert program in PROGRAMS, command
+    if program == "make":
+        targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+        assert set(arguments) <= set(targets.split())
+    elif program == "bash":
+        assert (ROOT / arguments[0]).exists()
+    elif program == "pip":
+        assert arguments[0] == "install"
+        assert all((ROOT / word).exists() for word in arguments if word.endswith(".txt"))
+    elif program in ("python", "torchrun", "accelerate"):
+        if program != "python":  # the launcher's own options come first
+            arguments = arguments[next(i for i, word in enumerate(arguments) if word.endswith(".py")) :]
+        if arguments[:2] == ["-m", "pytest"]:
+            assert all((ROOT / name).exists() for name in arguments[2:])
+        elif arguments[0] == "-m":
+            parse_arguments(arguments[1], arguments[2:])
+        else:
+            parse_arguments(arguments[0].removesuffix(".py"), arguments[1:])
+
+
+def parse_arguments(name: str, arguments: list[str]) -> None:
+    """Parse the command line of a script or module. Raises SystemExit for an unknown option."""
+    if (ROOT / name.replace(".", "/") / "__main__.py").exists():
+        name += ".__main__"
+    module = import_module(name)
+    if hasattr(module, "parse"):  # has presets
+        module.parse(arguments)
+        return
+    (config,) = (
+        value
+        for key, value in vars(module).items()
+        if key.endswith("Config") and is_dataclass(value) and value.__module__ == name
+    )
+    tyro.cli(config, args=arguments)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_parse(page):
+    for command in commands(page):
+        parse_command(command)
+
+
+def test_commands_are_found():
+    assert {"make demo", "python datasets_process.py", "python musetalk_trainer.py"} <= set(commands("README.md"))
+
+
+@pytest.mark.parametrize("command", ["python -m musetalk.check --no-such-option", "make no_such_target", "bash none"])
+def test_wrong_commands_are_noticed(command):
+    with pytest.raises((AssertionError, SystemExit)):
+        parse_command(command)
+
+
+def test_python_snippets_run():
+    """With a pipeline that only checks the arguments of its calls."""
+    pipeline = create_autospec(LipSyncPipeline)
+    pipeline.from_checkpoint.return_value = create_autospec(LipSyncPipeline, instance=True)
+    snippets = [block for page in PAGES for lang, block in FENCE.findall((ROOT / page).read_text()) if lang == "python"]
+    assert snippets
+    for snippet in snippets:
+        with patch("musetalk.inference.pipeline.LipSyncPipeline", pipeline):
+            exec(snippet, {})
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_resolve(page):
+    for target in re.findall(r"\]\((?!https://)([^)]+)\)", FENCE.sub("", (ROOT / page).read_text())):
+        path, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / path if path else ROOT / page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
 
 
 def test_the_tree_names_every_module_and_nothing_else():
-    tree = README.split("## The files")[1].split("```")[1]
-    named, folders = set(), []  # folders: those that the line is in, by its indentation
-    for line in tree.strip().splitlines():
-        indent, entry = re.match(r"( *)(\S+)", line).groups()
-        folders = folders[: len(indent) // 2]
-        named.add("".join(folders) + entry)
-        folders.append(entry)
-    modules = {name for name in tracked() if name.endswith((".py", ".ipynb")) and not name.startswith("tests/")}
-    whole = r"^(musetalk/data/face|benchmarks|tools/gpu_check)/.*"  # folders that are one line
-    shown = {re.sub(whole, r"\1/", name) for name in modules if "__init__" not in name}
-    parts = {f"musetalk/{part}/" for part in ("models", "data", "inference", "training")}
-    assert shown == named - parts - {"musetalk/", "losses/", "models/", "tests/"}
-    assert all((ROOT / name).exists() for name in named)
+    tree = re.search(r"## The tree\n+```text\n(.*?)```", README, re.DOTALL)[1]
+    entries = dict(line.split(maxsplit=1) for line in tree.splitlines())
+    assert all((ROOT / entry).exists() for entry in entries)
+    listed = {
+        entry: re.findall(r"\w+\b(?!:)", text)
+        for entry, text in entries.items()
+        if entry.startswith(("musetalk/", "losses/", "tools/"))
+    }
+    missing = [
+        f"{entry}{name}"
+        for entry, names in listed.items()
+        for name in names
+        if not (ROOT / entry / name).is_dir() and not (ROOT / entry / f"{name}.py").exists()
+    ]
+    assert not missing
+    for path in (Path(name) for name in TRACKED if name.endswith((".py", ".ipynb")) and "__init__" not in name):
+        folders = [f"{folder}/" for folder in path.parents][:-1]  # from the innermost
+        entry = next((folder for folder in folders if folder in entries), str(path))
+        assert entry in entries, path
+        if entry in listed:
+            assert path.relative_to(entry).with_suffix("").parts[0] in listed[entry], path
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
-
-
-def test_commands_are_understood():
-    options = {field.name.replace("_", "-") for field in fields(PrepareConfig)}
-    commands = [line.strip() for line in README.splitlines() if line.strip().startswith("python ")]
-    assert "python datasets_process.py" in commands and "python musetalk_trainer.py" in commands
-    for command in commands:
-        script, *arguments = command.split()[1:]
-        if script == "musetalk_trainer.py":
-            parse(arguments)
-        elif script == "-m":
-            tyro.cli(MODULES[arguments[0]], args=arguments[1:])
-        else:
-            assert {word[2:] for word in arguments if word.startswith("--")} <= options
+def test_pages_stay_short():
+    lines = {page: len((ROOT / page).read_text().splitlines()) for page in PAGES}
+    assert lines["README.md"] <= 130
+    assert all(count <= 150 for page, count in lines.items() if page.startswith("docs/"))
 
 
 def test_presets_contracts_and_weights_are_described():
-    assert all(f"`{name}`" in README for name in (*PRESETS, *CONTRACTS))
-    weights = README + (ROOT / "models" / "README.md").read_text()
-    assert all(name in weights for name in SOURCES)
+    text = "".join((ROOT / page).read_text() for page in PAGES)
+    assert all(f"`{name}`" in text for name in (*PRESETS, *CONTRACTS))
+    assert all(name in (ROOT / "models/README.md").read_text() for name in SOURCES)
 
 
-def test_constants_have_a_unit_or_a_reason_beside_them():
-    for script, config in (
-        ("datasets_process.py", PrepareConfig),
-        ("musetalk_trainer.py", TrainConfig),
-        ("syncnet_trainer.py", SyncConfig),
-    ):
-        text = (ROOT / script).read_text()
-        assert all(re.search(rf"^    {field.name}: ", text, re.MULTILINE) for field in fields(config))
+def test_versions_agree():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == version
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
 
 
 def test_the_notebook_is_short_and_has_no_logic():
@@ -100,8 +186,8 @@ def test_the_notebook_uses_clips_that_the_demo_holds_out(random_tensors, tmp_pat
 
     writer = CacheWriter(tmp_path, CONTRACTS["rigid"])
     for index in range(len(SEEDS)):
-        about = {"source": f"sample_{index:02d}.mp4", "source_bytes": 9, "identity": "astronaut", "last": True}
-        writer.write(f"sample_{index:02d}", random_tensors(1), about)
+        metadata = {"source": f"sample_{index:02d}.mp4", "source_bytes": 9, "identity": "astronaut", "last": True}
+        writer.write(f"sample_{index:02d}", random_tensors(1), metadata)
     demo = PRESETS["demo"]
     _, held_out, _ = split_clips(Cache(tmp_path), demo.held_out, demo.seed)
     assert set(re.findall(r"sample_\d\d", NOTEBOOK.cells[1].source)) == set(held_out)

@@ -1,6 +1,6 @@
 """Fault injection on the real scripts: kills, full disks, denied writes and concurrent runs.
 
-    python -m tools.torture                            the full test, as in the README's table
+    python -m tools.torture                            the full test, as in docs/robustness.md
     python -m tools.torture --kills 1 --faults 1       a short test
 
 Each script is run once without faults on a small copy of the built-in sample. Then it is run with faults in one folder,

@@ -88,7 +88,7 @@ MEASURES = (
     Measure("SSIM", "of the mouth", lambda f: f["ssim_mouth"], 1),
 )
 HEAD = f"""\
-# What helps
+# Ablations
 
 Written by `make evidence`; [README.md](README.md) describes the measurements. All recipes use the small networks
 (`models/mini`), discriminators with {DISCRIMINATOR_WIDTH} channels instead of 64, and no LPIPS, whose weights were not

@@ -1,9 +1,9 @@
-# make demo: the whole way on the built-in sample, about 7 minutes on 2 cores
+# make demo: prepare, train and lip-sync the built-in sample, about 7 minutes on 2 cores
 # make test: the checks that CI runs
-# make test-mmpose: those that need mmpose, in an environment of their own
-# make bench: what training, a cache and inference cost, held against targets, about 10 minutes on 2 cores
-# make evidence: which part of the recipe helps, hours on 2 cores, in pieces that go on where they were stopped
-# make torture: tries to lose something by kills, full disks and denied writes, about an hour on 2 cores
+# make test-mmpose: the tests that need mmpose, in a separate environment
+# make bench: benchmarks of training, the cache and inference against targets, about 10 minutes on 2 cores
+# make evidence: ablations of the training recipe, hours on 2 cores; resumes after an interruption
+# make torture: fault injection by kills, full disks and denied writes, about an hour on 2 cores
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -1,4 +1,4 @@
-"""What a training, a cache and an inference cost, held against targets: see README.md in this folder."""
+"""Benchmarks of training, the cache and inference against targets; see README.md in this folder."""
 
 from pathlib import Path
 

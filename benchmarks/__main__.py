@@ -1,11 +1,11 @@
-"""Measure what things cost and hold it against the targets.
+"""Measures the cost of training, the cache and inference, and compares it with targets.
 
     python -m benchmarks                             all figures
-    python -m benchmarks loader_ratio train_gib_b32  some
-    python -m benchmarks --cache data/mine           the cache's figures of a cache that is there
+    python -m benchmarks loader_ratio train_gib_b32  some figures
+    python -m benchmarks --cache data/mine           figures of the cache for an existing cache
 
-Prints a table, with a note under each figure that misses its target, and then each figure as JSON in a line of its own.
-What they mean is in benchmarks/README.md.
+Prints a table, with a note under each figure that misses its target, then one line of JSON for each figure.
+benchmarks/README.md explains the figures.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Annotated
 import tyro
 
 from benchmarks.figures import FIGURES, Figure
-from benchmarks.workplace import NotHereError, Workplace
+from benchmarks.workplace import UnavailableError, Workplace
 from musetalk.cli import run_script
 from musetalk.errors import UserError
 
@@ -28,16 +28,16 @@ NAMES = [figure.name for figure in FIGURES]
 
 @dataclass
 class BenchmarkConfig:
-    """Which figures, and of what."""
+    """The figures to measure, and the cache to measure them on."""
 
-    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # of figures; none is all
-    cache: Path | None = None  # a cache to look at; none is one of the first seconds of some clips
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # names of figures; by default all
+    cache: Path | None = None  # by default a cache of the first seconds of some clips
 
 
 def main(config: BenchmarkConfig) -> None:
-    """Measure, and print each figure as soon as it is there."""
+    """Prints each figure as soon as it is measured."""
     if unknown := set(config.names) - set(NAMES):
-        raise UserError(f"there is no figure {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+        raise UserError(f"unknown figure {', '.join(sorted(unknown))}; choose from {', '.join(NAMES)}")
     lines = []
     print(f"{'name':<34}{'value':>12} {'unit':<9}{'target':<12}ok")
     with tempfile.TemporaryDirectory() as folder:
@@ -49,13 +49,13 @@ def main(config: BenchmarkConfig) -> None:
 
 
 def show(figure: Figure, workplace: Workplace) -> str:
-    """Measure a figure and print its row. Returns its line of JSON, in which what cannot be measured here is null."""
+    """Measures a figure and prints its row. Returns its JSON, with a null value if it cannot be measured here."""
     record = {"name": figure.name, "value": None, "unit": figure.unit, "target": figure.target, "ok": None}
     note = ""
     try:
         value, note = figure.measure(workplace)
         record |= {"value": round(value, 4), "ok": figure.holds(value)}
-    except NotHereError as error:
+    except UnavailableError as error:
         note = f"not measured: {error}"
     shown = "-" if record["value"] is None else f"{record['value']:.6g}"
     verdict = {True: "yes", False: "NO", None: "-"}[record["ok"]]

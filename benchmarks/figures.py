@@ -1,4 +1,4 @@
-"""The figures and their targets. The deterministic ones are tests too."""
+"""The figures and their targets. The deterministic ones are also tested."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RELATIONS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
 
 @dataclass(frozen=True)
 class Figure:
-    """What is measured, and what it should be."""
+    """A figure with its target."""
 
     name: str
     unit: str

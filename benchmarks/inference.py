@@ -1,4 +1,4 @@
-"""Figures of inference without its networks: its time, and whether its memory grows with the video."""
+"""Figures of inference without its networks: its overhead, and whether memory grows with the length of the video."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scipy.io import wavfile
 
 from benchmarks.silent import silent_pipeline
 from benchmarks.timings import ratio
-from benchmarks.workplace import Measured, NotHereError, Workplace, repeat
+from benchmarks.workplace import Measured, UnavailableError, Workplace, repeat
 from musetalk.contract import AUDIO_SAMPLE_RATE
 from musetalk.data.video import read_audio, read_frames, write_video
 
@@ -25,26 +25,26 @@ STATUS = Path("/proc/self/status")
 
 
 def pipeline_overhead(workplace: Workplace) -> Measured:
-    """Inference without its networks over decoding and encoding the same video alone, in CPU time."""
+    """CPU time of inference without its networks, divided by that of decoding and encoding the same video."""
     video, output, pipeline = workplace.video, workplace.folder / "out.mp4", silent_pipeline()
 
     def ours() -> None:
         with redirect_stderr(io.StringIO()):
             pipeline(video, video, output)
 
-    def floor() -> None:
+    def baseline() -> None:
         write_video(output, read_frames(video), read_audio(video, OUTPUT_SAMPLE_RATE), OUTPUT_SAMPLE_RATE)
 
-    return ratio(ours, floor)
+    return ratio(ours, baseline)
 
 
 def inference_memory_ratio(workplace: Workplace) -> Measured:
-    """The most memory of a process that lets two minutes of video speak without its networks, over that of 10 s."""
+    """Peak memory of a process that lip-syncs two minutes of video without its networks, divided by that for 10 s."""
     if not STATUS.is_file():
-        raise NotHereError("this system does not say how much memory a process has had")
+        raise UnavailableError(f"this system has no {STATUS}")
     peaks = []
     for seconds in SECONDS:
-        video, audio = (workplace.folder / f"{seconds} s.{ending}" for ending in ("mp4", "wav"))
+        video, audio = (workplace.folder / f"{seconds} s.{extension}" for extension in ("mp4", "wav"))
         repeat(workplace.video, video, seconds)
         wavfile.write(audio, AUDIO_SAMPLE_RATE, np.zeros(seconds * AUDIO_SAMPLE_RATE, np.int16))
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -54,10 +54,10 @@ def inference_memory_ratio(workplace: Workplace) -> Measured:
 
 
 def peak(video: Path, audio: Path, output: Path) -> int:
-    """The most memory that this process ever had, in bytes, after an inference without its networks."""
+    """Peak memory of this process in bytes, after inference without its networks."""
     torch.set_num_threads(1)
     with redirect_stderr(io.StringIO()):
         silent_pipeline()(video, audio, output)
-    # Not getrusage, which remembers the process that started this one.
+    # getrusage would include the parent process.
     kilobytes = next(line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
     return int(kilobytes) << 10

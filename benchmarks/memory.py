@@ -1,4 +1,4 @@
-"""Memory of a computation by its live storages, whether its tensors have contents or only shapes."""
+"""Memory of a computation, counted by live storages; also works for fake tensors."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ HERE = Path(__file__).parent
 
 
 class LiveStorages(TorchDispatchMode):
-    """Within it the storages of all tensors that come out of an operation are counted while they live, each once.
+    """Counts the live storages of all tensors returned by operations within the context, each once.
 
-    Neither the workspace of a kernel is counted nor what an allocator rounds up or cannot use again. To count tensors
-    without contents, enter their mode before.
+    Excludes the workspace of kernels and the overhead of the allocator. To count fake tensors, enter their mode first.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.current = self.peak = 0  # bytes
-        self.at_peak: Counter[str] = Counter()  # where and of what kind -> bytes at the peak
-        self._live: dict[int, tuple[int, str]] = {}  # address -> bytes, where and of what kind
-        self._noted = True  # whether at_peak is of the peak
+        self.at_peak: Counter[str] = Counter()  # function and dtype -> bytes at the peak
+        self._live: dict[int, tuple[int, str]] = {}  # address -> bytes, function and dtype
+        self._recorded = True  # whether at_peak belongs to the current peak
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **kwargs or {})
@@ -40,30 +39,30 @@ class LiveStorages(TorchDispatchMode):
         return result
 
     def restart(self) -> None:
-        """Forget the peak so far."""
-        self.peak, self._noted = self.current, False
+        """Resets the peak."""
+        self.peak, self._recorded = self.current, False
 
     def _count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         address, size = storage._cdata, storage.nbytes()
         if address in self._live:
             return
-        self._live[address] = size, f"{_maker()}, {str(tensor.dtype).removeprefix('torch.')}"
+        self._live[address] = size, f"{_creator()}, {str(tensor.dtype).removeprefix('torch.')}"
         weakref.finalize(storage, self._release, address)
         self.current += size
         if self.current > self.peak:
-            self.peak, self._noted = self.current, False
+            self.peak, self._recorded = self.current, False
 
     def _release(self, address: int) -> None:
-        if not self._noted and self.current == self.peak:
-            self._noted, self.at_peak = True, Counter()
-            for size, what in self._live.values():
-                self.at_peak[what] += size
+        if not self._recorded and self.current == self.peak:
+            self._recorded, self.at_peak = True, Counter()
+            for size, origin in self._live.values():
+                self.at_peak[origin] += size
         self.current -= self._live.pop(address)[0]
 
 
-def _maker() -> str:
-    """The innermost function of the project that is running; those here that begin with _ only stand between."""
+def _creator() -> str:
+    """The innermost running function of the project, except private functions of this package."""
     frame = sys._getframe(1)
     while frame:
         path, name = _below_root(frame.f_code.co_filename), frame.f_code.co_name
@@ -75,6 +74,6 @@ def _maker() -> str:
 
 @cache
 def _below_root(filename: str) -> str:
-    """Where in the project a file of code is, "" where it is none of its own."""
+    """The path of a source file relative to the project, "" if it is outside."""
     path = Path(filename)
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) and "site-packages" not in path.parts else ""

@@ -1,5 +1,7 @@
-"""The original MuseTalkTrainer's ways of preparing and of reading, re-enacted to be compared with: what it does to a
-frame and in which order, written anew. Only files that were made here are ever unpickled."""
+"""Reimplements preparation and data loading of the original MuseTalkTrainer, for comparison.
+
+Does the same work per frame in the same order. Only unpickles files that it has written itself.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +24,23 @@ KINDS = ("images", "latents", "whisper_chunks")
 
 
 def write_samples(folder: Path, cache: Cache) -> None:
-    """The frames of a cache as the original keeps them: a folder for each clip, in it a PNG, a pickle of the masked and
-    full latents (8, 32, 32) and one of the audio window (50, 384) for each frame, and the list of all of them."""
+    """Writes the frames of a cache in the original's layout.
+
+    A clip is a folder with a PNG, a pickle of masked and full latents (8, 32, 32) and a pickle of the audio window
+    (50, 384) for each frame, and a list of these files.
+    """
     for clip in cache.clips.values():
-        here = folder / clip.name
+        clip_dir = folder / clip.name
         for kind in KINDS:
-            (here / kind).mkdir(parents=True)
+            (clip_dir / kind).mkdir(parents=True)
         windows = audio_windows(clip.tensor("audio_features"), range(len(clip)), cache.contract).astype(np.float32)
         latents = np.concatenate([clip.tensor("masked_latents")[:, 0], clip.tensor("latents")[:, 0]], axis=1)
         for frame in map(int, np.flatnonzero(clip.usable)):
-            cv2.imwrite(str(here / "images" / f"{frame:08d}.png"), clip.image(frame))
-            _dump(here / "latents" / f"{frame:08d}.pkl", torch.from_numpy(latents[frame].astype(np.float32)))
-            _dump(here / "whisper_chunks" / f"{frame:08d}.pkl", windows[frame])
-        names = {kind: sorted(path.name for path in (here / kind).iterdir()) for kind in KINDS}
-        (here / "config.json").write_text(json.dumps(names))
+            cv2.imwrite(str(clip_dir / "images" / f"{frame:08d}.png"), clip.image(frame))
+            _dump(clip_dir / "latents" / f"{frame:08d}.pkl", torch.from_numpy(latents[frame].astype(np.float32)))
+            _dump(clip_dir / "whisper_chunks" / f"{frame:08d}.pkl", windows[frame])
+        names = {kind: sorted(path.name for path in (clip_dir / kind).iterdir()) for kind in KINDS}
+        (clip_dir / "config.json").write_text(json.dumps(names))
 
 
 def _dump(path: Path, value: object) -> None:
@@ -45,11 +50,11 @@ def _dump(path: Path, value: object) -> None:
 
 def _load(path: str) -> object:
     with open(path, "rb") as file:
-        return pickle.load(file)  # as the original does; only of what `_dump` has just written
+        return pickle.load(file)  # as the original does; only loads files of `_dump`
 
 
 def read_sample(clips: list[Path], rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
-    """A training sample: any frame of any clip with any other as its reference, all lists read anew.
+    """Reads a training sample: a random frame of a random clip with a random reference; reads the lists each time.
 
     Returns masked, reference and target latents (4, 32, 32), window (50, 384) and image RGB (3, 256, 256), float32.
     """
@@ -60,22 +65,24 @@ def read_sample(clips: list[Path], rng: np.random.Generator) -> tuple[torch.Tens
     count = len(paths["images"])
     frame = rng.integers(count)
     reference = (frame + rng.integers(1, count)) % count
-    latents, others = (_load(paths["latents"][index]) for index in (frame, reference))
+    latents, reference_latents = (_load(paths["latents"][index]) for index in (frame, reference))
     window = torch.from_numpy(_load(paths["whisper_chunks"][frame]))
     image = cv2.cvtColor(cv2.imread(paths["images"][frame]), cv2.COLOR_BGR2RGB)
     image = torch.from_numpy(image.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
-    return latents[:LATENT_CHANNELS], others[LATENT_CHANNELS:], latents[LATENT_CHANNELS:], window, image
+    return latents[:LATENT_CHANNELS], reference_latents[LATENT_CHANNELS:], latents[LATENT_CHANNELS:], window, image
 
 
 def crop_frames(video: Path, box: np.ndarray, folder: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """All that is done to the frames of a video but for networks: decoding, the detector's input, crop, PNG, and the
-    VAE's inputs, masked and full, each RGB float32 (1, 3, 256, 256) made from the crop on its own."""
+    """Prepares the frames of a video without the networks: decoding, input of the detector, crop and PNG.
+
+    Yields the inputs of the VAE, masked and full, each RGB float32 (1, 3, 256, 256) computed separately from the crop.
+    """
     capture = cv2.VideoCapture(str(video))
     x1, y1, x2, y2 = box
     count = 0
     while True:
-        there, frame = capture.read()
-        if not there:
+        success, frame = capture.read()
+        if not success:
             break
         torch.from_numpy((frame - MEAN).transpose(2, 0, 1)[None]).float()
         crop = cv2.resize(frame[y1:y2, x1:x2], (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_LANCZOS4)

@@ -1,4 +1,4 @@
-"""The pipeline and its parts without the work of their networks, to measure all that is around them."""
+"""The pipeline with networks replaced by stubs, to measure everything else."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from musetalk.models.vae import VAE
 
 
 def silent_pipeline() -> LipSyncPipeline:
-    """The pipeline without the work of its networks."""
+    """The inference pipeline with stub networks."""
     unet = Silent(LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
     pipeline = LipSyncPipeline(unet, silent_vae(), RIGID, ROOT / "models")
-    pipeline.backend, pipeline.audio_encoder = recalling_backend(), SilentAudioEncoder()
+    pipeline.backend, pipeline.audio_encoder = silent_backend(), SilentAudioEncoder()
     return pipeline
 
 
 class Silent(nn.Module):
-    """A network that costs nothing: zeros of one shape for each of a batch."""
+    """A stub network that returns zeros of a fixed shape for each item of a batch."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Silent(nn.Module):
 
 
 class SilentAudioEncoder:
-    """Whisper tiny's encoder without its work."""
+    """A stub of Whisper tiny's encoder."""
 
     shape, mel_bins = (WHISPER_TINY.n_audio_layer + 1, WHISPER_TINY.n_audio_state), WHISPER_TINY.n_mels
 
@@ -48,26 +48,26 @@ class SilentAudioEncoder:
 
 
 def silent_vae() -> VAE:
-    """The VAE without the work of its encoder and decoder."""
+    """The VAE with a stub encoder and decoder."""
     autoencoder = AutoencoderKL.from_config(read_json(ROOT / "models/mini/sd-vae-ft-mse/config.json"))
     autoencoder.encoder = Silent(2 * LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
     autoencoder.decoder = Silent(3, IMAGE_SIZE, IMAGE_SIZE)
     return VAE(autoencoder)
 
 
-class Recalling:
-    """One of MediaPipe's networks, asked once: it gives the same answer ever after."""
+class Cached:
+    """A MediaPipe network that runs once and then always returns its first result."""
 
     def __init__(self, network: object) -> None:
-        self.network, self.answer = network, None
+        self.network, self.result = network, None
 
     def process(self, image: np.ndarray) -> object:
-        self.answer = self.answer or self.network.process(image)
-        return self.answer
+        self.result = self.result or self.network.process(image)
+        return self.result
 
 
-def recalling_backend() -> MediapipeFaceMesh:
-    """The face backend without the work of its networks: all frames have the face of the first."""
+def silent_backend() -> MediapipeFaceMesh:
+    """The face backend without its networks: all frames get the face of the first."""
     backend = MediapipeFaceMesh()
-    backend.detector, backend.mesh = Recalling(backend.detector), Recalling(backend.mesh)
+    backend.detector, backend.mesh = Cached(backend.detector), Cached(backend.mesh)
     return backend

@@ -1,4 +1,4 @@
-"""Figures that are ratios of times: the original's way, or a floor, and ours in turn on the same machine."""
+"""Figures that are ratios of times, alternating the original's code, or a baseline, with ours on the same machine."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from benchmarks import original
-from benchmarks.silent import recalling_backend, silent_vae
-from benchmarks.workplace import Measured, NotHereError, Workplace, cut, prepare_quietly
+from benchmarks.silent import silent_backend, silent_vae
+from benchmarks.workplace import Measured, UnavailableError, Workplace, cut, prepare_quietly
 from datasets_process import PrepareConfig
 from musetalk.contract import IMAGE_SIZE, RIGID
 from musetalk.data.cache import encode_jpegs
@@ -27,9 +27,9 @@ from musetalk.devices import supports_bf16
 from musetalk.models.vae import load_vae
 
 REPEATS = 5
-SAMPLES = 200  # read by each side in turn
-ENCODED = 2  # images that a full-size VAE encodes in turn
-PREPARED_SECONDS, PREPARED_FRAMES = (0.2, 1.0), 6  # of two clips by us, frames by the original
+SAMPLES = 200  # read per repeat
+ENCODED = 2  # images encoded per repeat by a full-size VAE
+PREPARED_SECONDS, PREPARED_FRAMES = (0.2, 1.0), 6  # seconds of two clips for ours, frames for the original
 
 
 def ratio(
@@ -38,24 +38,24 @@ def ratio(
     repeats: int = REPEATS,
     clock: Callable[[], float] = time.process_time,
 ) -> Measured:
-    """How often our time goes into theirs: the median of some turns, after one that does not count.
+    """Their time divided by ours, the median of several alternating repeats after a warm-up.
 
-    With the CPU's own clock, of all threads, other work on the machine makes little difference.
+    By default in CPU time of all threads, which other processes hardly affect.
     """
-    torch.set_num_threads(1)  # of several, those that wait would count
-    turns = []
+    torch.set_num_threads(1)  # waiting threads would count
+    times = []
     for _ in range(1 + repeats):
-        begin = clock()
+        start = clock()
         theirs()
         middle = clock()
         ours()
-        turns.append((middle - begin, clock() - middle))
-    theirs_took, ours_took = (1000 * median(times) for times in zip(*turns[1:], strict=True))
-    return Measured(median(a / b for a, b in turns[1:]), f"{theirs_took:.0f} ms over {ours_took:.0f} ms")
+        times.append((middle - start, clock() - middle))
+    their_ms, our_ms = (1000 * median(values) for values in zip(*times[1:], strict=True))
+    return Measured(median(a / b for a, b in times[1:]), f"{their_ms:.0f} ms over {our_ms:.0f} ms")
 
 
 def loader_ratio(workplace: Workplace) -> Measured:
-    """Training samples of the original's files over as many of a cache, of the same minutes of video, in CPU time."""
+    """CPU time of reading samples from the original's files, divided by that of reading as many from a cache."""
     folder, cache = workplace.folder / "original", workplace.long_cache
     original.write_samples(folder, cache)
     clips, rng = sorted(folder.iterdir()), np.random.default_rng(0)
@@ -67,8 +67,8 @@ def loader_ratio(workplace: Workplace) -> Measured:
 
 
 def preprocess_nonmodel_ratio(workplace: Workplace) -> Measured:
-    """All but the networks of preparing the frames of a video of 720 lines, in CPU time."""
-    video, backend, vae = workplace.video, recalling_backend(), silent_vae()
+    """CPU time of preparing the frames of a 720p video without the networks, the original's divided by ours."""
+    video, backend, vae = workplace.video, silent_backend(), silent_vae()
     first = next(read_frames(video))
     box = face_box(backend.detect([first])[0][0].landmarks, first.shape)
     folder = workplace.folder / "crops"
@@ -83,7 +83,7 @@ def preprocess_nonmodel_ratio(workplace: Workplace) -> Measured:
 
 
 def vae_encode_cpu_ratio(workplace: Workplace) -> Measured:
-    """Images in float32 over ours in bfloat16 and channels_last, both one by one, by a full-size VAE on one thread."""
+    """CPU time of a full-size VAE encoder in float32, divided by ours in bfloat16 and channels_last; batch size 1."""
     require_bf16()
     device = torch.device("cpu")
     theirs = load_vae(workplace.models("full"), device, torch.float32, torch.contiguous_format)
@@ -94,15 +94,15 @@ def vae_encode_cpu_ratio(workplace: Workplace) -> Measured:
 
 
 def preprocess_ratio(workplace: Workplace) -> Measured:
-    """What one more frame takes with a full-size VAE on all cores: alone in float32, over our script's on two clips.
+    """Time of one more frame with a full-size VAE on all cores, the original's in float32 divided by our script's.
 
-    In time that passes, so the machine must have nothing else to do.
+    Measures wall-clock time, so the machine must be idle.
     """
     require_bf16()
     models, folder = workplace.models("full"), workplace.folder / "prepared"
-    few, many = (cut(workplace.clips[-2:], workplace.folder / f"{x} s", x) for x in PREPARED_SECONDS)
+    short, long = (cut(workplace.clips[-2:], workplace.folder / f"{x} s", x) for x in PREPARED_SECONDS)
     vae = load_vae(models, torch.device("cpu"), torch.float32, torch.contiguous_format)
-    backend, video = MediapipeFaceMesh(), next(many.iterdir())
+    backend, video = MediapipeFaceMesh(), next(long.iterdir())
     frame = next(read_frames(video))
     box = face_box(backend.detect([frame])[0][0].landmarks, frame.shape)
     folder.mkdir()
@@ -110,25 +110,25 @@ def preprocess_ratio(workplace: Workplace) -> Measured:
     @torch.no_grad()
     def theirs() -> float:
         torch.set_num_threads(os.cpu_count())
-        begin = time.perf_counter()
+        start = time.perf_counter()
         for images in islice(original.crop_frames(video, box, folder), PREPARED_FRAMES):
             backend.detect([frame])
             for image in images:
                 vae.encode(image)
-        return (time.perf_counter() - begin) / PREPARED_FRAMES
+        return (time.perf_counter() - start) / PREPARED_FRAMES
 
     def ours(videos: Path) -> tuple[int, float]:
-        begin = time.perf_counter()
-        with patch("datasets_process.MIN_FRAMES_PER_PROCESS", 1):  # as for larger data
+        start = time.perf_counter()
+        with patch("datasets_process.MIN_FRAMES_PER_PROCESS", 1):  # as for longer videos
             cache = prepare_quietly(PrepareConfig(videos, folder / videos.name, models))
-        return sum(map(len, cache.clips.values())), time.perf_counter() - begin
+        return sum(map(len, cache.clips.values())), time.perf_counter() - start
 
-    before, (start, started), (end, ended), after = theirs(), ours(few), ours(many), theirs()
-    original_took, ours_took = (before + after) / 2, (ended - started) / (end - start)
-    return Measured(original_took / ours_took, f"{original_took:.2f} s over {ours_took:.2f} s")
+    before, (short_frames, short_s), (long_frames, long_s), after = theirs(), ours(short), ours(long), theirs()
+    their_s, our_s = (before + after) / 2, (long_s - short_s) / (long_frames - short_frames)
+    return Measured(their_s / our_s, f"{their_s:.2f} s over {our_s:.2f} s")
 
 
 def require_bf16() -> None:
-    """Raises NotHereError where the CPU does not compute in bfloat16."""
+    """Raises UnavailableError if the CPU does not support bfloat16."""
     if not supports_bf16("cpu"):
-        raise NotHereError("this CPU does not compute in bfloat16")
+        raise UnavailableError("this CPU does not support bfloat16")

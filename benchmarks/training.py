@@ -1,7 +1,7 @@
-"""What a training step computes and holds at full size: the trainer's own step, on tensors without contents.
+"""Runs the trainer's step at full size on fake tensors, to count its operations and memory.
 
-Networks and batches have the shapes and dtypes of a training on a GPU but no numbers in them (torch's FakeTensorMode),
-so a step takes seconds and counts the same on any machine.
+Networks and batches have the shapes and dtypes of training on a GPU but no values (torch's FakeTensorMode), so a step
+takes seconds and gives the same counts on any machine.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ STATES = 5  # of Whisper tiny's encoder
 
 
 class HostReads(TorchDispatchMode):
-    """Within it every number that the host asks of a tensor is a 1."""
+    """Makes every value that the host reads from a tensor 1 within the context."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -55,10 +55,10 @@ class HostReads(TorchDispatchMode):
 
 
 @contextmanager
-def without_contents() -> Iterator[None]:
-    """Within it tensors are made without contents. Where the host would read a number of them, it reads a 1."""
+def fake_tensors() -> Iterator[None]:
+    """Makes all new tensors fake within the context. Values that the host reads from them are 1."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    # Without the weak references that it keeps to tensors, for which nn.Module could not move to a device or a dtype.
+    # Drop its weak references to tensors, which prevent nn.Module from moving to a device or dtype.
     mode.fake_tensor_converter.set_tensor_memo = lambda *_: None
     with mode, HostReads():
         yield
@@ -66,7 +66,7 @@ def without_contents() -> Iterator[None]:
 
 @dataclass
 class Training:
-    """A training that is going on."""
+    """A training with its networks, state and objective."""
 
     config: TrainConfig
     accelerator: Accelerator
@@ -74,18 +74,18 @@ class Training:
     objective: Objective
 
     def step(self, batch_size: int) -> StepResult:
-        """The last update of all networks, in which all happens that ever does, from batches of as many samples."""
+        """Runs the last step, which has all losses, with batches of `batch_size` samples."""
         self.state.step = self.config.num_steps - 1
         width = self.state.unet.model.config.cross_attention_dim
-        batches = repeat(made_up_batch(self.config, batch_size, width))
+        batches = repeat(zero_batch(self.config, batch_size, width))
         return optimizer_step(self.state, self.objective, batches, self.config, self.accelerator)
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        return [self.state.optimizer, *(one.optimizer for one in self.state.gan_losses.values())]
+        return [self.state.optimizer, *(gan_loss.optimizer for gan_loss in self.state.gan_losses.values())]
 
-    def begin(self) -> None:
-        """Let the optimizers have their moments."""
+    def allocate_moments(self) -> None:
+        """Makes the optimizers allocate their moments."""
         for optimizer in self.optimizers:
             for parameter in optimizer.param_groups[0]["params"]:
                 parameter.grad = torch.zeros_like(parameter)
@@ -95,21 +95,21 @@ class Training:
 
 @contextmanager
 def training(config: TrainConfig) -> Iterator[Training]:
-    """An untrained training in bf16 whose tensors take the memory that they take on a GPU; for `without_contents`."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # it is one for all of a process, and may be another
+    """A training in bf16 with random weights, whose fake tensors take the memory they take on a GPU."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # a global state, possibly of another training
     try:
-        with costs_of_cuda():
+        with cuda_memory():
             run = untrained_training(config, Accelerator(cpu=True, mixed_precision="bf16"))
-            run.state.ema.clear()  # which is in host memory
+            run.state.ema.clear()  # kept in host memory
             yield run
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def untrained_training(config: TrainConfig, accelerator: Accelerator) -> Training:
-    """What the trainer's own functions build, with untrained networks in place of those that are read from files.
+    """Builds a training with the trainer's own functions, with random weights instead of those of files.
 
-    Full-size but for the UNet and the VAE, whose sizes are those of models_dir.
+    Full-size except for the UNet and the VAE, whose sizes are those of models_dir.
     """
     frozen = accelerator.device, frozen_dtype(accelerator)
     untrained = {
@@ -126,15 +126,15 @@ def untrained_training(config: TrainConfig, accelerator: Accelerator) -> Trainin
     # Without the average, whose update is work of the host, and reporting non-finite gradients instead of stopping.
     config = replace(config, ema_every=config.num_steps + 1, on_nonfinite="skip")
     run = Training(config, accelerator, state, objective)
-    run.begin()
+    run.allocate_moments()
     return run
 
 
 @contextmanager
-def costs_of_cuda() -> Iterator[None]:
-    """Within it a CPU's tensors take the memory that they would take on a GPU, where two things are otherwise.
+def cuda_memory() -> Iterator[None]:
+    """Makes CPU tensors take the memory of GPU tensors within the context.
 
-    Autocast computes norms in float32, and an optimizer that was not told how updates all parameters at once.
+    On a GPU, autocast computes norms in float32, and optimizers update all parameters at once by default.
     """
 
     def promoted(norm: Callable) -> Callable:
@@ -153,8 +153,8 @@ def costs_of_cuda() -> Iterator[None]:
         yield
 
 
-def made_up_batch(config: TrainConfig, batch_size: int, width: int) -> dict:
-    """What a loader gives of musetalk.data.dataset's samples, all zero. width: D."""
+def zero_batch(config: TrainConfig, batch_size: int, width: int) -> dict:
+    """A batch of zeros with the tensors of musetalk.data.dataset. width: D."""
     window = batch_size, config.frames
     latents = (*window, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
     batch = {name: torch.zeros(latents).half() for name in ("masked_latents", "reference_latents", "target_latents")}

@@ -1,4 +1,4 @@
-"""What several benchmarks work on: real clips and their cache, a video of 720 lines, weights of real sizes."""
+"""Data shared by the benchmarks: real clips and their cache, a 720p video, weights of real sizes."""
 
 from __future__ import annotations
 
@@ -31,33 +31,33 @@ SHARED_CLIPS = ROOT.parent / "shared" / "clips"
 SAMPLE = ROOT / "data" / "sample"
 SECONDS = 2.0  # of each clip
 SIZE = 720, 1280  # pixels, height and width of the video
-WHISPER_TINY = ModelDimensions(80, 1500, 384, 6, 4, 1, 1, 1, 1, 1)  # its encoder; nothing uses the rest
+WHISPER_TINY = ModelDimensions(80, 1500, 384, 6, 4, 1, 1, 1, 1, 1)  # only the encoder is used
 
 
 class Measured(NamedTuple):
-    """A figure's value, and what to look at where it misses its target."""
+    """The value of a figure, and a note that is printed if it misses its target."""
 
     value: float
     note: str = ""
 
 
-class NotHereError(Exception):
-    """A figure cannot be measured on this machine. The message says why."""
+class UnavailableError(Exception):
+    """A figure that cannot be measured on this machine. The message says why."""
 
 
 @dataclass
 class Workplace:
-    """Makes each thing when it is first asked for.
+    """Creates the data of the benchmarks on first use.
 
-    folder: for files that nobody keeps. given: a cache to look at; None is one of the first seconds of `clips`.
+    folder: for temporary files. cache_dir: an existing cache; by default the first seconds of `clips` are prepared.
     """
 
     folder: Path
-    given: Path | None = None
+    cache_dir: Path | None = None
 
     @cached_property
     def clips(self) -> list[Path]:
-        """The shared clips, or else the built-in sample."""
+        """The shared clips if present, else the built-in sample."""
         folder = SHARED_CLIPS if SHARED_CLIPS.is_dir() else SAMPLE
         if not folder.is_dir():
             make_sample(folder)
@@ -65,35 +65,35 @@ class Workplace:
 
     @cached_property
     def cache(self) -> Cache:
-        """Made with the small VAE and an encoder as wide as the real Whisper's."""
-        if self.given:
-            return Cache(self.given)
+        """A cache made with the small VAE and an encoder of Whisper tiny's size."""
+        if self.cache_dir:
+            return Cache(self.cache_dir)
         videos = cut(self.clips, self.folder / "videos", SECONDS)
         return prepare_quietly(PrepareConfig(videos, self.folder / "cache", self.models("mini")))
 
     @cached_property
     def long_cache(self) -> Cache:
-        """A minute of each of two clips of `cache`: its frames again and again."""
+        """A cache of two clips of a minute, repeating the frames of `cache`."""
         folder = self.folder / "long cache"
         writer = CacheWriter(folder, self.cache.contract)
         for clip in list(self.cache.clips.values())[:2]:
-            times = MAX_CLIP_FRAMES // len(clip)
-            tensors = {name: np.concatenate([clip.tensor(name)] * times) for name in TENSORS}
-            begins, size = clip.tensor("face_jpeg_offsets")[:-1], clip.rows("face_jpeg")
-            begins = [begins + index * size for index in range(times)]
-            tensors["face_jpeg_offsets"] = np.concatenate([*begins, [times * size]])
+            repeats = MAX_CLIP_FRAMES // len(clip)
+            tensors = {name: np.concatenate([clip.tensor(name)] * repeats) for name in TENSORS}
+            offsets, size = clip.tensor("face_jpeg_offsets")[:-1], clip.rows("face_jpeg")
+            offsets = [offsets + index * size for index in range(repeats)]
+            tensors["face_jpeg_offsets"] = np.concatenate([*offsets, [repeats * size]])
             writer.write(clip.name, tensors, clip.metadata)
         return Cache(folder)
 
     @cached_property
     def video(self) -> Path:
-        """The first seconds of a clip with one person and sound, enlarged into 1280 x 720 pixels."""
+        """The first seconds of a clip with one person and audio, enlarged to 1280 x 720 pixels."""
         path = self.folder / "720.mp4"
         enlarge(next(cut(self.clips[:1], self.folder / "first", SECONDS).iterdir()), path)
         return path
 
     def models(self, name: str) -> Path:
-        """A models folder with untrained weights: of Whisper tiny's size, and of the real VAE's unless it is "mini"."""
+        """A models folder with a random Whisper tiny, and the small VAE for "mini", else a random full-size one."""
         folder = self.folder / "models" / name
         if folder.is_dir():
             return folder
@@ -112,7 +112,7 @@ class Workplace:
 
 
 def cut(clips: list[Path], folder: Path, seconds: float) -> Path:
-    """Put the beginnings of some clips into a new folder, as they are encoded."""
+    """Copies the first seconds of some clips to a new folder without re-encoding."""
     folder.mkdir()
     for path in clips:
         with av.open(str(path)) as source, av.open(str(folder / path.name), "w") as target:
@@ -126,41 +126,41 @@ def cut(clips: list[Path], folder: Path, seconds: float) -> Path:
 
 
 def enlarge(video: Path, path: Path) -> None:
-    """Encode a video anew with pictures of `SIZE`, mirrored at their sides, at x264's own quality. Its sound stays."""
+    """Re-encodes a video at `SIZE`, padded by reflection, with x264's default quality; copies its audio."""
     height, width = SIZE
     with av.open(str(video)) as source, av.open(str(path), "w") as target:
-        picture, sound = target.add_stream("libx264", rate=VIDEO_FPS), source.streams.audio[0]
-        picture.height, picture.width, picture.pix_fmt = height, width, "yuv420p"
-        copied = target.add_stream_from_template(sound)
+        video_stream, audio_stream = target.add_stream("libx264", rate=VIDEO_FPS), source.streams.audio[0]
+        video_stream.height, video_stream.width, video_stream.pix_fmt = height, width, "yuv420p"
+        copied = target.add_stream_from_template(audio_stream)
         for frame in read_frames(video):
-            inside = round(frame.shape[1] * height / frame.shape[0])
-            frame = cv2.resize(frame, (inside, height), interpolation=cv2.INTER_CUBIC)
-            left = (width - inside) // 2
-            frame = cv2.copyMakeBorder(frame, 0, 0, left, width - inside - left, cv2.BORDER_REFLECT)
-            target.mux(picture.encode(av.VideoFrame.from_ndarray(frame, format="bgr24")))
-        target.mux(picture.encode(None))
-        for packet in source.demux(sound):
+            inner_width = round(frame.shape[1] * height / frame.shape[0])
+            frame = cv2.resize(frame, (inner_width, height), interpolation=cv2.INTER_CUBIC)
+            left = (width - inner_width) // 2
+            frame = cv2.copyMakeBorder(frame, 0, 0, left, width - inner_width - left, cv2.BORDER_REFLECT)
+            target.mux(video_stream.encode(av.VideoFrame.from_ndarray(frame, format="bgr24")))
+        target.mux(video_stream.encode(None))
+        for packet in source.demux(audio_stream):
             if packet.dts is not None:
                 packet.stream = copied
                 target.mux(packet)
 
 
 def repeat(video: Path, path: Path, seconds: float) -> None:
-    """The pictures of a video again and again, as they are encoded, for at least so long. Without its sound."""
+    """Repeats a video without its audio for at least this long, without re-encoding."""
     with av.open(str(video)) as source, av.open(str(path), "w") as target:
-        picture = source.streams.video[0]
-        copied, begun = target.add_stream_from_template(picture), 0
-        while begun * picture.time_base < seconds:
+        stream = source.streams.video[0]
+        copied, offset = target.add_stream_from_template(stream), 0
+        while offset * stream.time_base < seconds:
             source.seek(0)
-            for packet in source.demux(picture):
+            for packet in source.demux(stream):
                 if packet.dts is not None:
-                    packet.pts, packet.dts, packet.stream = packet.pts + begun, packet.dts + begun, copied
+                    packet.pts, packet.dts, packet.stream = packet.pts + offset, packet.dts + offset, copied
                     target.mux(packet)
-            begun += picture.duration
+            offset += stream.duration
 
 
 def prepare_quietly(config: PrepareConfig) -> Cache:
-    """What datasets_process.py makes."""
+    """Runs datasets_process.py without output and returns the cache."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         prepare(config)
     return Cache(config.hdtf_samples_dir)

@@ -1,12 +1,12 @@
-"""Checks what a training needs: one line each, to read or to paste into a bug report.
+"""Checks everything that training needs and prints one line each, to read or to paste into a bug report.
 
     python -m musetalk.check                                               models/ and the cache in data/cache
     python -m musetalk.check --models-dir models/mini --hdtf-samples-dir data/mine
 
-Prints versions, device, memory and disk, every weight file with its size and sum, every network that they make, and
-the cache with its feature contract. Networks are loaded strictly and get a fixed input, on the CPU in float32: the mean
-absolute output is the same for equal weights on any machine, to about five digits. A line that begins with "!" says
-what prevents a training from starting; the exit code is then 2. Weights that only some trainings need may be missing.
+Prints versions, device, memory and disk space, every weight file with its size and checksum, every network, and the
+cache with its feature contract. Networks are loaded strictly and run on a fixed input, on the CPU in float32: the mean
+absolute output of equal weights agrees between machines to about five digits. A line that begins with "!" is a problem
+that prevents training; the exit code is then 2. Weights that only some configurations need may be missing.
 """
 
 from __future__ import annotations
@@ -55,32 +55,32 @@ class CheckConfig:
     """The constants of the check; override them on the command line."""
 
     models_dir: Path = Path("models")
-    hdtf_samples_dir: Path = Path("data/cache")  # what datasets_process.py made
-    checkpoint_dir: Path = Path("checkpoints")  # where a training would write
-    device: str = "auto"  # where it would run
+    hdtf_samples_dir: Path = Path("data/cache")  # cache made by datasets_process.py
+    checkpoint_dir: Path = Path("checkpoints")  # output folder of training
+    device: str = "auto"  # device of training
 
 
 class Finding(NamedTuple):
-    """A line of the report. fault: whether it keeps a training from starting."""
+    """A line of the report. fault: whether it prevents training."""
 
     text: str
     fault: bool = False
 
 
 def main(config: CheckConfig) -> None:
-    """Print all findings. Raises UserError where a training could not start."""
+    """Prints all findings. Raises UserError if training could not start."""
     check_constants(config)
     faults = 0
     for finding in chain(machine(config), files(config.models_dir), networks(config)):
         print(f"{'!' if finding.fault else ' '} {finding.text}", flush=True)
         faults += finding.fault
     if faults:
-        raise UserError(f"a training could not start: see the lines that begin with ! ({faults})")
-    print("\na training could start")
+        raise UserError(f"training could not start; see the lines that begin with ! ({faults})")
+    print("\ntraining could start")
 
 
 def machine(config: CheckConfig) -> Iterator[Finding]:
-    """Versions, device, memory and room for files."""
+    """Versions, device, memory and disk space."""
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     yield Finding(f"versions: Python {platform.python_version()}, {versions}, on {platform.platform()}")
     try:
@@ -98,19 +98,21 @@ def machine(config: CheckConfig) -> Iterator[Finding]:
 
 
 def files(models_dir: Path) -> Iterator[Finding]:
-    """Each published weight file that is there: its size, the begin of its sha256, and whether it is the known one."""
+    """Each published weight file that is present: its size, the start of its sha256, and whether it is as published."""
     for name, source in SOURCES.items():
         path = models_dir / name
         if path.is_file() and path.suffix != ".json":
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            known = "no published sum is known" if not source.sha256 else "another file than the published one"
-            known = "as published" if source.sha256 and digest.startswith(source.sha256) else known
-            yield Finding(f"{path}: {path.stat().st_size:,} bytes, sha256 {digest[:16]}, {known}")
+            if not source.sha256:
+                origin = "no published checksum"
+            else:
+                origin = "as published" if digest.startswith(source.sha256) else "not the published file"
+            yield Finding(f"{path}: {path.stat().st_size:,} bytes, sha256 {digest[:16]}, {origin}")
 
 
 def networks(config: CheckConfig) -> Iterator[Finding]:
-    """Each network: whether its weights load and what it makes of a fixed input; then the cache that they must fit."""
+    """Whether each network loads, and its output for a fixed input; then the cache, which must match the networks."""
     models_dir = config.models_dir
     vae, finding = trial("VAE", partial(load_vae, models_dir, CPU, torch.float32), run_vae)
     yield finding
@@ -131,7 +133,7 @@ def networks(config: CheckConfig) -> Iterator[Finding]:
 
 
 def optional_networks(models_dir: Path, states: int) -> Iterator[tuple[str, Callable, Callable]]:
-    """Name, loader and fixed forward pass of the networks whose files are there and that only some trainings need."""
+    """Name, loader and forward pass of the networks that only some configurations need and whose files are present."""
     for name in ("musetalkV15/unet.pth", "musetalk/pytorch_model.bin", "musetalk/cunet.bin"):
         if (models_dir / name).is_file():
             yield name, partial(load_unet, models_dir, models_dir / name, True), partial(run_unet, states)
@@ -149,18 +151,18 @@ def optional_networks(models_dir: Path, states: int) -> Iterator[tuple[str, Call
 
 
 def trial(name: str, load: Callable, run: Callable) -> tuple[object | None, Finding]:
-    """A network, None where it cannot be loaded, and what is to be said of it."""
+    """Loads and runs a network. Returns it, None if it cannot be loaded, and the finding."""
     try:
         network = load()
     except UserError as error:
         return None, Finding(f"{name}: {error}", fault=True)
     with torch.no_grad():
         value = float(run(network).double().abs().mean())
-    return network, Finding(f"{name}: loads strictly, makes {value:.5g} of the fixed input")
+    return network, Finding(f"{name}: loads strictly, mean absolute output {value:.5g}")
 
 
 def check_cache(config: CheckConfig, vae: VAE | None, encoder: AudioEncoder | None) -> Iterator[Finding]:
-    """The cache and its contract, and whether it was made by the networks that are there."""
+    """The cache and its contract, and whether it was made with these networks."""
     try:
         cache = Cache(config.hdtf_samples_dir)
         contract, where = cache.contract, str(cache.folder)
@@ -176,7 +178,7 @@ def check_cache(config: CheckConfig, vae: VAE | None, encoder: AudioEncoder | No
 
 
 def fixed(*shape: int) -> torch.Tensor:
-    """Numbers of [-1, 1] that are the same everywhere, float32."""
+    """The same float32 numbers in [-1, 1] on any machine."""
     return torch.from_numpy(np.sin(np.arange(np.prod(shape)) * 0.37).astype(np.float32)).reshape(shape)
 
 

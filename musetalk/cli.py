@@ -1,5 +1,7 @@
-"""How a script begins and ends: its constants are checked before anything expensive; what its user can mend is one
-sentence with exit code 2 and no traceback; an interruption says how to go on."""
+"""Command-line helpers of the scripts: checks of constants, presets, exit codes and stop signals.
+
+Errors that a user can fix are printed as one sentence, without a traceback.
+"""
 
 from __future__ import annotations
 
@@ -19,35 +21,35 @@ from musetalk.errors import UserError, printable
 
 Config = TypeVar("Config")
 
-# Kinds of constants.
+# Types of constants.
 Count = Annotated[int, Ge(1), Le(10**12)]
 CountOrZero = Annotated[int, Ge(0), Le(10**12)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 Positive = Annotated[float, Gt(0), AllowInfNan(False)]
 PositiveOrZero = Annotated[float, Ge(0), AllowInfNan(False)]
-Workers = Annotated[int, Ge(0), Le(512)]  # processes
+Workers = Annotated[int, Ge(0), Le(512)]  # number of processes
 Share = Annotated[float, Gt(0), Lt(1)]
 Decay = Annotated[float, Ge(0), Lt(1)]
-Pixels = Annotated[int, Ge(0), Le(1000)]  # of a source
-Shift = Annotated[int, Ge(-1000), Le(1000)]  # pixels of a source
+Pixels = Annotated[int, Ge(0), Le(1000)]  # source pixels
+Shift = Annotated[int, Ge(-1000), Le(1000)]  # source pixels
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-# What to do about an error of the system.
+# What to do about system errors.
 ADVICE = {
     errno.ENOSPC: "free some space and run the same command again",
     errno.EDQUOT: "free some space and run the same command again",
-    errno.EACCES: "allow this user to read and write there, or choose another path",
-    errno.EPERM: "allow this user to read and write there, or choose another path",
-    errno.EROFS: "choose a path that can be written",
-    errno.EEXIST: "a file is where a folder should be; choose another path",
-    errno.ENOTDIR: "a file is where a folder should be; choose another path",
-    errno.EISDIR: "a folder is where a file should be; choose another path",
+    errno.EACCES: "grant this user read and write access, or choose another path",
+    errno.EPERM: "grant this user read and write access, or choose another path",
+    errno.EROFS: "choose a writable path",
+    errno.EEXIST: "a file is in the place of a folder; choose another path",
+    errno.ENOTDIR: "a file is in the place of a folder; choose another path",
+    errno.EISDIR: "a folder is in the place of a file; choose another path",
 }
 
 
 def check_constants(config: object) -> None:
-    """Hold every constant of a dataclass against its annotation. Raises UserError naming the first that is unfit."""
+    """Validates every field of a dataclass against its annotation. Raises UserError naming the first invalid one."""
     for name, kind in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
         try:
@@ -55,81 +57,74 @@ def check_constants(config: object) -> None:
         except ValidationError as error:
             fault = error.errors()[0]
             where = ".".join(str(part) for part in (name, *fault["loc"]))
-            must = (
-                fault["msg"]
-                .replace("Input should", "must")
-                .replace("Tuple should", "must")
-                .replace(" after validation", "")
-                .replace("Field required", "must be given")
-                .replace("Value error, ", "")
-            )
-            raise UserError(f"{where} {must}, not {fault['input']!r}") from None
+            raise UserError(f"{where} cannot be {fault['input']!r}: {fault['msg']}") from None
 
 
 def parse_preset(arguments: list[str], presets: dict[str, Config], manual: str) -> tuple[str, Config]:
-    """Preset ("demo" where none is named) and constants of a command line. Raises UserError for an unknown preset."""
+    """Parses a preset ("demo" by default) and its constants. Raises UserError for an unknown preset."""
     named = arguments and not arguments[0].startswith("-")
     preset = arguments[0] if named else "demo"
     if preset not in presets:
-        raise UserError(f"there is no preset {preset!r}; there are {', '.join(presets)}")
+        raise UserError(f"preset must be one of {', '.join(presets)}, not {preset!r}")
     default = presets[preset]
     return preset, tyro.cli(type(default), default=default, args=arguments[bool(named) :], description=manual)
 
 
 def run_script(main: Callable[[Config], None], config: Config) -> None:
-    """Run a script's main. Leaves with exit code 2 for what its user can mend, 130 when interrupted."""
+    """Runs a script's main. Exits with code 2 after an error that the user can fix, 130 after an interruption."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # no name of a file ends a run
-    threading.excepthook = _quiet_thread
+        stream.reconfigure(errors="backslashreplace")  # file names may be undecodable
+    threading.excepthook = _thread_excepthook
     try:
         main(config)
     except UserError as error:
-        sys.exit(_leave(str(error), 2))
+        sys.exit(_report(str(error), 2))
     except OSError as error:
         if error.errno is None:
             raise
         parts = (error.filename and printable(str(error.filename)), error.strerror, ADVICE.get(error.errno))
-        sys.exit(_leave(": ".join(part for part in parts if part), 2))
+        sys.exit(_report(": ".join(part for part in parts if part), 2))
     except KeyboardInterrupt as interruption:
-        sys.exit(_leave(str(interruption) or "interrupted; run the same command again to go on", 130))
+        sys.exit(_report(str(interruption) or "interrupted; run the same command again to resume", 130))
 
 
-def _quiet_thread(thread) -> None:
-    """TensorBoard's thread hands a failed write to the main thread as well, which says it in a sentence."""
+def _thread_excepthook(thread) -> None:
+    """Hides OSErrors of threads: TensorBoard's thread also raises them in the main thread, which reports them."""
     if not isinstance(thread.exc_value, OSError):
         threading.__excepthook__(thread)
 
 
-def _leave(message: str, code: int) -> int:
+def _report(message: str, code: int) -> int:
+    """Prints an error and returns the exit code."""
     print(f"\n{message}", file=sys.stderr)
     return code
 
 
 class StopRequests:
-    """Whether Ctrl-C or SIGTERM, as clusters send it, has asked a script to stop: it ends when it has saved its work.
+    """Whether the user (Ctrl-C) or a cluster (SIGTERM) has requested the script to save its work and stop.
 
-    Another SIGTERM changes nothing: a launcher forwards it to processes that a cluster has sent it to as well, and both
-    follow it up with SIGKILL. A second Ctrl-C interrupts at once, unless the script is `patient`.
+    Further SIGTERMs are ignored: processes may get one from the cluster and one from their launcher. A second Ctrl-C
+    interrupts at once, unless the script is `patient`.
     """
 
     def __init__(self, *, patient: bool) -> None:
-        self.patient, self.made = patient, False
+        self.patient, self.requested = patient, False
 
     def __call__(self) -> bool:
-        return self.made
+        return self.requested
 
     def receive(self, number: int, _: object = None) -> None:
         """Handles a signal."""
-        if self.made and number == signal.SIGINT and not self.patient:
+        if self.requested and number == signal.SIGINT and not self.patient:
             raise KeyboardInterrupt
-        if not self.made:
+        if not self.requested:
             again = "" if self.patient else "; Ctrl-C again to stop at once"
             print(f"\nstopping after this step{again}", file=sys.stderr)
-        self.made = True
+        self.requested = True
 
     @contextmanager
     def patience(self) -> Iterator[None]:
-        """Within it nothing interrupts the script."""
+        """Ignores a second Ctrl-C within the context."""
         before, self.patient = self.patient, True
         try:
             yield
@@ -139,7 +134,7 @@ class StopRequests:
 
 @contextmanager
 def stop_requests(*, patient: bool = False) -> Iterator[StopRequests]:
-    """Within it Ctrl-C and SIGTERM are requests. patient: so is a second Ctrl-C. Only for the main thread."""
+    """Makes Ctrl-C and SIGTERM requests within the context; `patient` ignores a second Ctrl-C. Main thread only."""
     requests = StopRequests(patient=patient)
     before = {number: signal.signal(number, requests.receive) for number in STOP_SIGNALS}
     try:

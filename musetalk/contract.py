@@ -1,7 +1,7 @@
 """What preparing, training and inference must agree on: physical constants and the feature contract.
 
-MuseTalk sees a video as 25 frames a second and its audio as 50 Whisper features a second. Everything else
-follows by arithmetic. Shape legend of the package:
+MuseTalk uses video at 25 frames a second and audio as 50 Whisper features a second; the other constants follow by
+arithmetic. Shape legend of the package:
 B batch, T video frames, F audio features, S encoder states, W window tokens, D their width, K margin variants.
 """
 
@@ -12,7 +12,7 @@ from reprlib import repr as short
 
 from musetalk.errors import UserError
 
-VIDEO_FPS = 25  # video frames a second, whatever the source had
+VIDEO_FPS = 25  # video frames a second; sources are resampled
 AUDIO_SAMPLE_RATE = 16_000  # samples a second, mono
 FEATURE_RATE = 50  # audio encoder states a second
 SAMPLES_PER_FRAME = AUDIO_SAMPLE_RATE // VIDEO_FPS  # 640 samples
@@ -25,45 +25,45 @@ SYNC_MEL_RATE = 80  # mel frames a second for the sync expert
 SYNC_MEL_BINS = 80
 
 IMAGE_SIZE = 256  # pixels, width and height of a face crop
-MASK_TOP = IMAGE_SIZE // 2  # first row of the half that is repainted
+MASK_TOP = IMAGE_SIZE // 2  # first row of the masked half
 VAE_FACTOR = 8  # pixels per latent pixel
 LATENT_SIZE = IMAGE_SIZE // VAE_FACTOR  # 32
 LATENT_CHANNELS = 4
 
 
 def sync_mel_frames(frames: int) -> int:
-    """Mel frames in the time of some video frames, rounded up."""
+    """The number of mel frames that spans a number of video frames, rounded up."""
     return -(-frames * SYNC_MEL_RATE // VIDEO_FPS)
 
 
-LARGEST = 1000  # number of pixels in a feature contract
+MAX_PIXELS = 1000  # largest margin or shift
 
 
 class ContractError(UserError):
-    """Two parts of the chain were made under different rules. The message names the field and both values."""
+    """Two artefacts were made under different feature contracts. The message names the field and both values."""
 
 
 @dataclass(frozen=True)
 class FeatureContract:
-    """All that must be equal where features are made, learnt from and used.
+    """The settings that preparation, training and inference must share.
 
-    The fields down to `face_backend` are fixed when a cache is made, the rest when training starts.
+    The fields down to `face_backend` are fixed when a cache is made, the others when training starts.
     """
 
-    crop: str = "nose_centred"  # MuseTalk's box, or "rigid": see crop.face_box
-    bbox_shift: int = 0  # source pixels that the border moves down
+    crop: str = "nose_centred"  # MuseTalk's box, or "rigid"; see crop.face_box
+    bbox_shift: int = 0  # source pixels by which the box border is moved down
     margins: tuple[int, ...] = (0,)  # source pixels added below the chin, one per variant
-    mask: str = "lower_half"  # rows from MASK_TOP on are -1 before encoding
+    mask: str = "lower_half"  # rows from MASK_TOP on are set to -1 before encoding
     posterior: str = "mode"  # "mode", or "sample" with noise seeded by clip, frame and variant
-    final_layer_norm: bool = False  # is the last audio state taken after the encoder's final layer norm?
-    mel_scope: str = "file"  # the mel's floor is relative to the loudest bin of the "file" or 30 s "segment"
-    tail: str = "mel_zero"  # what fills the last 30 s segment: "mel_zero" or "silence"
-    encode_dtype: str = "float32"  # of the VAE while a cache is made
+    final_layer_norm: bool = False  # whether the last audio state is taken after the encoder's final layer norm
+    mel_scope: str = "file"  # the mel floor is relative to the loudest bin of the "file" or of the 30 s "segment"
+    tail: str = "mel_zero"  # padding of the last 30 s segment: "mel_zero" or "silence"
+    encode_dtype: str = "float32"  # dtype of the VAE while a cache is made
     vae: str = ""  # fingerprint of the loaded tensors
     audio_encoder: str = ""  # fingerprint of the loaded tensors
-    face_backend: str = ""  # whose landmarks the box is made of: "mediapipe" or "dwpose"; "" is not known
-    window_edge: str = "zero"  # what an audio window sees beyond the clip: "zero" or "clamp"
-    positional_encoding: bool = True  # is a sinusoid added to the window's tokens?
+    face_backend: str = ""  # source of the landmarks: "mediapipe" or "dwpose"; "" if unknown
+    window_edge: str = "zero"  # padding of audio windows beyond the clip: "zero" or "clamp"
+    positional_encoding: bool = True  # whether a sinusoid is added to the window tokens
 
     def __post_init__(self) -> None:
         choices = {
@@ -80,56 +80,57 @@ class FeatureContract:
             if getattr(self, name) not in allowed:
                 raise ContractError(f"{name} must be one of {str(allowed)[1:-1]}, not {short(getattr(self, name))}")
         if isinstance(self.margins, list):
-            object.__setattr__(self, "margins", tuple(self.margins))  # as JSON gives it
+            object.__setattr__(self, "margins", tuple(self.margins))  # JSON has no tuples
         for field in fields(self):
             if type(getattr(self, field.name)) is not type(field.default):
                 kind = type(field.default).__name__
                 raise ContractError(f"{field.name} must be of type {kind}, not {short(getattr(self, field.name))}")
         if not self.margins or any(type(margin) is not int or margin < 0 for margin in self.margins):
-            raise ContractError(f"margins must be one or more whole pixels, 0 or more, not {short(self.margins)}")
-        if max(*self.margins, abs(self.bbox_shift)) > LARGEST:
-            raise ContractError(f"margins and bbox_shift must be at most {LARGEST}")
+            raise ContractError(f"margins must be one or more non-negative integers, not {short(self.margins)}")
+        if max(*self.margins, abs(self.bbox_shift)) > MAX_PIXELS:
+            raise ContractError(f"margins and bbox_shift must be at most {MAX_PIXELS}")
 
     @classmethod
     def from_dict(cls, values: object, names: tuple[str, ...], source: str) -> FeatureContract:
-        """The contract that `as_dict` made of these fields. Raises ContractError naming `source` for anything else."""
+        """The contract that `as_dict` returned for `names`. Raises ContractError naming `source` for anything else."""
         if not isinstance(values, dict):
-            raise ContractError(f"{source}: holds no feature contract")
+            raise ContractError(f"{source}: contains no feature contract")
         if set(values) != set(names):
-            odd = ", ".join(sorted(str(name)[:40] for name in set(names).symmetric_difference(values))[:5])
-            raise ContractError(f"{source}: its feature contract has unknown or missing fields: {odd}")
+            mismatched = ", ".join(sorted(str(name)[:40] for name in set(names).symmetric_difference(values))[:5])
+            raise ContractError(f"{source}: its feature contract has unknown or missing fields: {mismatched}")
         try:
             return cls(**values)
         except ContractError as error:
             raise ContractError(f"{source}: {error}") from error
 
     def as_dict(self, names: tuple[str, ...]) -> dict:
-        """The values of these fields, plain for JSON."""
+        """The values of the fields in `names`, for JSON."""
         return {name: value for name, value in asdict(self).items() if name in names}
 
-    def require(self, wanted: FeatureContract, names: tuple[str, ...], source: str) -> None:
-        """Refuse `source`, made under this contract, where a reader that wants `wanted` would misread it.
+    def require(self, requested: FeatureContract, names: tuple[str, ...], source: str) -> None:
+        """Raises ContractError if `source`, made under this contract, cannot be used under the requested one.
 
-        A margin asked for must be among those this contract has; what one of the two does not know, as the rules of
-        published weights know no fingerprints and no face_backend, fits any. Raises ContractError with both values.
+        Compares the fields in `names`; the error has both values. Requested margins must be a subset of this
+        contract's. An empty value matches any: the contracts of released weights have no fingerprints and no
+        face_backend.
         """
         for name in names:
-            have, want = getattr(self, name), getattr(wanted, name)
+            have, want = getattr(self, name), getattr(requested, name)
             if "" in (have, want):
                 continue
             if (not set(want) <= set(have)) if name == "margins" else (have != want):
                 own = name in OWN_CONSTANTS
-                mend = f"set {name} to {short(have)}" if own else "use the contract and the models it was made with"
+                remedy = f"set {name} to {short(have)}" if own else "use the contract and the models it was made with"
                 raise ContractError(
                     f"{source} was made with {name} = {short(have)}, but {short(want)} is asked for; "
-                    f"{mend}, or make it again"
+                    f"{remedy}, or recreate it"
                 )
 
 
 ALL_FIELDS = tuple(field.name for field in fields(FeatureContract))
 MODEL_FIELDS = ("window_edge", "positional_encoding")
 CACHE_FIELDS = tuple(name for name in ALL_FIELDS if name not in MODEL_FIELDS)
-# What a user sets by a constant of its own; the rest comes with the contract's name and with the models.
+# Fields that users set by constants of the same name; the others follow from the contract's name and the models.
 OWN_CONSTANTS = ("bbox_shift", "margins", "encode_dtype", "face_backend", "positional_encoding")
 
 # The official inference of each version (https://github.com/TMElyralab/MuseTalk).
@@ -137,6 +138,6 @@ MUSETALK_V1 = FeatureContract(posterior="sample", window_edge="clamp")
 MUSETALK_V15 = replace(
     MUSETALK_V1, margins=(10,), final_layer_norm=True, mel_scope="segment", tail="silence", window_edge="zero"
 )
-# For a training from scratch: v1.5's features, but a box that does not give the mouth away and no noise in the latents.
+# For training from scratch: v1.5's features, but a box that does not depend on the mouth, and latents without noise.
 RIGID = replace(MUSETALK_V15, crop="rigid", margins=(0,), posterior="mode", encode_dtype="bfloat16")
 CONTRACTS = {"rigid": RIGID, "musetalk_v15": MUSETALK_V15, "musetalk_v1": MUSETALK_V1}

@@ -1,4 +1,4 @@
-"""The device that a script computes on: chosen, refused where its GPU cannot be used, and described in one line."""
+"""Chooses the device that a script computes on, and describes it in one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from musetalk.errors import UserError
 
-NVIDIA_DEVICES = ("/dev/nvidia[0-9]*", "/dev/dxg")  # of a Linux driver, and of Windows' driver inside WSL
+NVIDIA_DEVICES = ("/dev/nvidia[0-9]*", "/dev/dxg")  # on Linux, and in WSL
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -20,10 +20,10 @@ class DeviceError(UserError):
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name: "cpu", "cuda", "cuda:<number>", or "auto", the GPU where there is one and else the CPU.
+    """The device called "cpu", "cuda", "cuda:<number>" or "auto", which is the GPU if there is one, else the CPU.
 
-    Raises DeviceError for another name, and where CUDA is asked for and cannot be used. "auto" asks for it
-    wherever there is an NVIDIA device that CUDA_VISIBLE_DEVICES does not hide: nothing falls back to the CPU unnoticed.
+    Raises DeviceError for another name, and if CUDA is requested but cannot be used. "auto" requests CUDA if there is
+    an NVIDIA device that CUDA_VISIBLE_DEVICES does not hide, so that it never falls back to the CPU silently.
     """
     if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,2})?", name):
         raise DeviceError(f"device must be auto, cpu, cuda or cuda:<number>, not {name!r}")
@@ -36,27 +36,27 @@ def choose_device(name: str) -> torch.device:
         )
     device = torch.device("cuda" if name == "auto" else name)
     if (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise DeviceError(f"device must be a GPU that is there, up to cuda:{count - 1}, not {name!r}")
+        raise DeviceError(f"device must be an existing GPU, at most cuda:{count - 1}, not {name!r}")
     return device
 
 
 def nvidia_present() -> bool:
-    """Whether this machine has an NVIDIA device that the user has not hidden."""
+    """Whether this machine has an NVIDIA device that CUDA_VISIBLE_DEVICES does not hide."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     return not hidden and any(glob(pattern) for pattern in NVIDIA_DEVICES)
 
 
 def cuda_fault() -> str:
-    """Why CUDA cannot be used, in torch's words."""
+    """torch's reason why CUDA cannot be used."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
-    return "torch finds none"
+    return "torch finds no GPU"
 
 
 def torch_build() -> str:
-    """torch's version and what it was built for."""
+    """torch's version and the CUDA version it was built for."""
     return f"torch {torch_version()} ({f'CUDA {torch.version.cuda}' if torch.version.cuda else 'a CPU build'})"
 
 
@@ -65,22 +65,22 @@ def torch_version() -> str:
 
 
 def driver() -> str:
-    """The NVIDIA driver and its version, "" where the version cannot be read."""
+    """The version of the NVIDIA driver, "" if it cannot be read."""
     text = NVIDIA_DRIVER.read_text() if NVIDIA_DRIVER.is_file() else ""
-    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text)
-    return f"driver {found[0]}" if found else ""
+    version = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text)
+    return f"driver {version[0]}" if version else ""
 
 
 def describe(device: torch.device) -> str:
-    """One line about a device: "NVIDIA H100 80GB HBM3, 79.2 GiB, driver 580.159, torch 2.13.0 (CUDA 13.0)"."""
+    """A device in one line: "NVIDIA H100 80GB HBM3, 79.2 GiB, driver 580.159, torch 2.13.0 (CUDA 13.0)"."""
     if device.type == "cpu":
         return f"CPU, {len(os.sched_getaffinity(0))} cores, torch {torch_version()}"
-    about = torch.cuda.get_device_properties(device)
-    return ", ".join(filter(None, [about.name, f"{about.total_memory / 2**30:.1f} GiB", driver(), torch_build()]))
+    gpu = torch.cuda.get_device_properties(device)
+    return ", ".join(filter(None, [gpu.name, f"{gpu.total_memory / 2**30:.1f} GiB", driver(), torch_build()]))
 
 
 def supports_bf16(device: torch.device | str) -> bool:
-    """Whether a device computes in bfloat16; one that does not is several times slower in it than in float32."""
+    """Whether a device supports bfloat16 in hardware; others are several times slower in it than in float32."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu.get_capabilities().get("avx512_bf16"))

@@ -1,4 +1,4 @@
-"""The deterministic figures hold, and what they are measured with measures right."""
+"""The deterministic figures meet their targets, and the measurements are correct."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import ROOT, counts, figures, original, timings, workplace
 from benchmarks.__main__ import BenchmarkConfig, main
 from benchmarks.memory import LiveStorages
-from benchmarks.training import made_up_batch, training, without_contents
-from benchmarks.workplace import Measured, NotHereError, Workplace
+from benchmarks.training import fake_tensors, training, zero_batch
+from benchmarks.workplace import Measured, UnavailableError, Workplace
 from musetalk.contract import FeatureContract, sync_mel_frames
 from musetalk.data.cache import MAX_CLIP_FRAMES, Cache, CacheWriter
 from musetalk.data.dataset import FaceDataset, Sample
@@ -35,10 +35,10 @@ SMALL = replace(
 
 @pytest.fixture
 def cache(tmp_path, random_tensors) -> Cache:
-    """A made-up clip with features as wide as the real Whisper's."""
+    """A random clip with features of Whisper tiny's width."""
     writer = CacheWriter(tmp_path / "cache", FeatureContract())
-    about = {"source": "a.mp4", "source_bytes": 1, "identity": "a", "last": True}
-    writer.write("a", random_tensors(9, states=5, width=384, mels=30, unusable=[4]), about)
+    metadata = {"source": "a.mp4", "source_bytes": 1, "identity": "a", "last": True}
+    writer.write("a", random_tensors(9, states=5, width=384, mels=30, unusable=[4]), metadata)
     return Cache(tmp_path / "cache")
 
 
@@ -56,12 +56,12 @@ def cache(tmp_path, random_tensors) -> Cache:
         "preprocess_vae_encodes_per_frame",
     ],
 )
-def test_the_figure_holds(name, tmp_path):
+def test_the_figure_meets_its_target(name, tmp_path):
     value, note = FIGURES[name].measure(Workplace(tmp_path))
     assert FIGURES[name].holds(value), f"{name} is {value}, not {FIGURES[name].target}\n{note}"
 
 
-def test_a_cache_of_real_clips_is_small_enough(clips, tmp_path, monkeypatch):
+def test_the_size_of_a_real_cache_meets_its_target(clips, tmp_path, monkeypatch):
     monkeypatch.setattr(workplace, "SECONDS", 0.4)
     place = Workplace(tmp_path)
     place.clips = [clips / name for name in ("talking_b.mp4", "people/person_5.mp4", "cartoon_no_audio.mp4")]
@@ -73,75 +73,75 @@ def test_a_cache_of_real_clips_is_small_enough(clips, tmp_path, monkeypatch):
 
 
 def test_the_bytes_and_files_of_a_cache_are_those_of_its_clips(cache, tmp_path):
-    place = Workplace(tmp_path / "place", given=cache.folder)
+    place = Workplace(tmp_path / "place", cache_dir=cache.folder)
     size = sum((cache.folder / "clips" / name).stat().st_size for name in ("a.safetensors", "a.json"))
     assert counts.cache_bytes_per_frame(place).value == size / 9
     assert counts.cache_files_per_clip(place).value == 2
 
 
-# What they are measured with.
+# The measurements.
 
 
-def test_storages_count_once_and_while_they_live():
+def test_storages_are_counted_once_while_alive():
     with LiveStorages() as storages:
-        one = torch.zeros(256)  # 1024 bytes
-        view = one[:10].view(2, 5)
-        two = torch.ones(128, dtype=torch.float16)  # 256 bytes
+        a = torch.zeros(256)  # 1024 bytes
+        view = a[:10].view(2, 5)
+        b = torch.ones(128, dtype=torch.float16)  # 256 bytes
         assert (storages.current, storages.peak) == (1280, 1280)
-        del two
+        del b
         assert storages.current == 1024
-        del one
-        assert storages.current == 1024  # the view holds it
-        three = view + torch.zeros(5)  # 40 bytes, and 20 that go at once
+        del a
+        assert storages.current == 1024  # kept alive by the view
+        c = view + torch.zeros(5)  # 40 bytes, and 20 released at once
         assert (storages.current, storages.peak) == (1064, 1280)
-        del view, three
+        del view, c
         assert storages.current == 0
         assert storages.at_peak.total() == 1280
-        assert all(what.startswith("tests/test_benchmarks.py test_storages") for what in storages.at_peak)
+        assert all(origin.startswith("tests/test_benchmarks.py test_storages") for origin in storages.at_peak)
         storages.restart()
         torch.zeros(4)
         assert (storages.peak, storages.at_peak.total()) == (16, 16)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_without_contents_a_step_holds_what_a_real_one_holds(checkpointing):
+def test_a_step_takes_the_same_memory_with_fake_and_real_tensors(checkpointing):
     config = replace(SMALL, gradient_checkpointing=checkpointing)
-    held = []
-    with without_contents(), LiveStorages() as storages, training(config) as run:
+    peaks = []
+    with fake_tensors(), LiveStorages() as storages, training(config) as run:
         storages.restart()
         run.step(2)
-        held.append(storages.peak)
+        peaks.append(storages.peak)
     with LiveStorages() as storages, training(config) as run:
         before = storages.current
         storages.restart()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as allocator:
             run.step(2)
-        held.append(storages.peak)
-    assert held[0] == held[1]
+        peaks.append(storages.peak)
+    assert peaks[0] == peaks[1]
     events = [event for event in allocator.profiler.kineto_results.events() if event.name() == "[memory]"]
     allocated = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).max()
-    assert 1 <= allocated / (held[1] - before) < 1.1  # kernels' own workspace is not counted
+    assert 1 <= allocated / (peaks[1] - before) < 1.1  # the workspace of kernels is not counted
 
 
-def test_the_made_up_batch_is_like_one_of_the_dataset(cache):
+def test_the_zero_batch_has_the_tensors_of_the_dataset(cache):
     config = replace(SMALL, frames=3, loss_weights=weights(latent_l1=1.0, sync=1.0))
     mel = {"mel_frames": sync_mel_frames(3)}
     dataset = FaceDataset(cache, ["a"], cache.contract, seed=0, slots=2, frames=3, min_reference_gap=1, **mel)
     loaded = next(iter(torch.utils.data.DataLoader(dataset, 2, sampler=range(2))))
-    made = made_up_batch(config, 2, 384)
-    assert made.keys() == loaded.keys()
-    for name, value in made.items():
+    batch = zero_batch(config, 2, 384)
+    assert batch.keys() == loaded.keys()
+    for name, value in batch.items():
         if name != "where":
             assert (value.shape, value.dtype) == (loaded[name].shape, loaded[name].dtype), name
-    assert len(made["where"]) == len(loaded["where"])
+    assert len(batch["where"]) == len(loaded["where"])
 
 
-def test_what_is_read_of_the_originals_files_is_what_is_read_of_the_cache(cache, tmp_path):
+def test_samples_of_the_originals_files_equal_those_of_the_cache(cache, tmp_path):
     original.write_samples(tmp_path / "original", cache)
     assert {path.name for path in (tmp_path / "original/a").iterdir()} == {*original.KINDS, "config.json"}
 
-    class Draw:
-        """The first clip, then the eight usable ones of its nine frames: the sixth, and the third as its reference."""
+    class FakeRng:
+        """Selects the first clip, and of its eight usable frames the sixth, with the third as the reference."""
 
         def __init__(self) -> None:
             self.answers = {(1,): 0, (8,): 5, (1, 8): 5}
@@ -149,7 +149,7 @@ def test_what_is_read_of_the_originals_files_is_what_is_read_of_the_cache(cache,
         def integers(self, *bounds: int) -> int:
             return self.answers.pop(bounds)
 
-    theirs = original.read_sample([tmp_path / "original/a"], Draw())
+    theirs = original.read_sample([tmp_path / "original/a"], FakeRng())
     dataset = FaceDataset(cache, ["a"], cache.contract, seed=0, slots=1, min_reference_gap=1)
     ours = dataset.read(Sample("a", 6, (2,), 0, (0,)))
     names = ("masked_latents", "reference_latents", "target_latents", "audio_window")
@@ -158,15 +158,15 @@ def test_what_is_read_of_the_originals_files_is_what_is_read_of_the_cache(cache,
     torch.testing.assert_close(theirs[4], to_tensor(ours["target_image"])[0])
 
 
-def test_the_original_gives_the_vae_what_we_give_it():
+def test_the_vae_inputs_of_the_original_equal_ours():
     crop = np.random.default_rng(0).integers(256, size=(256, 256, 3), dtype=np.uint8)
     ours = to_tensor(crop[None])
     torch.testing.assert_close(original.vae_input(crop, masked=False), ours)
     torch.testing.assert_close(original.vae_input(crop, masked=True), mask_lower_half(ours))
 
 
-def test_a_long_cache_repeats_what_is_in_a_short_one(cache, tmp_path):
-    place = Workplace(tmp_path / "place", given=cache.folder)
+def test_the_long_cache_repeats_the_cache(cache, tmp_path):
+    place = Workplace(tmp_path / "place", cache_dir=cache.folder)
     short, long = cache.clips["a"], place.long_cache.clips["a"]
     assert len(long) == MAX_CLIP_FRAMES // 9 * 9
     for frame in (0, 8, 9, 17, len(long) - 1):
@@ -176,23 +176,23 @@ def test_a_long_cache_repeats_what_is_in_a_short_one(cache, tmp_path):
         )
 
 
-def test_a_ratio_is_the_median_of_turns_after_the_first():
-    moments = iter([0, 100, 101, 200, 206, 208, 300, 309, 312, 400, 408, 409])  # begin, middle, end of each turn
-    done = []
-    measured = timings.ratio(lambda: done.append("a"), lambda: done.append("b"), 3, clock=lambda: next(moments))
+def test_a_ratio_is_the_median_after_the_warm_up():
+    moments = iter([0, 100, 101, 200, 206, 208, 300, 309, 312, 400, 408, 409])  # start, middle, end of each repeat
+    calls = []
+    measured = timings.ratio(lambda: calls.append("a"), lambda: calls.append("b"), 3, clock=lambda: next(moments))
     assert measured == Measured(3, "8000 ms over 2000 ms")  # of 3, 3 and 8
-    assert done == ["a", "b"] * 4
+    assert calls == ["a", "b"] * 4
 
 
-def test_the_table_and_the_lines_of_json_say_the_same(monkeypatch, capsys):
-    def nowhere(_):
-        raise NotHereError("no such machine")
+def test_the_table_and_the_json_lines_agree(monkeypatch, capsys):
+    def unavailable(_):
+        raise UnavailableError("no such machine")
 
     def figure(name, relation, value):
         return figures.Figure(name, "x", relation, 2, lambda _: Measured(value, "look here"))
 
     there = (figure("a", "<=", 2), figure("b", ">=", 1.5), figure("c", "==", 2))
-    there += (figures.Figure("d", "x", "<=", 2, nowhere),)
+    there += (figures.Figure("d", "x", "<=", 2, unavailable),)
     monkeypatch.setattr("benchmarks.__main__.FIGURES", there)
     monkeypatch.setattr("benchmarks.__main__.NAMES", list("abcd"))
     main(BenchmarkConfig(("a", "b", "d")))
@@ -210,13 +210,13 @@ def test_the_table_and_the_lines_of_json_say_the_same(monkeypatch, capsys):
         {"name": "b", "value": 1.5, "unit": "x", "target": ">= 2", "ok": False},
         {"name": "d", "value": None, "unit": "x", "target": "<= 2", "ok": None},
     ]
-    with pytest.raises(UserError, match="there is no figure e; there are a, b, c, d"):
+    with pytest.raises(UserError, match="unknown figure e; choose from a, b, c, d"):
         main(BenchmarkConfig(("a", "e")))
 
 
-def test_the_readme_tells_of_every_figure_and_its_target():
+def test_the_readme_lists_every_figure_and_its_target():
     lines = (ROOT / "benchmarks/README.md").read_text().splitlines()
     rows = [line.split("|") for line in lines if line.startswith("| `")]
-    told = {row[1].strip(" `"): row[2].strip() for row in rows}
+    documented = {row[1].strip(" `"): row[2].strip() for row in rows}
     for name, figure in FIGURES.items():
-        assert told[name].replace(",", "") == figure.target, name
+        assert documented[name].replace(",", "") == figure.target, name

@@ -1,4 +1,4 @@
-"""Masks from landmarks and from class maps, finished frames against MuseTalk's, and the pipeline's blending."""
+"""Masks from landmarks and class maps, blended frames against MuseTalk's, and the pipeline's blending."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from musetalk.models.weights import WeightsError
 from musetalk.training.checkpoint import save_unet
 from tools.draw_blend import draw_classes
 
-BOX = np.array([100, 40, 376, 382], np.int32)  # its square is 512 wide: a pixel of the map is one of the source
-LEFT, TOP = 118, 85  # of the box, in the square
+BOX = np.array([100, 40, 376, 382], np.int32)  # its square is as wide as the class map, 512 pixels
+LEFT, TOP = 118, 85  # of the box, within the square
 MIDDLE, BOTTOM = 256, 427
 RADIUS = 12  # half of 5 % of 512
 
 
 def draw(width: int = 110, height: int = 140, mouth: int = 330) -> np.ndarray:
-    """A class map (512, 512) of a face: an ellipse of half these sizes about the middle, its mouth in that row."""
+    """A class map (512, 512) of a face: an ellipse with these half axes and a mouth at this row."""
     classes = np.zeros((INPUT_SIZE, INPUT_SIZE), np.uint8)
     cv2.rectangle(classes, (190, MIDDLE), (322, INPUT_SIZE), CLASSES.index("neck"), -1)
     cv2.ellipse(classes, (MIDDLE, MIDDLE), (width, height), 0, 0, 360, CLASSES.index("skin"), -1)
@@ -57,15 +57,15 @@ def draw(width: int = 110, height: int = 140, mouth: int = 330) -> np.ndarray:
     return classes
 
 
-# By landmarks.
+# Masks from landmarks.
 
 
 @pytest.mark.parametrize("recipe", ["nose_centred", "rigid"])
 @pytest.mark.parametrize("eyes", [24, 32, 61, 90])
 @pytest.mark.parametrize("margin", [0, 10])
 @pytest.mark.parametrize("jaw", [0, 0.2])
-def test_a_generated_face_covers_mouth_and_chin_and_fades_at_the_sides(recipe, eyes, margin, jaw):
-    """The chin is covered even where the box ends at it: otherwise a chin that moved shows twice."""
+def test_alpha_covers_mouth_and_chin_and_fades_at_the_sides(recipe, eyes, margin, jaw):
+    """The chin is covered even if the box ends there; otherwise a moved chin would be visible twice."""
     points = head(eyes=eyes, jaw=jaw)
     box = face_box(points, FRAME, 0, margin, recipe)
     alpha = face_alpha(points, box)
@@ -78,7 +78,7 @@ def test_a_generated_face_covers_mouth_and_chin_and_fades_at_the_sides(recipe, e
     assert (alpha[[0]] == 0).all() and (alpha[:, [0, -1]] == 0).all()
 
 
-def test_alpha_leaves_the_upper_face_alone_but_for_its_feather():
+def test_alpha_is_zero_in_the_upper_half_except_for_the_feather():
     points = head()
     box = face_box(points, FRAME)
     alpha = face_alpha(points, box)
@@ -105,7 +105,7 @@ def test_the_feather_ends_below_the_chin():
     assert len(column) > 2 * radius + 1 and (np.diff(column) <= 0).all() and (column[2 * radius + 1 :] == 0).all()
 
 
-# The square that a face parser sees.
+# The input of the face parser.
 
 
 @pytest.mark.parametrize(
@@ -117,13 +117,13 @@ def test_the_feather_ends_below_the_chin():
         ((10, 20, 111, 120), "musetalk_v1", (0, 10, 120)),
     ],
 )
-def test_the_square_of_musetalk_by_hand(box, blend, square):
+def test_face_square_by_hand(box, blend, square):
     assert face_square(np.array(box), blend) == square
 
 
 @pytest.mark.parametrize("blend", RECIPES)
 @given(x=st.integers(0, 607), y=st.integers(0, 447), width=st.integers(32, 640), height=st.integers(32, 480))
-def test_the_square_holds_the_box_and_is_black_outside_the_frame(blend, x, y, width, height):
+def test_the_square_contains_the_box_and_is_black_outside_the_frame(blend, x, y, width, height):
     frame = frame_of(1) | 1
     box = np.array([x, y, min(x + width, FRAME[1]), min(y + height, FRAME[0])], np.int32)
     left, top, side = face_square(box, blend)
@@ -132,15 +132,15 @@ def test_the_square_holds_the_box_and_is_black_outside_the_frame(blend, x, y, wi
     inside = square[box[1] - top : box[3] - top, box[0] - left : box[2] - left]
     assert np.array_equal(inside, frame[box[1] : box[3], box[0] : box[2]])
     rows, columns = np.arange(side) + top, np.arange(side) + left
-    seen = ((rows >= 0) & (rows < FRAME[0]))[:, None] & ((columns >= 0) & (columns < FRAME[1]))
-    assert np.array_equal(square.all(axis=-1), seen)
+    in_frame = ((rows >= 0) & (rows < FRAME[0]))[:, None] & ((columns >= 0) & (columns < FRAME[1]))
+    assert np.array_equal(square.all(axis=-1), in_frame)
 
 
-# By a face parser.
+# Masks from a face parser.
 
 
 def official_frame(frame: np.ndarray, face: np.ndarray, box: np.ndarray, classes: np.ndarray, blend: str) -> np.ndarray:
-    """The finished frame of MuseTalk's program, computed on the whole square and with Pillow's arithmetic."""
+    """The blended frame of MuseTalk's program, computed on the whole square with Pillow."""
     expand, blur = (1.2, 0.1) if blend == "musetalk_v1" else (1.5, 0.05)
     x1, y1, x2, y2 = (int(value) for value in box)
     half = int(max(x2 - x1, y2 - y1) // 2 * expand)
@@ -148,18 +148,18 @@ def official_frame(frame: np.ndarray, face: np.ndarray, box: np.ndarray, classes
     x1, y1, x2, y2 = x1 - left, y1 - top, x2 - left, y2 - top  # in the square
 
     if blend == "musetalk_v1":
-        shown = (classes > 0) & (classes < 14)
+        visible = (classes > 0) & (classes < 14)
     elif blend == "raw":
-        shown = (classes == 1) | (classes == 11) | (classes == 12) | (classes == 13)
+        visible = (classes == 1) | (classes == 11) | (classes == 12) | (classes == 13)
     else:
-        reach = np.concatenate([np.full(10, -1), np.arange(11), np.full(12, 10)])  # of each row of the kernel, aside
+        reach = np.concatenate([np.full(10, -1), np.arange(11), np.full(12, 10)])  # of each row of the kernel
         kernel = np.uint8([[abs(column - 16) <= width for column in range(33)] for width in reach])
         grown = cv2.dilate(np.uint8(classes == 1), kernel)
         cheeks = cv2.erode(grown, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (35, 3)), iterations=2)
         columns = np.arange(512)
         skin = np.where((columns <= 166) | (columns >= 346), cheeks, grown).astype(bool)
-        shown = (skin & (classes != 10)) | (classes == 11) | (classes == 12) | (classes == 13)
-    whole = np.array(Image.fromarray(np.uint8(shown) * 255).resize((side, side)))
+        visible = (skin & (classes != 10)) | (classes == 11) | (classes == 12) | (classes == 13)
+    whole = np.array(Image.fromarray(np.uint8(visible) * 255).resize((side, side)))
 
     mask = np.zeros((side, side), np.uint8)
     mask[max(side // 2, y1) : y2, x1:x2] = whole[max(side // 2, y1) : y2, x1:x2]
@@ -180,34 +180,34 @@ def official_frame(frame: np.ndarray, face: np.ndarray, box: np.ndarray, classes
     corner=st.tuples(st.integers(0, 600), st.integers(0, 440)),
     size=st.tuples(st.integers(32, 640), st.integers(32, 480)),
 )
-def test_finished_frames_are_those_of_the_official_program(blend, seed, cells, corner, size):
+def test_blended_frames_are_those_of_the_official_program(blend, seed, cells, corner, size):
     random = np.random.default_rng(seed)
     coarse = random.integers(len(CLASSES), size=(cells, cells), dtype=np.uint8)
     classes = cv2.resize(coarse, (INPUT_SIZE, INPUT_SIZE), interpolation=cv2.INTER_NEAREST)
     frame, face = frame_of(2), random.integers(256, size=(IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     box = np.minimum([*corner, *np.add(corner, size)], [*FRAME[1::-1]] * 2)  # some at an edge of the frame
-    wanted = official_frame(frame, face, box, classes, blend)
-    made = paste_back(frame, face, box, parsed_alpha(classes, box, blend))
-    assert np.abs(made.astype(int) - wanted).max() <= 1
+    expected = official_frame(frame, face, box, classes, blend)
+    blended = paste_back(frame, face, box, parsed_alpha(classes, box, blend))
+    assert np.abs(blended.astype(int) - expected).max() <= 1
 
 
-def test_raw_shows_skin_and_mouth_and_nothing_else():
-    """Further from a boundary than the feather is wide alpha is 1 or 0: the boundary is drawn in the map."""
+def test_raw_masks_skin_and_mouth_only():
+    """Alpha is 1 or 0 where the distance from a boundary exceeds the width of the feather."""
     classes = draw()
     alpha = parsed_alpha(classes, BOX, "raw")
-    shown = np.isin(classes, [CLASSES.index(name) for name in ("skin", "mouth", "upper_lip", "lower_lip")])
-    shown[:MIDDLE] = False
-    shown = shown[TOP:BOTTOM, LEFT : LEFT + 276].astype(np.uint8)
+    visible = np.isin(classes, [CLASSES.index(name) for name in ("skin", "mouth", "upper_lip", "lower_lip")])
+    visible[:MIDDLE] = False
+    visible = visible[TOP:BOTTOM, LEFT : LEFT + 276].astype(np.uint8)
     reach = np.ones((2 * RADIUS + 1,) * 2, np.uint8)
-    assert (alpha[cv2.dilate(shown, reach) == 0] == 0).all()
-    np.testing.assert_allclose(alpha[cv2.erode(shown, reach) == 1], 1, atol=1e-6)
+    assert (alpha[cv2.dilate(visible, reach) == 0] == 0).all()
+    np.testing.assert_allclose(alpha[cv2.erode(visible, reach) == 1], 1, atol=1e-6)
     for x, y in ((256, 322), (256, 330), (256, 338), (256, 370)):  # upper lip, mouth, lower lip, chin
         assert alpha[y - TOP, x - LEFT] == pytest.approx(1)
     for x, y in ((256, 270), (256, 414), (160, 290), (380, 400)):  # nose, neck, hair, background
         assert alpha[y - TOP, x - LEFT] == 0
 
 
-def test_one_pixel_of_skin_grows_to_a_peg_with_its_point_down():
+def test_grow_jaw_dilates_by_a_peg_that_points_down():
     skin = np.zeros((INPUT_SIZE, INPUT_SIZE), bool)
     skin[300, 256] = True
     grown = grow_jaw(skin)
@@ -216,7 +216,7 @@ def test_one_pixel_of_skin_grows_to_a_peg_with_its_point_down():
     assert (grown == grown[:, ::-1][:, [-1, *range(INPUT_SIZE - 1)]]).all()  # the same on both sides of column 256
 
 
-def test_the_cheeks_are_drawn_in_and_begin_90_pixels_from_the_middle():
+def test_the_cheeks_are_eroded_from_90_pixels_off_the_middle():
     skin = np.zeros((INPUT_SIZE, INPUT_SIZE), bool)
     skin[200:300] = True  # grown: 184 .. 305
     grown = grow_jaw(skin)
@@ -229,7 +229,7 @@ def test_the_cheeks_are_drawn_in_and_begin_90_pixels_from_the_middle():
     assert np.flatnonzero(grow_jaw(skin)[250]).tolist() == [*range(44, 127)]
 
 
-def test_jaw_reaches_lower_at_the_chin_and_less_far_into_the_cheeks():
+def test_jaw_extends_below_the_chin_and_shrinks_at_the_cheeks():
     classes = draw()
     raw, jaw = (parsed_alpha(classes, BOX, blend) for blend in ("raw", "jaw"))
     chin = [np.flatnonzero(alpha[:, MIDDLE - LEFT] > 0.5).max() + TOP for alpha in (raw, jaw)]
@@ -241,7 +241,7 @@ def test_jaw_reaches_lower_at_the_chin_and_less_far_into_the_cheeks():
 
 @pytest.mark.parametrize("blend", ["raw", "jaw"])
 @given(width=st.integers(80, 130), height=st.integers(125, 170), mouth=st.integers(320, 345))
-def test_the_feather_falls_steadily_from_the_mouth_down_over_the_chin_and_up_to_the_nose(blend, width, height, mouth):
+def test_the_feather_falls_monotonically_below_and_above_the_mouth(blend, width, height, mouth):
     column = parsed_alpha(draw(width, height, mouth), BOX, blend)[:, MIDDLE - LEFT]
     assert column[mouth - TOP] == 1
     assert (np.diff(column[: mouth - TOP]) >= -1e-6).all()
@@ -254,7 +254,7 @@ def test_the_feather_falls_steadily_from_the_mouth_down_over_the_chin_and_up_to_
 @pytest.mark.parametrize("blend", ["raw", "jaw"])
 @pytest.mark.parametrize("recipe", ["nose_centred", "rigid"])
 @pytest.mark.parametrize("eyes", [30, 61, 90])
-def test_the_classes_of_a_face_show_its_mouth_wherever_it_is_and_however_large(blend, recipe, eyes):
+def test_the_mouth_is_masked_at_any_position_and_size(blend, recipe, eyes):
     points = head(eyes=eyes)
     box = face_box(points, FRAME, 0, 10, recipe)
     alpha = parsed_alpha(draw_classes(points, box), box, blend)
@@ -269,7 +269,7 @@ def test_the_classes_of_a_face_show_its_mouth_wherever_it_is_and_however_large(b
 
 @pytest.fixture(scope="module")
 def models_with_parser(mini, tmp_path_factory) -> Path:
-    """The small networks and a face parser of random weights that finds skin, among other things."""
+    """The small networks and a face parser with random weights, whose classes include skin."""
     folder = tmp_path_factory.mktemp("models")
     for part in mini.iterdir():
         (folder / part.name).symlink_to(part)
@@ -292,21 +292,21 @@ def features() -> np.ndarray:
 
 
 @pytest.mark.parametrize("blend", ["jaw", "musetalk_v1"])
-def test_the_pipeline_blends_by_what_its_parser_sees(blend, models_with_parser, checkpoint, features, small_clips):
+def test_the_pipeline_blends_by_the_classes_of_its_parser(blend, models_with_parser, checkpoint, features, small_clips):
     video = small_clips / "sample_00.mp4"
     pipeline = LipSyncPipeline.from_checkpoint(checkpoint, models_with_parser, blend=blend)
     prepared = pipeline.prepare(video)
-    assert "face_parser" not in vars(pipeline)  # not yet
+    assert "face_parser" not in vars(pipeline)  # loaded on first use
     parser = load_face_parser(models_with_parser, torch.device("cpu"))
-    made_frames = pipeline.frames(prepared, features, 3)
-    for frame, made, box in zip(islice(read_frames(video), 3), made_frames, prepared.boxes[:3], strict=True):
+    output = pipeline.frames(prepared, features, 3)
+    for frame, blended, box in zip(islice(read_frames(video), 3), output, prepared.boxes[:3], strict=True):
         x1, y1, x2, y2 = box
         classes = parser(to_tensor(crop_square(frame, box, blend)[None]))[0].numpy()
         alpha = np.zeros(frame.shape[:2], np.float32)
         alpha[y1:y2, x1:x2] = parsed_alpha(classes, box, blend)
         assert (alpha > 0.9).sum() > 100 and (alpha[y1:y2, x1:x2] == 0).sum() > 100
-        assert np.array_equal(made[alpha == 0], frame[alpha == 0])
-        assert (made[alpha > 0.9] != frame[alpha > 0.9]).mean() > 0.9
+        assert np.array_equal(blended[alpha == 0], frame[alpha == 0])
+        assert (blended[alpha > 0.9] != frame[alpha > 0.9]).mean() > 0.9
 
 
 def test_landmarks_are_the_default_and_need_no_parser(mini, checkpoint, features, small_clips):
@@ -320,9 +320,9 @@ def test_landmarks_are_the_default_and_need_no_parser(mini, checkpoint, features
     assert "face_parser" not in vars(pipeline)
 
 
-def test_a_parser_that_is_not_there_and_a_blend_that_is_none_are_refused_in_a_sentence(mini, checkpoint):
+def test_unknown_blends_and_missing_parsers_are_refused(mini, checkpoint):
     assert get_args(Blend) == ("landmarks", *RECIPES)
-    with pytest.raises(UserError, match="^blend must be one of 'landmarks', 'raw', 'jaw', 'musetalk_v1', not 'neck'$"):
+    with pytest.raises(UserError, match="^blend must be .* not 'neck'$"):
         LipSyncPipeline.from_checkpoint(checkpoint, mini, blend="neck")
     with pytest.raises(WeightsError, match="face-parse-bisent/79999_iter.pth"):
         LipSyncPipeline.from_checkpoint(checkpoint, mini, blend="jaw")

@@ -248,9 +248,9 @@ def test_an_unfit_constant_is_refused_by_name_before_anything_is_done(name, tmp_
     for stage in ("start_worker", "map_jobs", "find_sources", "make_sample", "folder_lock", "verify_cache"):
         monkeypatch.setattr(datasets_process, stage, lambda *_: pytest.fail("it went on"))
     for value in UNFIT[name]:
-        with pytest.raises(UserError, match=rf"^{name}(\.\d)? must .*, not ") as caught:
+        with pytest.raises(UserError, match=rf"^{name}(\.\d)? (cannot be|must) ") as caught:
             prepare(replace(PrepareConfig(), **{name: value}))
-        assert str(caught.value).endswith(repr(value)) or isinstance(value, tuple)
+        assert repr(value) in str(caught.value) or isinstance(value, tuple)
     assert not list(tmp_path.iterdir())
 
 
@@ -403,7 +403,7 @@ def test_without_a_cache_there_is_nothing_to_verify(tmp_path):
 def ended_well(folder: Path, code: int, words: str) -> dict[str, bytes]:
     """Check how an interrupted run has ended; gives what it left."""
     assert code == 130 and "Traceback" not in words
-    assert words.endswith("\ninterrupted; run the same command again to go on\n")
+    assert words.endswith("\ninterrupted; run the same command again to resume\n")
     left = contents(folder)
     assert "contact_sheet.png" not in left and not [name for name in left if name.endswith(".partial")]
     return left

@@ -1,4 +1,4 @@
-"""What other programs load is what was trained, and only where they use it under the same rules."""
+"""Exported weights equal the trained ones, and are refused for programs with another feature contract."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def unet(mini):
 
 
 def export(tmp_path: Path, mini: Path, unet, layout: str, contract=CONTRACT) -> tuple[Path, Path]:
-    """The folder of a training, and the weights exported."""
+    """Saves and exports a UNet. Returns the folder of the training and the exported weights."""
     run = save_unet(tmp_path / "run", 7, unet.model.state_dict(), contract).parent
     main(ExportConfig(run, layout, tmp_path / "out", mini))
     return run, tmp_path / "out" / LAYOUTS[layout][0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_export_is_bit_by_bit_what_was_trained_with_its_configuration_beside_it(tmp_path, mini, unet, layout):
-    rules = LAYOUTS[layout][2]
-    contract = replace(CONTRACTS[rules or "rigid"], vae="abc", posterior="mode", encode_dtype="bfloat16")
+def test_an_export_has_the_trained_tensors_and_the_configuration(tmp_path, mini, unet, layout):
+    contract_name = LAYOUTS[layout][2]
+    contract = replace(CONTRACTS[contract_name or "rigid"], vae="abc", posterior="mode", encode_dtype="bfloat16")
     _, path = export(tmp_path, mini, unet, layout, contract)
     written = {
         file.relative_to(tmp_path / "out").as_posix() for file in (tmp_path / "out").rglob("*") if file.is_file()
@@ -44,24 +44,24 @@ def test_an_export_is_bit_by_bit_what_was_trained_with_its_configuration_beside_
     assert description == (mini / "musetalk/musetalk.json").read_bytes()
 
     own = unet.model.state_dict()
-    if rules:  # as MuseTalk loads it
+    if contract_name:  # as MuseTalk loads it
         tensors = torch.load(path, weights_only=True)
     else:
         tensors = safetensors.torch.load_file(path)
         assert read_unet_contract(path) == contract
-    assert list(tensors) == list(own) if rules else tensors.keys() == own.keys()
+    assert list(tensors) == list(own) if contract_name else tensors.keys() == own.keys()
     assert all(torch.equal(tensors[name], tensor) for name, tensor in own.items())
     again, _ = load_trained_unet(path, mini, contract)
     assert all(torch.equal(again.model.state_dict()[name], tensor) for name, tensor in own.items())
 
 
-def test_diffusers_loads_a_folder_with_no_code_of_ours(tmp_path, mini, unet):
+def test_diffusers_loads_an_exported_folder(tmp_path, mini, unet):
     _, path = export(tmp_path, mini, unet, "diffusers")
     model = UNet2DConditionModel.from_pretrained(path.parent).eval()
     x, tokens = torch.randn(1, 8, 32, 32), torch.randn(1, 50, 64)
     with torch.no_grad():
-        one, other = (net(x, 0, encoder_hidden_states=tokens).sample for net in (model, unet.model.eval()))
-    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)  # their memory is laid out otherwise
+        outputs = [net(x, 0, encoder_hidden_states=tokens).sample for net in (model, unet.model.eval())]
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)  # memory formats differ
     own = unet.model.state_dict()
     assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
 
@@ -75,17 +75,16 @@ def test_diffusers_loads_a_folder_with_no_code_of_ours(tmp_path, mini, unet):
         ("original", "rigid", "crop"),
     ],
 )
-def test_a_program_with_other_rules_gets_no_weights(tmp_path, mini, unet, layout, trained, field):
-    with pytest.raises(ContractError, match=f"was made with {field} = .*{layout} has the rules"):
+def test_weights_of_another_contract_are_refused(tmp_path, mini, unet, layout, trained, field):
+    with pytest.raises(ContractError, match=f"{field} = .*{layout} needs"):
         export(tmp_path, mini, unet, layout, CONTRACTS[trained])
     assert not (tmp_path / "out").exists()
 
 
-def test_a_training_begun_on_published_weights_ends_in_them(tmp_path, mini, unet):
-    """In and out again: unet.pth -> a training's weights -> unet.pth, no bit changed on the way."""
+def test_loading_and_exporting_published_weights_does_not_change_them(tmp_path, mini, unet):
     published = tmp_path / "unet.pth"
     torch.save(unet.model.state_dict(), published)
-    begun, contract = load_trained_unet(published, mini, CONTRACT)
-    _, path = export(tmp_path, mini, begun, "musetalk_v15", contract)
-    one, other = torch.load(published, weights_only=True), torch.load(path, weights_only=True)
-    assert list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+    loaded, contract = load_trained_unet(published, mini, CONTRACT)
+    _, path = export(tmp_path, mini, loaded, "musetalk_v15", contract)
+    before, after = torch.load(published, weights_only=True), torch.load(path, weights_only=True)
+    assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)

@@ -1,4 +1,4 @@
-"""The GPU check runs all of its parts on a CPU with the small networks."""
+"""The GPU check runs all of its checks on a CPU with the small networks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_check_reports(sample_cache, mini, tmp_path):
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [row["check"] for row in rows] == ["device", "learning", "resume", "peak", "step", "dubbing"]
     _, learning, resume, _, step, dubbing = rows
-    assert learning["steps"] == 2  # one before each evaluation
+    assert learning["steps"] == 2  # at least one per evaluation
     assert step["finite"] == "True" and step["TFLOP"] > 0
     assert all(value == 0 for name, value in resume.items() if name.endswith("differs_by"))
     assert dubbing["generate"] > 0 and dubbing["write"] > 0
@@ -38,7 +38,7 @@ def test_every_check_reports(sample_cache, mini, tmp_path):
     assert cv2.VideoCapture(str(tmp_path / "dubbed_720.mp4")).read()[1].shape == (720, 1280, 3)
 
 
-def test_mouth_openings_are_read_from_pixels(make_cache):
+def test_mouth_openings_are_estimated_from_pixels(make_cache):
     cache = make_cache("rigid")
     train, held = [list(cache.clips.values())[index] for index in (slice(2), slice(2, None))]
 

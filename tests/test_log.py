@@ -1,4 +1,4 @@
-"""What a training tells: lines, records and pictures, and what a new start makes of those of an earlier one."""
+"""The log of a run: lines, records and images, and which records a resumed run keeps."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from musetalk.training.log import RunLog
 
 @pytest.fixture
 def start(tmp_path):
-    """A function that begins the log of a run at a step, and closes it in the end."""
-    opened = []
+    """A function that opens the log of a run at a step."""
+    logs = []
 
-    def begin(step: int) -> RunLog:
-        opened.append(RunLog(tmp_path / "log", "demo", step))
-        return opened[-1]
+    def open_log(step: int) -> RunLog:
+        logs.append(RunLog(tmp_path / "log", "demo", step))
+        return logs[-1]
 
-    yield begin
-    for log in opened:
+    yield open_log
+    for log in logs:
         log.board.close()
 
 
@@ -32,7 +32,7 @@ def stats(log: RunLog) -> list[dict]:
     return [json.loads(line) for line in log.stats.read_text().splitlines()]
 
 
-def test_a_record_is_a_line_for_people_one_for_programs_and_a_point_for_tensorboard(start, capsys):
+def test_a_record_is_written_as_text_as_json_and_to_tensorboard(start, capsys):
     log = start(0)
     log.record(3, {"latent_l1": 0.123456789, "grad_norm": 2.0})
     assert capsys.readouterr().out == "step 3  latent_l1 0.1235  grad_norm 2\n"
@@ -51,14 +51,14 @@ def test_lines_of_all_runs_are_kept(start, tmp_path):
     assert [line[20:] for line in lines] == ["one", "J\u00fcrgen \\udcff"]
 
 
-def test_records_of_steps_that_are_made_again_are_dropped(start):
+def test_records_after_the_resumed_step_are_dropped(start):
     log = start(0)
     for step in (1, 2, 3, 4):
         log.record(step, {"latent_l1": float(step)})
-    again = start(2)
-    assert stats(again) == [{"step": 1, "latent_l1": 1.0}, {"step": 2, "latent_l1": 2.0}]
-    again.record(3, {"latent_l1": 7.0})
-    assert [record["latent_l1"] for record in stats(again)] == [1.0, 2.0, 7.0]
+    resumed = start(2)
+    assert stats(resumed) == [{"step": 1, "latent_l1": 1.0}, {"step": 2, "latent_l1": 2.0}]
+    resumed.record(3, {"latent_l1": 7.0})
+    assert [record["latent_l1"] for record in stats(resumed)] == [1.0, 2.0, 7.0]
 
 
 @pytest.mark.parametrize(
@@ -80,20 +80,20 @@ def test_records_of_steps_that_are_made_again_are_dropped(start):
     ],
     ids=lambda line: line[:20],
 )
-def test_a_line_that_is_no_record_is_dropped_and_the_others_stay(start, line):
+def test_an_invalid_line_is_dropped_and_the_others_are_kept(start, line):
     log = start(0)
     log.record(1, {"latent_l1": 0.5})
     log.record(2, {"latent_l1": 0.25})
-    good = log.stats.read_bytes().splitlines(keepends=True)
-    log.stats.write_bytes(good[0] + line + b"\n" + good[1])
-    assert start(2).stats.read_bytes() == b"".join(good)
-    log.stats.write_bytes(b"".join(good) + line)  # as a full disk or a power cut leaves it
-    again = start(2)
-    again.record(3, {"latent_l1": 0.125})
-    assert [record["step"] for record in stats(again)] == [1, 2, 3]
+    valid = log.stats.read_bytes().splitlines(keepends=True)
+    log.stats.write_bytes(valid[0] + line + b"\n" + valid[1])
+    assert start(2).stats.read_bytes() == b"".join(valid)
+    log.stats.write_bytes(b"".join(valid) + line)  # truncated by a full disk or a power cut
+    resumed = start(2)
+    resumed.record(3, {"latent_l1": 0.125})
+    assert [record["step"] for record in stats(resumed)] == [1, 2, 3]
 
 
-def test_a_picture_is_stored_under_its_step(start):
+def test_an_image_is_named_by_its_step(start):
     image = np.random.default_rng(0).integers(256, size=(8, 6, 3), dtype=np.uint8)
     log = start(0)
     path = log.picture(12, image)

@@ -1,4 +1,4 @@
-"""Figures about generated faces, by hand."""
+"""Metrics of generated faces, against values worked out by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from musetalk.inference.metrics import (
 
 
 def face(gaps: tuple[float, float, float], eyes: float, shift: float = 0, box: tuple = (0, 0, 100, 100)) -> Face:
-    """A face whose inner lips are so far apart at their three pairs, and so far its outer eye corners."""
+    """A face with these gaps between three pairs of inner lip points and this distance between outer eye corners."""
     points = np.zeros((68, 2), np.float32)
     points[36], points[45] = (10, 20), (10 + eyes, 20)
     for x, gap, up, low in zip((20, 30, 40), gaps, (61, 62, 63), (67, 66, 65), strict=True):
@@ -40,30 +40,30 @@ def test_mouth_opening_by_hand():
     assert mouth_opening(face((0, 0, 0), eyes=60)) == 0
 
 
-def test_mouth_opening_depends_on_neither_place_nor_size_nor_tilt():
-    one = face((6, 9, 3), eyes=60)
-    turn = np.array([[0.8, -0.6], [0.6, 0.8]], np.float32)
-    other = Face(one.box, 3.5 * one.landmarks @ turn + 11, one.score)
-    assert mouth_opening(other) == pytest.approx(mouth_opening(one), rel=1e-5)
+def test_mouth_opening_is_invariant_to_position_size_and_rotation():
+    x = face((6, 9, 3), eyes=60)
+    rotation = np.array([[0.8, -0.6], [0.6, 0.8]], np.float32)
+    y = Face(x.box, 3.5 * x.landmarks @ rotation + 11, x.score)
+    assert mouth_opening(y) == pytest.approx(mouth_opening(x), rel=1e-5)
 
 
-def test_no_face_has_no_opening_and_eyes_in_one_place_are_no_error():
+def test_mouth_opening_of_no_face_is_nan_and_of_coincident_eyes_finite():
     assert np.isnan(mouth_opening(None))
     assert np.isfinite(mouth_opening(face((1, 1, 1), eyes=0)))
 
 
 def test_openings_follow_one_person_through_the_frames():
-    """A smaller face beside the person, and a frame with nobody in it."""
+    """With a smaller face beside the person, and a frame without faces."""
     small = face((50, 50, 50), eyes=10, box=(300, 0, 320, 20))
 
-    class Planted:
+    class FakeBackend:
         def detect(self, frames):
             return [[] if frame[0, 0, 0] == 2 else [small, face((k := frame[0, 0, 0], k, k), 50)] for frame in frames]
 
     frames = [np.full((4, 4, 3), k, np.uint8) for k in range(60)]
-    found = mouth_openings(frames, Planted())
-    assert found.shape == (60,) and np.isnan(found[2])
-    np.testing.assert_allclose(np.delete(found, 2), np.delete(np.arange(60), 2) / 50, rtol=1e-5)
+    openings = mouth_openings(frames, FakeBackend())
+    assert openings.shape == (60,) and np.isnan(openings[2])
+    np.testing.assert_allclose(np.delete(openings, 2), np.delete(np.arange(60), 2) / 50, rtol=1e-5)
 
 
 def test_correlation_by_hand():
@@ -73,7 +73,7 @@ def test_correlation_by_hand():
     assert correlation(np.array([1.0, 2, 3]), np.array([1.0, 3, 2])) == pytest.approx(0.5)
 
 
-def test_correlation_leaves_out_what_either_series_does_not_know():
+def test_correlation_ignores_pairs_that_are_not_finite():
     a = np.array([1, np.nan, 3, 4, 9, np.inf, 5])
     b = np.array([2, 7, np.nan, 8, 18, 1, 10])
     assert correlation(a, b) == pytest.approx(1)
@@ -86,66 +86,66 @@ def test_correlation_is_over_the_common_length():
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("a", [[], [1.0], [np.nan, np.nan, np.nan], [2.0, 2.0, 2.0]])
-def test_correlation_of_what_tells_nothing_is_nan(a):
+def test_correlation_of_empty_or_constant_series_is_nan(a):
     assert np.isnan(correlation(np.array(a), np.array([1.0, 2.0, 3.0])))
 
 
 # Faces in crops.
 
 
-def test_the_largest_face_of_a_crop_is_in_pixels_of_the_crop():
-    seen = []
+def test_detect_in_crops_returns_the_largest_face_in_pixels_of_the_crop():
+    inputs = []
 
-    class Planted:
+    class FakeBackend:
         def detect(self, frames):
-            seen.extend(frames)
+            inputs.extend(frames)
             large = face((1, 1, 1), eyes=50, shift=CROP_BORDER, box=(70, 80, 300, 310))
             return [[face((9, 9, 9), eyes=9), large] if frame.any() else [] for frame in frames]
 
     crops = np.zeros((60, 256, 256, 3), np.uint8)
     crops[:57] = 7
-    found = detect_in_crops(crops, Planted())
-    assert [one is None for one in found] == 57 * [False] + 3 * [True]
-    np.testing.assert_array_equal(found[5].box, (6, 16, 236, 246))
-    np.testing.assert_array_equal(found[5].landmarks, face((1, 1, 1), eyes=50).landmarks)
+    faces = detect_in_crops(crops, FakeBackend())
+    assert [face is None for face in faces] == 57 * [False] + 3 * [True]
+    np.testing.assert_array_equal(faces[5].box, (6, 16, 236, 246))
+    np.testing.assert_array_equal(faces[5].landmarks, face((1, 1, 1), eyes=50).landmarks)
     side = 256 + 2 * CROP_BORDER
-    assert seen[0].shape == (side, side, 3) and seen[0].sum() == 7 * crops[0].size
-    assert (seen[0][CROP_BORDER:-CROP_BORDER, CROP_BORDER:-CROP_BORDER] == 7).all()
+    assert inputs[0].shape == (side, side, 3) and inputs[0].sum() == 7 * crops[0].size
+    assert (inputs[0][CROP_BORDER:-CROP_BORDER, CROP_BORDER:-CROP_BORDER] == 7).all()
 
 
 @pytest.mark.parametrize("contract", ["rigid", "musetalk_v15"])
-def test_the_detector_finds_the_faces_of_real_crops_where_it_found_them_in_the_frame(clips, face_backend, contract):
+def test_the_detector_finds_faces_in_real_crops_where_it_does_in_frames(clips, face_backend, contract):
     names = ("talking_a", "talking_b", "talking_c", "people/person_3", "people/person_7", "people/person_l4")
-    missed, away = [], []
+    missed, distances = [], []
     for name in names:
         frames = islice(read_frames(clips / f"{name}.mp4"), 0, 100, 10)
         clip = crop_person(frames, face_backend, CONTRACTS[contract])
-        seen = [k for k, one in enumerate(clip.faces) if one is not None]
+        usable = [k for k, face in enumerate(clip.faces) if face is not None]
         truth = [
             Face(clip.boxes[k, 0], in_crop(clip.faces[k].landmarks, clip.boxes[k, 0]), clip.faces[k].score)
-            for k in seen
+            for k in usable
         ]
-        found = detect_in_crops([clip.crops[k][0] for k in seen], face_backend)
-        missed += [one is None for one in found]
-        away.append(mouth_landmark_distance(found, truth))
+        detected = detect_in_crops([clip.crops[k][0] for k in usable], face_backend)
+        missed += [face is None for face in detected]
+        distances.append(mouth_landmark_distance(detected, truth))
     assert len(missed) >= 55 and np.mean(missed) < 0.03
-    assert np.median(away) < 0.012 and max(away) < 0.025
+    assert np.median(distances) < 0.012 and max(distances) < 0.025
 
 
-# The distance of mouths.
+# Mouth landmark distance.
 
 
-def test_the_distance_of_mouths_by_hand():
+def test_mouth_landmark_distance_by_hand():
     true, moved, one_lip, elsewhere = (face((6, 9, 3), eyes=50) for _ in range(4))
     moved.landmarks[48:68] += (3, 4)
     one_lip.landmarks[67] += (0, 10)
     elsewhere.landmarks[:48] += 30
-    for one, distance in ((true, 0), (moved, 5 / 50), (one_lip, 10 / 20 / 50), (elsewhere, 0)):
-        assert mouth_landmark_distance([one], [true]) == pytest.approx(distance)
+    for moved_face, distance in ((true, 0), (moved, 5 / 50), (one_lip, 10 / 20 / 50), (elsewhere, 0)):
+        assert mouth_landmark_distance([moved_face], [true]) == pytest.approx(distance)
     assert mouth_landmark_distance([true, moved, one_lip], [true] * 3) == pytest.approx((0.1 + 0.01) / 3)
 
 
-def test_mouths_that_nobody_saw_count_for_nothing():
+def test_frames_without_a_face_do_not_count():
     true, moved = face((6, 9, 3), eyes=50), face((6, 9, 3), eyes=50)
     moved.landmarks[48:68] += (3, 4)
     assert mouth_landmark_distance([None, true, None, moved], [true, None, None, true]) == pytest.approx(0.1)
@@ -154,23 +154,23 @@ def test_mouths_that_nobody_saw_count_for_nothing():
         mouth_landmark_distance([true], [true, true])
 
 
-# Pictures against the truth.
+# Image similarity.
 
 
 @pytest.fixture(scope="module")
-def picture() -> np.ndarray:
+def image() -> np.ndarray:
     return np.random.default_rng(0).integers(40, 200, size=(64, 96, 3), dtype=np.uint8)
 
 
-def test_psnr_by_hand(picture):
-    half = picture.copy()
+def test_psnr_by_hand(image):
+    half = image.copy()
     half[:32] += 20
-    assert psnr(picture + np.uint8(10), picture) == pytest.approx(28.1308, abs=1e-3)  # 20 log10(25.5)
-    assert psnr(half, picture) == pytest.approx(25.1205, abs=1e-3)  # 10 log10(255^2 / 200)
-    assert psnr(picture, picture) == np.inf
+    assert psnr(image + np.uint8(10), image) == pytest.approx(28.1308, abs=1e-3)  # 20 log10(25.5)
+    assert psnr(half, image) == pytest.approx(25.1205, abs=1e-3)  # 10 log10(255^2 / 200)
+    assert psnr(image, image) == np.inf
 
 
-def test_ssim_of_flat_pictures_by_hand():
+def test_ssim_of_flat_images_by_hand():
     """Without contrast it is (2 a b + C) / (a^2 + b^2 + C) with C = (0.01 x 255)^2; each channel counts a third."""
     truth = np.full((32, 32, 3), 100, np.uint8)
     image = truth.copy()
@@ -180,7 +180,7 @@ def test_ssim_of_flat_pictures_by_hand():
 
 
 def test_ssim_by_its_formula_at_one_pixel():
-    """In a picture of the size of its window, 11 pixels, only the middle counts."""
+    """In an image as large as the window, 11 pixels, only the middle pixel counts."""
     rng = np.random.default_rng(0)
     truth, image = rng.integers(256, size=(2, 11, 11, 3), dtype=np.uint8)
     weights = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
@@ -195,7 +195,7 @@ def test_ssim_by_its_formula_at_one_pixel():
 
 
 @given(seed=st.integers(0, 999), noise=st.integers(1, 40))
-def test_more_noise_is_less_alike_and_the_order_makes_no_difference(seed, noise):
+def test_similarity_falls_with_noise_and_is_symmetric(seed, noise):
     rng = np.random.default_rng(seed)
     truth = rng.integers(50, 200, size=(32, 32, 3), dtype=np.uint8)
     change = rng.choice([-1, 1], truth.shape)
@@ -207,30 +207,31 @@ def test_more_noise_is_less_alike_and_the_order_makes_no_difference(seed, noise)
 
 
 @pytest.mark.parametrize("measure", [psnr, ssim])
-def test_pictures_of_another_size_are_an_error(picture, measure):
+def test_images_of_different_sizes_are_an_error(image, measure):
     with pytest.raises(ValueError):
-        measure(picture, picture[:32])
+        measure(image, image[:32])
 
 
-def test_jitter_is_of_the_lips_as_the_eyes_see_them():
-    """Lips that go on evenly, on a head that moves, grows and turns as it likes, do not jitter; a jump is measured."""
+def test_jitter_is_relative_to_the_eyes():
+    """Lips that move steadily on a head that moves, grows and rotates have no jitter; a jump has."""
     rng = np.random.default_rng(0)
     lips = rng.uniform(20, 60, (20, 2)).astype(np.float32)
     faces = []
     for k in range(6):
-        one = face((0, 0, 0), eyes=60)
-        one.landmarks[48:] = lips + k
-        tilt = 0.1 * k * k
-        turn = np.array([[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]])
-        faces.append(Face(one.box, ((1 + k) * one.landmarks @ turn + 7 * k**3).astype(np.float32), one.score))
+        still = face((0, 0, 0), eyes=60)
+        still.landmarks[48:] = lips + k
+        angle = 0.1 * k * k
+        rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        moved = (1 + k) * still.landmarks @ rotation + 7 * k**3
+        faces.append(Face(still.box, moved.astype(np.float32), still.score))
     assert mouth_jitter(faces) == pytest.approx(0, abs=1e-4)
-    still = [face((0, 0, 0), eyes=60) for _ in range(3)]
-    still[1].landmarks[48:, 1] += 6  # a tenth of the eyes' distance down and back: 2 x 0.1
-    assert mouth_jitter(still) == pytest.approx(0.2)
+    jump = [face((0, 0, 0), eyes=60) for _ in range(3)]
+    jump[1].landmarks[48:, 1] += 6  # a tenth of the distance between the eyes, down and back: 2 x 0.1
+    assert mouth_jitter(jump) == pytest.approx(0.2)
 
 
 def test_jitter_needs_three_faces_in_a_row():
-    one = face((1, 2, 3), eyes=60)
-    assert np.isnan(mouth_jitter([one, one, None, one, one])) and np.isnan(mouth_jitter([]))
-    assert mouth_jitter([one, one, None, one, one, one]) == 0
+    still = face((1, 2, 3), eyes=60)
+    assert np.isnan(mouth_jitter([still, still, None, still, still])) and np.isnan(mouth_jitter([]))
+    assert mouth_jitter([still, still, None, still, still, still]) == 0
     assert np.isfinite(mouth_jitter([face((0, 0, 0), eyes=0)] * 3))

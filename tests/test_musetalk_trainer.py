@@ -302,7 +302,7 @@ def test_validation_after_the_last_step_tells_what_the_mouth_follows(config):
 
 def test_clips_too_short_to_validate_on_are_refused_before_a_step_is_made(config, monkeypatch):
     monkeypatch.setattr("musetalk.training.validation.MIN_FRAMES", 30)
-    with pytest.raises(CacheError, match="no clip held out has 40 usable frames in a row to validate on"):
+    with pytest.raises(CacheError, match="no held-out clip has 40 consecutive usable frames"):
         train("demo", replace(config, val_every=1000))
     assert not config.checkpoint_dir.exists()
 
@@ -548,9 +548,9 @@ def test_an_unfit_constant_is_refused_by_name_before_anything_is_done(name, tmp_
         monkeypatch.setattr(musetalk_trainer, stage, lambda *_, **__: pytest.fail("it went on"))
     for preset, config in PRESETS.items():
         for value in UNFIT[name]:
-            with pytest.raises(UserError, match=rf"^{name}(\.\w+)?(\.\[key\])? must .*, not ") as caught:
+            with pytest.raises(UserError, match=rf"^{name}(\.\w+)?(\.\[key\])? (cannot be|must) ") as caught:
                 train(preset, replace(config, **{name: value}))
-            assert str(caught.value).endswith(repr(value)) or isinstance(value, tuple | dict)
+            assert repr(value) in str(caught.value) or isinstance(value, tuple | dict)
     assert not list(tmp_path.iterdir())
 
 

@@ -164,7 +164,7 @@ def both(folder: Path, ending: str) -> Callable[[], bool]:
 def test_ctrl_c_ends_all_processes_in_one_sentence(interrupt, tmp_path):
     code, words = interrupt(["-c", TWO_AT_WORK, tmp_path], both(tmp_path, "partial"))
     assert code == 130 and "Traceback" not in words
-    assert words.endswith("\ninterrupted; run the same command again to go on\n")
+    assert words.endswith("\ninterrupted; run the same command again to resume\n")
     assert both(tmp_path, "tidied")()
 
 

@@ -1,12 +1,11 @@
-"""Draws the pictures of blending in docs/.
+"""Draws the images of blending in docs/.
 
     python -m tools.draw_blend ../shared/corpus/grid/others/grid_s31_bgix8n.mpg
 
-docs/blend.png: where a generated face shows, on the NASA photograph of Eileen Collins that scikit-image carries (public
-domain). Its classes are drawn from its landmarks, as a face parser would see them; the generated face is the crop
-itself, tinted.
-docs/blend_jaw.png: faces whose jaw is generated higher or lower than in the frame. Two frames of a GRID clip (M. Cooke,
-J. Barker, S. Cunningham, X. Shao 2006, CC BY 4.0) stand in for each other's generated face.
+docs/blend.png: masks of a generated face, on the NASA photograph of Eileen Collins that scikit-image includes (public
+domain). The classes of the face parser are drawn from landmarks; the generated face is the crop itself, tinted.
+docs/blend_jaw.png: faces whose generated jaw is higher or lower than that of the frame. Two frames of a GRID clip
+(M. Cooke, J. Barker, S. Cunningham, X. Shao 2006, CC BY 4.0) serve as each other's generated face.
 """
 
 import sys
@@ -24,20 +23,20 @@ from musetalk.models.face_parser import CLASSES, INPUT_SIZE
 
 GREEN, WHITE = (60, 170, 60), (255, 255, 255)
 PANEL, HEADER = 248, 28  # px
-JAW_PICTURE = "docs/blend_jaw.png"
-DROPPED, CLOSED = 45, 59  # frames of the clip
+JAW_IMAGE = "docs/blend_jaw.png"
+DROPPED, CLOSED = 45, 59  # frames of the clip with a dropped jaw and a closed mouth
 
 
 def draw_classes(landmarks: np.ndarray, box: np.ndarray) -> np.ndarray:
     """Indices of CLASSES, uint8 (512, 512), in the square around the box of a face with landmarks (68, 2)."""
     left, top, side = face_square(box, "jaw")
     points = (landmarks - (left, top)) * INPUT_SIZE / side
-    brows, wide, turn = points[17:27], np.ptp(points[:17, 0]), np.linspace(0, 2 * np.pi, 40)
+    brows, width, angle = points[17:27], np.ptp(points[:17, 0]), np.linspace(0, 2 * np.pi, 40)
     classes = np.zeros((INPUT_SIZE, INPUT_SIZE), np.uint8)
     for name, outline in {
-        "hair": brows.mean(axis=0) + 0.8 * wide * np.stack([np.cos(turn), np.sin(turn)], axis=1),
-        "neck": np.concatenate([points[5:12], points[[11, 5]] + (0, wide)]),
-        "skin": np.concatenate([points[:17], brows[[9, 7, 2, 0]] - (0, 0.25 * wide)]),
+        "hair": brows.mean(axis=0) + 0.8 * width * np.stack([np.cos(angle), np.sin(angle)], axis=1),
+        "neck": np.concatenate([points[5:12], points[[11, 5]] + (0, width)]),
+        "skin": np.concatenate([points[:17], brows[[9, 7, 2, 0]] - (0, 0.25 * width)]),
         "nose": points[[27, *range(31, 36)]],
         "upper_lip": points[[*range(48, 55), *range(64, 59, -1)]],
         "lower_lip": points[[*range(54, 60), 48, 60, *range(67, 63, -1)]],
@@ -48,7 +47,7 @@ def draw_classes(landmarks: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 
 def save(path: str, rows: list[list[np.ndarray]], names: tuple[str, ...]) -> None:
-    """Write rows of square panels below the names of their columns."""
+    """Writes rows of square panels with a header of column names."""
     header = np.zeros((HEADER, len(names) * PANEL, 3), np.uint8)
     for column, name in enumerate(names):
         cv2.putText(header, name, (column * PANEL + 8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.6, WHITE, 1, cv2.LINE_AA)
@@ -61,7 +60,7 @@ def panel(view: np.ndarray) -> np.ndarray:
 
 
 def draw_masks() -> None:
-    """Three ways to blend side by side: where the generated face shows, and the result."""
+    """Draws the masks and results of three blends side by side."""
     frame = cv2.resize(data.astronaut()[:320, 64:384, ::-1], None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
     [[face]] = load_face_backend("mediapipe", Path(), "cpu").detect([frame])
     box = face_box(face.landmarks, frame.shape, crop="rigid")
@@ -70,34 +69,34 @@ def draw_masks() -> None:
     generated = crop_face(frame, box) // 2 + np.uint8(GREEN) // 2
     alphas = [face_alpha(face.landmarks, box), *(parsed_alpha(classes, box, blend) for blend in ("raw", "jaw"))]
     rows = [[colours], [crop_square(frame, box, "jaw")]]
-    for row, under, over in zip(rows, (0 * frame, frame), (0 * generated + 255, generated), strict=True):
-        row += [crop_square(paste_back(under, over, box, alpha), box, "jaw") for alpha in alphas]
+    for row, background, foreground in zip(rows, (0 * frame, frame), (0 * generated + 255, generated), strict=True):
+        row += [crop_square(paste_back(background, foreground, box, alpha), box, "jaw") for alpha in alphas]
     view = slice(side // 6, -side // 6)
     rows = [[panel(square[view, view]) for square in row] for row in rows]
     save("docs/blend.png", rows, ("classes", "landmarks", "raw", "jaw"))
 
 
 def draw_jaw(clip: Path) -> None:
-    """A closed mouth blended by landmarks into a frame with a dropped jaw, and the other way round.
+    """Draws a closed mouth blended by landmarks into a frame with a dropped jaw, and vice versa.
 
-    The column "before" is kept from the picture that is there: it shows the masks of commit 4fd7059.
+    The column "before" is copied from the existing image: it shows the masks of commit 4fd7059.
     """
     frames = list(read_frames(clip))
-    faces = [found[0] for found in load_face_backend("mediapipe", Path(), "cpu").detect(frames)]
+    faces = [detected[0] for detected in load_face_backend("mediapipe", Path(), "cpu").detect(frames)]
 
     def lower_face(frame: np.ndarray, box: np.ndarray) -> np.ndarray:
         x1, y1, x2, y2 = box
         return panel(frame[(y1 + y2) // 2 - 20 : y2 + 12, x1:x2])
 
-    before = np.split(cv2.imread(JAW_PICTURE)[HEADER:, 2 * PANEL : 3 * PANEL], 2)
+    before = np.split(cv2.imread(JAW_IMAGE)[HEADER:, 2 * PANEL : 3 * PANEL], 2)
     rows = []
-    for source, other in (DROPPED, CLOSED), (CLOSED, DROPPED):
-        boxes = [face_box(faces[index].landmarks, frames[index].shape, crop="rigid") for index in (source, other)]
-        generated = crop_face(frames[other], boxes[1])
-        blended = paste_back(frames[source], generated, boxes[0], face_alpha(faces[source].landmarks, boxes[0]))
-        panels = [lower_face(frames[source], boxes[0]), lower_face(frames[other], boxes[1])]
+    for target, source in (DROPPED, CLOSED), (CLOSED, DROPPED):
+        boxes = [face_box(faces[index].landmarks, frames[index].shape, crop="rigid") for index in (target, source)]
+        generated = crop_face(frames[source], boxes[1])
+        blended = paste_back(frames[target], generated, boxes[0], face_alpha(faces[target].landmarks, boxes[0]))
+        panels = [lower_face(frames[target], boxes[0]), lower_face(frames[source], boxes[1])]
         rows.append([*panels, before[len(rows)], lower_face(blended, boxes[0])])
-    save(JAW_PICTURE, rows, ("frame", "generated face", "before", "now"))
+    save(JAW_IMAGE, rows, ("frame", "generated face", "before", "now"))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""Make the small weights in models/mini again: a VAE that is loaded like the real one and runs on a CPU.
+"""Creates the small weights in models/mini: a VAE that loads like the real one and runs fast on a CPU.
 
     python -m tools.make_mini --clips ../shared/clips
 
-From: a folder of videos of talking people, and the sample that the project carries. All clips named in
-`HELD_OUT` are kept out of training; the figures printed at the end are measured on them alone.
+Trains on a folder of videos of talking people and on the built-in sample. The clips named in `HELD_OUT` are held out;
+the figures printed at the end are measured on them.
 
-Makes: `models/mini/whisper/tiny.pt`, an untrained Whisper, and
-`models/mini/sd-vae-ft-mse/{config.json,diffusion_pytorch_model.safetensors}`, a diffusers `AutoencoderKL` in
-fp16. The VAE is written every `save_every` steps, as an average of the weights, so it can be
-used before the end.
+Writes `models/mini/whisper/tiny.pt`, an untrained Whisper, and
+`models/mini/sd-vae-ft-mse/{config.json,diffusion_pytorch_model.safetensors}`, a diffusers `AutoencoderKL` in fp16. The
+EMA of the VAE is saved every `save_every` steps, so it can be used before the end.
 
-Takes about 50 minutes on one core that knows bfloat16. More threads help only where the cores are idle.
-The same clips, seed and number of threads give the same weights, up to the rounding of another CPU.
+Takes about 50 minutes on one core that supports bfloat16; more threads help only on idle cores. The same clips, seed
+and number of threads give the same weights, up to rounding on other CPUs.
 """
 
 from __future__ import annotations
@@ -48,15 +47,15 @@ from musetalk.images import mask_lower_half, to_tensor
 
 HELD_OUT = ("talking_b", "portrait_hevc_1080x1920", "person_3", "person_5", "person_l8")
 
-# The landmarks of the parts that must come out well, and how often a patch is drawn at one of them
+# Landmarks of mouth and eyes, and the shares of patches drawn around them
 MOUTH, EYES = slice(48, 68), slice(36, 48)
 MOUTH_SHARE, EYES_SHARE = 0.3, 0.2
-MOUTH_BORDER = 8  # px around the landmarks of the mouth
+MOUTH_BORDER = 8  # px around the mouth landmarks
 
-CONSTANT = 4.0  # size of the constants that keep a GroupNorm from seeing the contrast
-SCALING_FACTOR = 0.18215  # latents times this have deviation 1, as those of the real VAE
+CONSTANT = 4.0  # magnitude of the constants that make a GroupNorm ignore contrast
+SCALING_FACTOR = 0.18215  # scales latents to a standard deviation of 1, as in the real VAE
 
-# The audio encoder: as many states as Whisper tiny, but narrow, and a decoder as small as can be
+# As many encoder states as Whisper tiny, but narrower; the smallest possible decoder
 AUDIO_DIMENSIONS = ModelDimensions(
     n_mels=80,
     n_audio_ctx=1500,
@@ -69,12 +68,12 @@ AUDIO_DIMENSIONS = ModelDimensions(
     n_text_head=4,
     n_text_layer=1,
 )
-CONV_GAIN = 3  # on the random convolutions, so that the sound outweighs the positions added to it
+CONV_GAIN = 3  # of the random convolutions, so that audio outweighs the positional embedding
 
 
 @dataclass(frozen=True)
 class Config:
-    """Constants of the making; each can be given on the command line."""
+    """The constants; override them on the command line."""
 
     clips: Path = Path("../shared/clips")  # folder of videos, searched to any depth
     models_dir: Path = Path(__file__).parents[1] / "models" / "mini"
@@ -83,11 +82,11 @@ class Config:
 
     # Crops
     frame_step: int = 5  # every 5th frame of a clip
-    sample_frame_step: int = 20  # of the built-in sample, whose clips show one person
-    held_out_frame_step: int = 25  # of the people that the figures are measured on
+    sample_frame_step: int = 20  # for the built-in sample, which shows one person
+    held_out_frame_step: int = 25  # for held-out clips
     max_margin: int = 20  # source px below the chin
-    max_zoom_out: float = 1.8  # size of the widest crop, in sizes of MuseTalk's
-    max_shift: float = 0.15  # how far a wide crop is off the middle, in its own sizes
+    max_zoom_out: float = 1.8  # size of the largest crop, relative to MuseTalk's
+    max_shift: float = 0.15  # largest offset of a wide crop, relative to its size
 
     # Network
     block_out_channels: tuple[int, ...] = (16, 32, 48, 128)
@@ -95,13 +94,13 @@ class Config:
 
     # Training
     num_steps: int = 5600
-    num_whole_steps: int = 900  # the last of them see whole crops, for the statistics of GroupNorm
+    num_whole_steps: int = 900  # the last steps use whole crops, for the statistics of GroupNorm
     batch_size: int = 8  # patches
     whole_batch_size: int = 2  # crops
     patch_size: int = 128  # px
-    masked_share: float = 0.25  # of the images have their lower half masked
-    sampled_every: int = 4  # steps; then the latents are drawn from the posterior, else its mode
-    learning_rate: float = 6e-4  # at its peak
+    masked_share: float = 0.25  # of the patches have their lower half masked
+    sampled_every: int = 4  # steps; in these the latents are sampled from the posterior, else its mode is used
+    learning_rate: float = 6e-4  # peak
     betas: tuple[float, float] = (0.9, 0.99)
     num_warmup_steps: int = 200
     kl_weight: float = 1e-6  # per latent
@@ -111,26 +110,26 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Make every part of the small set."""
+    """Creates all of the small weights."""
     torch.set_num_threads(config.num_threads)
     make_audio_encoder(config)
     try:
         make_vae(config)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"interrupted; the VAE in {config.models_dir} is that of the last save, and the same command begins anew"
+            f"interrupted; {config.models_dir} has the VAE of the last save, and the same command starts again"
         ) from None
 
 
 def make_audio_encoder(config: Config) -> None:
-    """A Whisper that has learnt nothing: random, but its features tell apart what Whisper's mel tells apart.
+    """Writes a Whisper with random weights, whose features still distinguish different mel spectrograms.
 
-    In openai-whisper's own format, complete with a decoder that nobody uses, as the real file has one.
+    In openai-whisper's format, including an unused decoder, as in the real file.
     """
     torch.manual_seed(config.seed)
     model = Whisper(AUDIO_DIMENSIONS)
     with torch.no_grad():
-        model.decoder.positional_embedding.normal_(std=0.01)  # Whisper leaves it as the memory was
+        model.decoder.positional_embedding.normal_(std=0.01)  # uninitialised by Whisper
         for conv in (model.encoder.conv1, model.encoder.conv2):
             conv.weight *= CONV_GAIN
     tensors = {name: value.half() for name, value in model.state_dict().items()}
@@ -139,7 +138,7 @@ def make_audio_encoder(config: Config) -> None:
 
 
 def make_vae(config: Config) -> None:
-    """Crops -> training -> weights and config in `models_dir` -> figures on people not trained on."""
+    """Trains the VAE on crops, writes it to `models_dir` and prints figures on held-out people."""
     torch.manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
     images, points = training_crops(config, rng)
@@ -158,7 +157,7 @@ def make_vae(config: Config) -> None:
 
 
 def training_crops(config: Config, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Crops of everybody not held out and of the sample: BGR uint8 (N, 256, 256, 3), landmarks (N, 68, 2)."""
+    """Crops of all people not held out and of the sample: BGR uint8 (N, 256, 256, 3), landmarks (N, 68, 2)."""
     backend = load_face_backend("mediapipe", Path(), "cpu")
     paths = [path for path in sorted(config.clips.rglob("*.mp4")) if path.stem not in HELD_OUT]
     sources = [islice(read_frames(path), 0, None, config.frame_step) for path in paths]
@@ -198,7 +197,7 @@ def face_boxes(
 
 
 def wider_box(box: np.ndarray, frame_shape: tuple[int, ...], config: Config, rng: np.random.Generator) -> np.ndarray:
-    """A random larger box around a box int32 (4,), off the middle but inside the frame."""
+    """A random larger box around a box int32 (4,), off-centre but inside the frame."""
     height, width = frame_shape[:2]
     size = (box[2:] - box[:2]) * rng.uniform(1, config.max_zoom_out)
     centre = (box[:2] + box[2:]) / 2 + size * rng.uniform(-config.max_shift, config.max_shift, 2)
@@ -210,7 +209,7 @@ def wider_box(box: np.ndarray, frame_shape: tuple[int, ...], config: Config, rng
 
 
 def build_vae(config: Config) -> AutoencoderKL:
-    """The small network, with random weights."""
+    """The small VAE with random weights."""
     blocks = len(config.block_out_channels)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * blocks,
@@ -226,14 +225,14 @@ def build_vae(config: Config) -> AutoencoderKL:
 
 @torch.no_grad()
 def start_as_colour_pyramid(vae: AutoencoderKL) -> None:
-    """Set some weights so that training starts from area downsampling and bilinear upsampling of the colours.
+    """Initialises some weights so that training starts from area downsampling and bilinear upsampling of the colours.
 
-    Channels 0-2 carry the colours along the residual path: averaged in the encoder's downsampling, opposed
-    (luma and two differences) in latents 0-2, interpolated in the decoder's upsampling. All else keeps a
-    random start, but does not write to these channels yet.
+    Channels 0-2 carry the colours along the residual path: averaged in the encoder's downsampling, converted to
+    opponent colours (luma and two differences) in latents 0-2, interpolated in the decoder's upsampling. All other
+    weights stay random, but do not write to these channels initially.
 
-    The GroupNorm and SiLU in front of both last convolutions are passed by pairs: silu(x) - silu(-x) = x, and
-    constants +-CONSTANT in the same group hide the contrast of the picture from the norm.
+    Pairs of channels cancel the SiLU before both last convolutions, silu(x) - silu(-x) = x, and constants +-CONSTANT in
+    the same group make its GroupNorm ignore the contrast of the image.
     """
     average, tent = torch.zeros(3, 3), torch.tensor([1.0, 2.0, 1.0]) / 4
     average[:2, :2] = 1 / 4
@@ -268,7 +267,7 @@ def start_as_colour_pyramid(vae: AutoencoderKL) -> None:
 
 
 def _write(conv: torch.nn.Conv2d, matrix: torch.Tensor, kernel: torch.Tensor) -> None:
-    """Outputs 0.. of a convolution become `matrix` (outputs, inputs) of inputs 0.., seen through a kernel."""
+    """Makes the first outputs of a convolution `matrix` (outputs, inputs) times the first inputs, through `kernel`."""
     outputs, inputs = matrix.shape
     conv.weight[:outputs] = 0
     conv.weight[:outputs, :inputs] = matrix[:, :, None, None] * kernel
@@ -282,10 +281,10 @@ def _pair_colours(
     num_constants: int,
     matrix: torch.Tensor,
 ) -> None:
-    """`conv_out` gives `matrix` (3, 3) of the colours that enter the resnet `first` as channels 0-2.
+    """Makes `conv_out` return `matrix` (3, 3) times the colours, which are input channels 0-2 of the resnet `first`.
 
-    Group c of its GroupNorm begins with +colour c, -colour c and `num_constants` pairs of constants; the
-    resnets `later` leave these channels alone.
+    Group c of the GroupNorm starts with +colour c, -colour c and `num_constants` pairs of constants; the resnets
+    `later` do not change these channels.
     """
     shortcut, norm = first.conv_shortcut, first.norm2
     size = norm.num_channels // norm.num_groups
@@ -313,7 +312,7 @@ def _pair_colours(
 def train_vae(
     vae: AutoencoderKL, images: np.ndarray, points: np.ndarray, config: Config, rng: np.random.Generator
 ) -> AutoencoderKL:
-    """Train on squared error in bfloat16, save now and then, and return the average of the weights."""
+    """Trains on squared error in bfloat16, saves regularly and returns the EMA of the weights."""
     optimizer = torch.optim.AdamW(vae.parameters(), config.learning_rate, config.betas, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
@@ -325,7 +324,7 @@ def train_vae(
         count = config.whole_batch_size if whole else config.batch_size
         target = torch.stack([draw_patch(images, points, size, config, rng) for _ in range(count)])
 
-        # Reconstruction and the pull of the latents to a normal distribution
+        # Reconstruction and KL loss
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(target).latent_dist
             latents = posterior.sample() if step % config.sampled_every == 0 else posterior.mode()
@@ -348,7 +347,7 @@ def train_vae(
 
 
 def learning_rate_factor(step: int, config: Config) -> float:
-    """A linear rise, then half a cosine to (almost) nothing."""
+    """Linear warmup, then cosine decay to 0.001."""
     warmup = min(1.0, (step + 1) / config.num_warmup_steps)
     return warmup * (0.5 + 0.5 * math.cos(math.pi * step / config.num_steps)) + 1e-3
 
@@ -356,18 +355,18 @@ def learning_rate_factor(step: int, config: Config) -> float:
 def draw_patch(
     images: np.ndarray, points: np.ndarray, size: int, config: Config, rng: np.random.Generator
 ) -> torch.Tensor:
-    """A square of a random crop in random colours, often at the mouth or the eyes: float (3, size, size).
+    """A square patch of a random crop with random colours, often at mouth or eyes: float (3, size, size).
 
-    Some are masked as MuseTalk masks: rows of the crop from MASK_TOP on are -1.
+    Some are masked as in MuseTalk: rows of the crop from MASK_TOP on are -1.
     """
     index = rng.integers(len(images))
     masked = rng.random() < config.masked_share
-    part, furthest = rng.random(), IMAGE_SIZE - size
+    region, furthest = rng.random(), IMAGE_SIZE - size
     left, top = rng.integers(0, furthest + 1, 2)
     if masked and furthest:
-        top = MASK_TOP - rng.integers(size // 5, size - size // 5)  # the mask begins inside
-    elif part < MOUTH_SHARE + EYES_SHARE:
-        middle = points[index][MOUTH if part < MOUTH_SHARE else EYES].mean(0) + rng.uniform(-32, 32, 2)
+        top = MASK_TOP - rng.integers(size // 5, size - size // 5)  # the mask starts within the patch
+    elif region < MOUTH_SHARE + EYES_SHARE:
+        middle = points[index][MOUTH if region < MOUTH_SHARE else EYES].mean(0) + rng.uniform(-32, 32, 2)
         left, top = np.clip(middle - size / 2, 0, furthest).astype(int)
     square = images[index, top : top + size, left : left + size]
     patch = recolour((to_tensor(square[None])[0] + 1) / 2, rng) * 2 - 1
@@ -377,9 +376,9 @@ def draw_patch(
 
 
 def recolour(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Mirror half of the images and change the colours of most: RGB (3, H, W) in [0, 1], as the result.
+    """Flips half of the images and augments the colours of most: RGB (3, H, W) in [0, 1].
 
-    Permuted channels, hue turned about the grey axis, saturation, white balance, brightness, gamma.
+    Channel permutation, hue rotation about the grey axis, saturation, white balance, brightness, gamma.
     """
     if rng.random() < 0.5:
         image = image.flip(2)
@@ -389,8 +388,8 @@ def recolour(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         image = image[rng.permutation(3).tolist()]
     angle, saturation = rng.normal(0, 0.35), rng.uniform(0.5, 1.5)
     grey = np.full((3, 3), 1 / 3)
-    turn = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
-    matrix = grey + saturation * (math.cos(angle) * (np.eye(3) - grey) + math.sin(angle) * turn)
+    rotation = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    matrix = grey + saturation * (math.cos(angle) * (np.eye(3) - grey) + math.sin(angle) * rotation)
     gains = rng.uniform(0.8, 1.2, 3) * rng.uniform(0.75, 1.2)
     matrix = torch.from_numpy((gains[:, None] * matrix).astype(np.float32))
     image = (matrix @ image.flatten(1)).view_as(image).clamp(0, 1)
@@ -398,9 +397,9 @@ def recolour(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
 
 def save_vae(vae: AutoencoderKL, images: np.ndarray, config: Config) -> Path:
-    """Write the network with normalised latents: fp16 weights and config. Returns the folder.
+    """Writes weights in fp16 and config of the VAE with normalised latents. Returns the folder.
 
-    images: BGR uint8 (N, 256, 256, 3), the crops trained on; every other one is MuseTalk's own crop.
+    images: BGR uint8 (N, 256, 256, 3), the training crops; every other one is MuseTalk's crop.
     """
     saved = copy.deepcopy(vae)
     normalise_latents(saved, images[:: 2 * max(1, len(images) // 100)])
@@ -412,19 +411,18 @@ def save_vae(vae: AutoencoderKL, images: np.ndarray, config: Config) -> Path:
 
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKL, images: np.ndarray) -> None:
-    """Give each channel of the latents of images (N, 256, 256, 3) mean 0 and deviation 1 / SCALING_FACTOR.
+    """Normalises each latent channel over images (N, 256, 256, 3) to mean 0 and standard deviation 1 / SCALING_FACTOR.
 
-    Exact, because the convolutions around the latents see one latent pixel at a time. A UNet then finds all
-    channels equally important.
+    Exact, because the convolutions around the latents are 1 x 1. All channels are then equally important to a UNet.
     """
     latents = torch.cat([vae.encode(to_tensor(image[None])).latent_dist.mode() for image in images])
     mean, gain = latents.mean((0, 2, 3)), 1 / (SCALING_FACTOR * latents.std((0, 2, 3)))
-    into, out = vae.quant_conv, vae.post_quant_conv
-    into.weight[:LATENT_CHANNELS] *= gain[:, None, None, None]
-    into.bias[:LATENT_CHANNELS] = (into.bias[:LATENT_CHANNELS] - mean) * gain
-    into.bias[LATENT_CHANNELS:] += 2 * gain.log()  # log variance
-    out.bias += out.weight[:, :, 0, 0] @ mean
-    out.weight /= gain[None, :, None, None]
+    conv_in, conv_out = vae.quant_conv, vae.post_quant_conv
+    conv_in.weight[:LATENT_CHANNELS] *= gain[:, None, None, None]
+    conv_in.bias[:LATENT_CHANNELS] = (conv_in.bias[:LATENT_CHANNELS] - mean) * gain
+    conv_in.bias[LATENT_CHANNELS:] += 2 * gain.log()  # log variance
+    conv_out.bias += conv_out.weight[:, :, 0, 0] @ mean
+    conv_out.weight /= gain[None, :, None, None]
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------
@@ -432,11 +430,10 @@ def normalise_latents(vae: AutoencoderKL, images: np.ndarray) -> None:
 
 @torch.no_grad()
 def evaluate(vae: AutoencoderKL, images: np.ndarray, points: np.ndarray) -> dict[str, float]:
-    """Means over crops uint8 (N, 256, 256, 3) with landmarks (N, 68, 2).
+    """Mean metrics over crops uint8 (N, 256, 256, 3) with landmarks (N, 68, 2).
 
-    psnr_*: dB, of the whole crop, the box of the mouth and, where the lower half is masked, the upper half;
-    *_bilinear: of the crop shrunk 8 times by area and enlarged again. colour_*: mean absolute error of the
-    pixels averaged over 8 x 8, in [0, 1].
+    psnr_*: dB, of the whole crop, the mouth box, the upper half, and the upper half of the masked crop. *_bilinear: of
+    the crop downsampled 8 times by area and upsampled. colour_*: mean absolute error of 8 x 8 averages, in [0, 1].
     """
     target = to_tensor(images)
     pred = torch.cat([reconstruct(vae, target[k : k + 1]) for k in range(len(target))])
@@ -466,12 +463,12 @@ def evaluate(vae: AutoencoderKL, images: np.ndarray, points: np.ndarray) -> dict
 
 
 def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Images (B, 3, 256, 256) in [-1, 1] through the latents and back."""
+    """Encodes and decodes images (B, 3, 256, 256) in [-1, 1]."""
     return vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
 
 
 def shrink_and_enlarge(image: np.ndarray) -> np.ndarray:
-    """An image uint8 (256, 256, 3) through 32 x 32 pixels: by area, then bilinearly."""
+    """Downsamples an image uint8 (256, 256, 3) to 32 x 32 by area and upsamples it bilinearly."""
     small = cv2.resize(image, None, fx=1 / VAE_FACTOR, fy=1 / VAE_FACTOR, interpolation=cv2.INTER_AREA)
     return cv2.resize(small, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
 
@@ -490,12 +487,12 @@ def mouth_box(landmarks: np.ndarray) -> tuple[slice, slice, slice]:
 
 
 def regions(landmarks: np.ndarray) -> dict[str, torch.Tensor]:
-    """Shares of lips, eyes and background (outside all landmarks) in each 8 x 8 pixels: float (32, 32)."""
+    """Coverage of each 8 x 8 block by lips, eyes and background (outside all landmarks): float (32, 32)."""
 
-    def hulls(*parts: slice) -> torch.Tensor:
+    def hulls(*landmark_groups: slice) -> torch.Tensor:
         mask = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
-        for part in parts:
-            cv2.fillConvexPoly(mask, cv2.convexHull(landmarks[part].round().astype(np.int32)), 1.0)
+        for group in landmark_groups:
+            cv2.fillConvexPoly(mask, cv2.convexHull(landmarks[group].round().astype(np.int32)), 1.0)
         return functional.avg_pool2d(torch.from_numpy(mask)[None], VAE_FACTOR)[0]
 
     return {

@@ -1,11 +1,11 @@
-"""Tries to lose something: kills, full disks, denied writes and two runs at once, on the real scripts.
+"""Fault injection on the real scripts: kills, full disks, denied writes and concurrent runs.
 
-    python -m tools.torture                            all of it, as in docs/robustness.md
-    python -m tools.torture --kills 1 --faults 1       a short form
+    python -m tools.torture                            the full test, as in docs/robustness.md
+    python -m tools.torture --kills 1 --faults 1       a short test
 
-Each script is run once undisturbed on a small copy of the built-in sample. Then it is disturbed again and again in one
-folder, started anew each time by the same command, until it gets through; what is there must then be, byte for byte,
-what the undisturbed run left, and a script that could say something must have said one sentence.
+Each script is run once without faults on a small copy of the built-in sample. Then it is run with faults in one folder,
+resuming by the same command each time, until it completes. The files must then equal those of the run without faults,
+byte for byte, and a script that was not killed must have printed one sentence.
 """
 
 from __future__ import annotations
@@ -50,27 +50,27 @@ from musetalk.models.unet import build_unet
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "models" / "mini"
-SAMPLE_CLIPS, SAMPLE_FRAMES, CLIP_FRAMES = 2, 14, 8  # of the small sample; its clips are cut in two
-NOT_COMPARED = re.compile(r"\.lock|trainer\.log|events\.out\..*")  # what holds times of the clock or nothing
+SAMPLE_CLIPS, SAMPLE_FRAMES, CLIP_FRAMES = 2, 14, 8  # of the small sample; its clips are split in two
+NOT_COMPARED = re.compile(r"\.lock|trainer\.log|events\.out\..*")  # empty files, and files with timestamps
 PIPE_BYTES = 1 << 20
-FORK = get_context("fork")  # a life begins where this process is, so that it need not import everything again
-WRITES = {"open", "os.mkdir", "os.rename", "os.remove"}  # what Python calls the operations that change a disk
-# Functions in which a script can be killed -> what the report calls them.
+FORK = get_context("fork")  # runs start from this process, without importing everything again
+WRITES = {"open", "os.mkdir", "os.rename", "os.remove"}  # audit events of operations that change the disk
+# Functions in which a script can be killed -> stage in the report.
 STAGES = {
     "datasets_process.py": {
         "load_models": "load",
         "render_frames": "sample",
         "write_video": "sample",
-        "read_audio": "hear",
-        "audio_features": "hear",
-        "sync_mel": "hear",
+        "read_audio": "audio",
+        "audio_features": "audio",
+        "sync_mel": "audio",
         "detect": "find faces",
         "crop_person": "crop",
         "encode_clip": "encode",
         "encode_jpegs": "write",
         "atomic_write": "write",
         "atomic_write_bytes": "write",
-        "finished": "go on",
+        "finished": "resume",
         "write_contact_sheet": "report",
     },
     "musetalk_trainer.py": {
@@ -93,57 +93,57 @@ STAGES = {
 
 @dataclass(frozen=True)
 class Config:
-    """How much to do."""
+    """The number of faults."""
 
-    kills: Count = 200  # of each script, at random moments, and as many at file operations
-    faults: Count = 40  # of each other kind, of each script
+    kills: Count = 200  # per script, at random moments, and as many at file operations
+    faults: Count = 40  # per script, of each other kind
     seed: Seed = 0
 
 
 @dataclass
 class Row:
-    """What one kind of disturbance did to one script."""
+    """The results of one kind of fault in one script."""
 
     script: str
-    what: str
-    times: int = 0  # disturbances
-    stages: Counter = field(default_factory=Counter)  # where kills struck
-    losses: list[str] = field(default_factory=list)  # what went wrong, in words
+    fault: str
+    count: int = 0  # faults
+    stages: Counter = field(default_factory=Counter)  # stages in which the script was killed
+    losses: list[str] = field(default_factory=list)  # descriptions of failures
 
 
 @dataclass(frozen=True)
-class Victim:
-    """A script with its constants, what an undisturbed run leaves, and the seconds it takes."""
+class Script:
+    """A script with its constants, and the files and duration in seconds of a run without faults."""
 
-    script: str
+    name: str
     main: Callable[[], None]
-    truth: dict[str, bytes] = field(default_factory=dict)
+    expected: dict[str, bytes] = field(default_factory=dict)
     seconds: float = 0
 
-    def start(self, folder: Path, disturbance: Disturbance) -> tuple[BaseProcess, int]:
-        """A run in a folder, by a process of its own, when it has begun; and the end of a pipe with what it says."""
-        (said, saying), (begun, beginning) = os.pipe(), os.pipe()
-        fcntl.fcntl(saying, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        process = FORK.Process(target=self._live, args=(folder, saying, beginning, disturbance))
+    def start(self, folder: Path, fault: Fault) -> tuple[BaseProcess, int]:
+        """Starts a run in a folder in its own process. Returns the process and the read end of a pipe of its output."""
+        (output, output_end), (started, started_end) = os.pipe(), os.pipe()
+        fcntl.fcntl(output_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        process = FORK.Process(target=self._run, args=(folder, output_end, started_end, fault))
         process.start()
-        os.close(saying)
-        os.close(beginning)
-        read_all(begun)  # ends when the process has begun its script, or is dead
-        return process, said
+        os.close(output_end)
+        os.close(started_end)
+        read_all(started)  # returns when the process starts its script or dies
+        return process, output
 
-    def _live(self, folder: Path, saying: int, beginning: int, disturbance: Disturbance) -> None:
+    def _run(self, folder: Path, output_end: int, started_end: int, fault: Fault) -> None:
         os.chdir(folder)
-        os.dup2(saying, 1)
-        os.dup2(saying, 2)
+        os.dup2(output_end, 1)
+        os.dup2(output_end, 2)
         sys.stdout, sys.stderr = (open(number, "w", buffering=1) for number in (1, 2))
         faulthandler.register(signal.SIGUSR1, all_threads=False)
-        disturbance.inside(folder)
-        os.close(beginning)
+        fault.inside(folder)
+        os.close(started_end)
         self.main()
 
 
 def prepare() -> None:
-    """datasets_process.py on a small sample, which it makes first."""
+    """Runs datasets_process.py on a small sample, which it renders first."""
     musetalk.data.sample.SEEDS, musetalk.data.sample.NUM_FRAMES = (
         musetalk.data.sample.SEEDS[:SAMPLE_CLIPS],
         SAMPLE_FRAMES,
@@ -153,7 +153,7 @@ def prepare() -> None:
 
 
 def train(cache: Path) -> None:
-    """A few steps of musetalk_trainer.py, preset demo."""
+    """Runs a few steps of musetalk_trainer.py with the preset demo."""
     config = replace(
         musetalk_trainer.PRESETS["demo"],
         hdtf_samples_dir=cache,
@@ -170,23 +170,23 @@ def train(cache: Path) -> None:
     run_script(lambda config: musetalk_trainer.train("demo", config), config)
 
 
-def undisturbed(script: str, main: Callable[[], None], folder: Path) -> Victim:
-    """A victim that has been run once."""
+def run_without_faults(name: str, main: Callable[[], None], folder: Path) -> Script:
+    """Runs a script once and returns it with its files and duration."""
     folder.mkdir()
-    victim, begun = Victim(script, main), time.monotonic()
-    process, said = victim.start(folder, Disturbance())
+    script, start = Script(name, main), time.monotonic()
+    process, pipe = script.start(folder, Fault())
     process.join()
-    words = read_all(said)
+    output = read_all(pipe)
     if process.exitcode:
-        raise UserError(f"{script} does not run undisturbed: {words}")
-    return replace(victim, truth=contents(folder), seconds=time.monotonic() - begun)
+        raise UserError(f"{name} fails without faults: {output}")
+    return replace(script, expected=contents(folder), seconds=time.monotonic() - start)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """What the files below a folder hold, but for those with times in them."""
+    """The contents of the files in a folder, except those with timestamps."""
     return {
         path.relative_to(folder).as_posix(): b"".join(leaves(torch.load(path, weights_only=True)))
-        if path.suffix == ".pt"  # equal values may be pickled in more than one way
+        if path.suffix == ".pt"  # equal values may have different pickles
         else path.read_bytes()
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not NOT_COMPARED.fullmatch(path.name)
@@ -194,48 +194,48 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def leaves(value: object) -> Iterator[bytes]:
-    """The values in nested dicts and lists, to the last bit, in order."""
+    """The bytes of all values in nested dicts and lists, in order."""
     if isinstance(value, dict):
-        for name, part in value.items():
+        for name, item in value.items():
             yield str(name).encode()
-            yield from leaves(part)
+            yield from leaves(item)
     elif isinstance(value, list | tuple):
-        for part in value:
-            yield from leaves(part)
+        for item in value:
+            yield from leaves(item)
     else:
         yield value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode()
 
 
 def read_all(pipe: int) -> str:
-    """What was said into a pipe."""
+    """Reads a pipe to its end."""
     with open(pipe, errors="replace") as file:
         return file.read()
 
 
-class Disturbance:
-    """What is done to one life of a script: by itself nothing."""
+class Fault:
+    """A fault in one run of a script; the base class does nothing."""
 
-    what = "nothing"
-    exit_code = 0  # of a life that was disturbed
-    sentence = ""  # what a script must say that leaves with 2
+    name = "nothing"
+    exit_code = 0  # of a run with the fault
+    sentence = ""  # in the message of a script that exits with 2
 
     def before(self, folder: Path, rng: np.random.Generator) -> None:
-        """Draw what will happen. Called before each life."""
+        """Draws random parameters; called before each run."""
 
     def inside(self, folder: Path) -> None:
-        """Called in the script's process, before its main."""
+        """Called in the process of the script, before its main."""
 
     def outside(self, process: BaseProcess) -> None:
-        """Called when the process has begun."""
+        """Called when the process has started."""
 
     def after(self, folder: Path) -> None:
         """Called before the folder is removed."""
 
 
-class KillAnyTime(Disturbance):
-    """SIGKILL after a time drawn evenly from one and a half times the duration of an undisturbed run."""
+class KillAnyTime(Fault):
+    """SIGKILL after a uniform random time up to 1.5 times the duration of a run without faults."""
 
-    what, exit_code = "kill -9 at a random moment", -signal.SIGKILL
+    name, exit_code = "kill -9 at a random moment", -signal.SIGKILL
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -246,74 +246,74 @@ class KillAnyTime(Disturbance):
     def outside(self, process: BaseProcess) -> None:
         process.join(self.moment)
         if process.is_alive():
-            os.kill(process.pid, signal.SIGUSR1)  # it says where it is
+            os.kill(process.pid, signal.SIGUSR1)  # makes it print its stack
             time.sleep(0.01)
             process.kill()
 
 
-class AtWrite(Disturbance):
-    """Something at the n-th operation that changes the disk, in place of it."""
+class AtWrite(Fault):
+    """A fault instead of the n-th operation that changes the disk."""
 
     def before(self, folder: Path, rng: np.random.Generator) -> None:
-        self.left = int(rng.integers(1, 50))
+        self.remaining = int(rng.integers(1, 50))
 
     def inside(self, folder: Path) -> None:
         def hook(event: str, arguments: tuple) -> None:
-            if event in WRITES and self.left > 0 and _changes(event, arguments, folder):
-                self.left -= 1
-                if not self.left:
+            if event in WRITES and self.remaining > 0 and _changes(event, arguments, folder):
+                self.remaining -= 1
+                if not self.remaining:
                     self.strike(os.fspath(arguments[0]))
 
         sys.addaudithook(hook)
 
     def strike(self, path: str) -> None:
-        """What happens at the operation on this path."""
+        """The fault at the operation on this path."""
 
 
 class KillAtWrite(AtWrite):
-    """SIGKILL just before it."""
+    """SIGKILL just before the operation."""
 
-    what, exit_code = "kill -9 at a file operation", -signal.SIGKILL
+    name, exit_code = "kill -9 at a file operation", -signal.SIGKILL
 
     def strike(self, path: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class RefuseWrite(AtWrite):
-    """An error of the system instead of it."""
+    """A system error instead of the operation."""
 
     exit_code = 2
 
     def __init__(self, number: int) -> None:
         self.number, self.sentence = number, os.strerror(number)
-        self.what = f"{errno.errorcode[number]} at a file operation"
+        self.name = f"{errno.errorcode[number]} at a file operation"
 
     def strike(self, path: str) -> None:
         raise OSError(self.number, self.sentence, path)
 
 
-class LimitFiles(Disturbance):
-    """No file can grow beyond a size: the write at that byte fails, in whatever library it is."""
+class LimitFiles(Fault):
+    """A file size limit: the write at that byte fails, in any library."""
 
-    what, exit_code, sentence = "a write fails at a random byte (file size limit)", 2, os.strerror(errno.EFBIG)
+    name, exit_code, sentence = "a write fails at a random byte (file size limit)", 2, os.strerror(errno.EFBIG)
 
     def __init__(self, largest: int) -> None:
-        self.largest = largest  # bytes of a file of an undisturbed run
+        self.largest = largest  # bytes of the largest file of a run without faults
 
     def before(self, folder: Path, rng: np.random.Generator) -> None:
-        self.limit = int(np.exp(rng.uniform(0, np.log(4 * self.largest))))  # as often small as large
+        self.limit = int(np.exp(rng.uniform(0, np.log(4 * self.largest))))  # log-uniform
 
     def inside(self, folder: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
 
 
-class FullDisk(Disturbance):
-    """A disk of the folder's own (tmpfs), full at a random byte."""
+class FullDisk(Fault):
+    """A separate disk (tmpfs) for the folder, full at a random byte."""
 
-    what, exit_code, sentence = "a disk full at a random byte (tmpfs)", 2, os.strerror(errno.ENOSPC)
+    name, exit_code, sentence = "a disk full at a random byte (tmpfs)", 2, os.strerror(errno.ENOSPC)
 
     def __init__(self, size: int) -> None:
-        self.size = size  # bytes of an undisturbed run
+        self.size = size  # bytes of the files of a run without faults
 
     def before(self, folder: Path, rng: np.random.Generator) -> None:
         used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -322,119 +322,121 @@ class FullDisk(Disturbance):
         subprocess.run(["mount", "-t", "tmpfs", *remount, "tmpfs", folder], check=True, capture_output=True)
 
     def inside(self, folder: Path) -> None:
-        shutil.disk_usage = lambda _: SimpleNamespace(free=sys.maxsize)  # at the start; others' files fill it later
+        shutil.disk_usage = lambda _: SimpleNamespace(free=sys.maxsize)  # passes the check at the start
 
     def after(self, folder: Path) -> None:
         subprocess.run(["umount", folder], check=True)
 
 
 def _changes(event: str, arguments: tuple, folder: Path) -> bool:
-    """Does an operation change something below a folder?"""
+    """Whether an operation changes a file in a folder."""
     path = arguments[0]
     if not isinstance(path, str | os.PathLike) or not os.path.abspath(path).startswith(f"{folder}/"):
         return False
     return event != "open" or bool(set(str(arguments[1])) & set("wax+"))
 
 
-def disturb(victim: Victim, disturbance: Disturbance, repeats: int, seed: int, folder: Path) -> Row:
-    """Disturb a script until it gets through, again and again."""
-    row, rng = Row(victim.script, disturbance.what), np.random.default_rng(seed)
-    bar = tqdm(total=repeats, desc=f"{victim.script}: {disturbance.what}")
-    while row.times < repeats:
+def inject(script: Script, fault: Fault, repeats: int, seed: int, folder: Path) -> Row:
+    """Runs a script with faults until it completes, and repeats until there were `repeats` faults."""
+    row, rng = Row(script.name, fault.name), np.random.default_rng(seed)
+    bar = tqdm(total=repeats, desc=f"{script.name}: {fault.name}")
+    while row.count < repeats:
         folder.mkdir()
         while not row.losses:
-            disturbance.before(folder, rng)
-            process, pipe = victim.start(folder, disturbance)
-            disturbance.outside(process)
+            fault.before(folder, rng)
+            process, pipe = script.start(folder, fault)
+            fault.outside(process)
             process.join()
-            said, exit_code = read_all(pipe), process.exitcode
+            output, exit_code = read_all(pipe), process.exitcode
             if exit_code == 0:
-                row.losses = compare(victim, folder)
+                row.losses = compare(script, folder)
                 break
-            row.times += 1
+            row.count += 1
             bar.update()
-            row.stages[stage_of(victim.script, said)] += 1
-            last = said.rstrip().rpartition("\n")[2]
-            wordless = exit_code == 2 and (disturbance.sentence not in last or "Traceback" in said)
-            if exit_code != disturbance.exit_code or wordless:
-                row.losses.append(f"left with {exit_code}: {said[-1000:]}")
-        disturbance.after(folder)
+            row.stages[stage_of(script.name, output)] += 1
+            last_line = output.rstrip().rpartition("\n")[2]
+            bad_message = exit_code == 2 and (fault.sentence not in last_line or "Traceback" in output)
+            if exit_code != fault.exit_code or bad_message:
+                row.losses.append(f"exited with {exit_code}: {output[-1000:]}")
+        fault.after(folder)
         shutil.rmtree(folder)
         if row.losses:
             break
     return row
 
 
-def twice_at_once(victim: Victim, repeats: int, seed: int, folder: Path) -> Row:
-    """Start a second run while the first one is at work."""
-    row, rng = Row(victim.script, "two runs at once"), np.random.default_rng(seed)
-    for _ in tqdm(range(repeats), f"{victim.script}: {row.what}"):
+def run_concurrently(script: Script, repeats: int, seed: int, folder: Path) -> Row:
+    """Starts a second run while the first one is running."""
+    row, rng = Row(script.name, "two concurrent runs"), np.random.default_rng(seed)
+    for _ in tqdm(range(repeats), f"{script.name}: {row.fault}"):
         folder.mkdir()
-        (first, first_said), moment = victim.start(folder, Disturbance()), rng.uniform(0, 0.8 * victim.seconds)
+        (first, first_pipe), moment = script.start(folder, Fault()), rng.uniform(0, 0.8 * script.seconds)
         first.join(moment)
-        second, second_said = victim.start(folder, Disturbance())
+        second, second_pipe = script.start(folder, Fault())
         second.join()
         first.join()
-        row.times += 1
-        said, second_said = read_all(first_said), read_all(second_said)
+        row.count += 1
+        first_output, second_output = read_all(first_pipe), read_all(second_pipe)
         if first.exitcode != 0:
-            row.losses.append(f"the first left with {first.exitcode}: {said[-1000:]}")
-        if second.exitcode not in (0, 2) or (second.exitcode == 2 and "in use by another process" not in second_said):
-            row.losses.append(f"the second left with {second.exitcode}: {second_said[-1000:]}")
-        row.losses += compare(victim, folder)
+            row.losses.append(f"the first exited with {first.exitcode}: {first_output[-1000:]}")
+        if second.exitcode not in (0, 2) or (second.exitcode == 2 and "in use by another process" not in second_output):
+            row.losses.append(f"the second exited with {second.exitcode}: {second_output[-1000:]}")
+        row.losses += compare(script, folder)
         shutil.rmtree(folder)
         if row.losses:
             break
     return row
 
 
-def compare(victim: Victim, folder: Path) -> list[str]:
-    """Files that are not what the undisturbed run left, in words."""
-    have = contents(folder)
-    names = sorted(have.keys() | victim.truth.keys())
-    return [f"{name} is another" for name in names if have.get(name) != victim.truth.get(name)]
+def compare(script: Script, folder: Path) -> list[str]:
+    """Descriptions of the files that differ from those of the run without faults."""
+    found = contents(folder)
+    names = sorted(found.keys() | script.expected.keys())
+    return [f"{name} differs" for name in names if found.get(name) != script.expected.get(name)]
 
 
-def stage_of(script: str, said: str) -> str:
-    """The innermost known stage of the stack that was written last; "" where there is none."""
-    functions = re.findall(r'^  File ".*", line \d+ in (\w+)$', said, re.MULTILINE)
+def stage_of(script: str, output: str) -> str:
+    """The innermost known stage of the stack in the output; "between" if there is none."""
+    functions = re.findall(r'^  File ".*", line \d+ in (\w+)$', output, re.MULTILINE)
     return next((STAGES[script][name] for name in functions if name in STAGES[script]), "between")
 
 
 def torture(config: Config, folder: Path) -> list[Row]:
-    """All disturbances of both scripts in a new folder, some at a time."""
+    """Injects all faults into both scripts in a new folder, in parallel."""
     check_constants(config)
     torch.set_num_threads(1)
-    importlib.import_module("mediapipe.python.solutions.face_mesh")  # what takes long, so that a life need not do it
+    importlib.import_module("mediapipe.python.solutions.face_mesh")  # slow initialisation, done once for all runs
     sync_mel(np.zeros(AUDIO_SAMPLE_RATE, np.float32))
     build_unet(MODELS, seed=0, positional_encoding=True)
-    prepared = undisturbed("datasets_process.py", prepare, folder / "prepared")
-    trained = undisturbed("musetalk_trainer.py", partial(train, folder / "prepared/data/cache"), folder / "trained")
+    prepared = run_without_faults("datasets_process.py", prepare, folder / "prepared")
+    trained = run_without_faults(
+        "musetalk_trainer.py", partial(train, folder / "prepared/data/cache"), folder / "trained"
+    )
     mountable = can_mount(folder)
-    of_each = jobs_of(prepared, config, mountable), jobs_of(trained, config, mountable)
-    jobs = [job for pair in zip(*of_each, strict=True) for job in pair]
+    pairs = zip(jobs_of(prepared, config, mountable), jobs_of(trained, config, mountable), strict=True)
+    jobs = [job for pair in pairs for job in pair]
     with ProcessPoolExecutor(os.cpu_count(), FORK) as pool:
-        running = [pool.submit(job, config.seed + k, folder / str(k)) for k, job in enumerate(jobs)]
-        for row in running:
-            tqdm.write(str(row.result()))
-        return [row.result() for row in running]
+        futures = [pool.submit(job, config.seed + k, folder / str(k)) for k, job in enumerate(jobs)]
+        for future in futures:
+            tqdm.write(str(future.result()))
+        return [future.result() for future in futures]
 
 
-def jobs_of(victim: Victim, config: Config, mountable: bool) -> Iterator[Callable[[int, Path], Row]]:
-    """All that is done to one script, each in a folder of its own and with a seed of its own."""
-    sizes = [len(content) for content in victim.truth.values()]
-    yield partial(disturb, victim, KillAnyTime(victim.seconds), config.kills)
-    yield partial(disturb, victim, KillAtWrite(), config.kills)
-    yield partial(disturb, victim, RefuseWrite(errno.EACCES), config.faults)
-    yield partial(disturb, victim, RefuseWrite(errno.ENOSPC), config.faults)
-    yield partial(disturb, victim, LimitFiles(max(sizes)), config.faults)
+def jobs_of(script: Script, config: Config, mountable: bool) -> Iterator[Callable[[int, Path], Row]]:
+    """All faults of one script, as functions of a seed and a folder."""
+    sizes = [len(content) for content in script.expected.values()]
+    yield partial(inject, script, KillAnyTime(script.seconds), config.kills)
+    yield partial(inject, script, KillAtWrite(), config.kills)
+    yield partial(inject, script, RefuseWrite(errno.EACCES), config.faults)
+    yield partial(inject, script, RefuseWrite(errno.ENOSPC), config.faults)
+    yield partial(inject, script, LimitFiles(max(sizes)), config.faults)
     if mountable:
-        yield partial(disturb, victim, FullDisk(sum(sizes)), config.faults)
-    yield partial(twice_at_once, victim, config.faults)
+        yield partial(inject, script, FullDisk(sum(sizes)), config.faults)
+    yield partial(run_concurrently, script, config.faults)
 
 
 def can_mount(folder: Path) -> bool:
-    """May this user make a file system? Root outside of most containers may."""
+    """Whether this user may mount a file system, as root outside most containers."""
     probe = folder / "probe"
     probe.mkdir(exist_ok=True)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", probe], capture_output=True).returncode == 0
@@ -444,25 +446,25 @@ def can_mount(folder: Path) -> bool:
 
 
 def table(rows: list[Row]) -> str:
-    """Rows for people, in Markdown, and below them where kills struck."""
-    lines = ["| script | what was done | times | lost |", "|---|---|---|---|"]
-    lines += [f"| `{row.script}` | {row.what} | {row.times} | {len(row.losses) or 'nothing'} |" for row in rows]
+    """A Markdown table of rows, followed by the stages of kills and by failures."""
+    lines = ["| script | fault | count | lost |", "|---|---|---|---|"]
+    lines += [f"| `{row.script}` | {row.fault} | {row.count} | {len(row.losses) or 'nothing'} |" for row in rows]
     for row in rows:
         if row.stages.total() > row.stages["between"]:
             lines.append(
-                f"\n{row.script}, {row.what}, by stage: " + ", ".join(f"{s} {n}" for s, n in row.stages.most_common())
+                f"\n{row.script}, {row.fault}, by stage: " + ", ".join(f"{s} {n}" for s, n in row.stages.most_common())
             )
-        lines += [f"\n{row.script}, {row.what}: {loss}" for loss in row.losses]
+        lines += [f"\n{row.script}, {row.fault}: {loss}" for loss in row.losses]
     return "\n".join(lines)
 
 
 def main(config: Config) -> None:
-    """Print the table. Raises UserError where something was lost."""
+    """Prints the table. Raises UserError if something was lost."""
     with tempfile.TemporaryDirectory() as folder:
         rows = torture(config, Path(folder).resolve())
     print(table(rows))
     if any(row.losses for row in rows):
-        raise UserError("something was lost or left without a sentence: see above")
+        raise UserError("files were lost or a message was missing; see above")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Which part of the recipe helps, by how much, on what it has not seen: see README.md in this folder."""
+"""Ablations of the training recipe, measured on held-out clips; see README.md in this folder."""

@@ -1,10 +1,10 @@
-"""Find out which part of the recipe helps.
+"""Runs the ablations of the training recipe.
 
-    python -m benchmarks.evidence                               all that is not done yet, then the report
-    python -m benchmarks.evidence measurement sample stage1 1   a piece of it alone
+    python -m benchmarks.evidence                               all unfinished tasks, then the report
+    python -m benchmarks.evidence measurement sample stage1 1   a single task
 
-Takes hours, in pieces of at most ten minutes, as many at once as there are cores. Stop it when you like and run it
-again to go on: what came of each piece is kept in results/. The report of all that is there is results.md.
+Takes hours, in tasks of at most ten minutes, one per core at a time. Stop it at any time and run it again to resume:
+the result of each task is kept in results/. results.md is the report of all results.
 """
 
 from __future__ import annotations
@@ -28,75 +28,75 @@ from benchmarks.evidence.report import write_report
 from musetalk.cli import run_script
 from musetalk.errors import UserError
 
-MOST_SECONDS = 570  # of a process; then it saves its state, and the next one goes on
+MAX_SECONDS = 570  # of a process, which then saves its state; the next one resumes
 
 
 @dataclass
 class EvidenceConfig:
-    """A piece to do alone; none is all."""
+    """The task to run; by default all."""
 
-    piece: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # its kind, and what it is done to
+    piece: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # its kind and arguments
 
 
 def main(config: EvidenceConfig) -> None:
-    """Do a piece, or all that there is to do."""
+    """Runs a task, or all unfinished ones."""
     if config.piece:
         kind, *subject = config.piece
         if kind not in KINDS:
-            raise UserError(f"there is no piece of the kind {kind!r}; there are {', '.join(KINDS)}")
+            raise UserError(f"the kind of a task must be one of {', '.join(KINDS)}, not {kind!r}")
         Piece(kind, tuple(subject)).finish()
         return
     for name, material in MATERIALS.items():
-        if not material.there:
-            print(f"{name}: {material.videos} is not there, so nothing new is tried on it")
-    left, locks = measurements(), {}
+        if not material.available:
+            print(f"{name}: skipped, because {material.videos} does not exist")
+    pending, locks = measurements(), {}
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(left), unit="recipe") as bar:
-            for piece in pool.map(partial(work, locks=locks), left):
+        with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(pending), unit="recipe") as bar:
+            for piece in pool.map(partial(work, locks=locks), pending):
                 bar.set_postfix_str(piece.name)
                 bar.update()
     finally:
-        print(f"written: {write_report()}")
+        print(f"wrote {write_report()}")
 
 
 def measurements() -> list[Piece]:
-    """Those that are not done yet, seed by seed."""
+    """The unfinished measurements, seed by seed."""
     pieces = [
         Piece("measurement", (name, recipe, str(seed)))
         for seed in SEEDS
         for name, material in MATERIALS.items()
         for recipe in material.recipes
-        if material.there
+        if material.available
     ]
     return [piece for piece in pieces if not piece.done and not piece.ruled_out]
 
 
 def work(piece: Piece, locks: dict[str, Lock]) -> Piece:
-    """Do a piece and what it needs, in processes of their own. Raises UserError where one fails."""
-    with locks.setdefault(piece.name, Lock()):  # others that need it wait
-        for needed in [] if piece.done else piece.needs:
-            work(needed, locks)
+    """Runs a task and its dependencies, each in its own process. Raises UserError if one fails."""
+    with locks.setdefault(piece.name, Lock()):  # other threads that depend on it wait
+        for dependency in [] if piece.done else piece.needs:
+            work(dependency, locks)
         while not piece.done and not piece.ruled_out:
             run(piece)
     return piece
 
 
 def run(piece: Piece) -> None:
-    """Do a piece, for ten minutes at most where it can go on later."""
+    """Runs a task; if it can be resumed, for at most `MAX_SECONDS`."""
     log = WORK / f"{piece.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.evidence", piece.kind, *piece.subject]
-    with open(log, "a") as told:
-        alone = os.environ | {"OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, cwd=ROOT, env=alone, stdout=told, stderr=told)
+    with open(log, "a") as file:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
         try:
-            code = process.wait(MOST_SECONDS if piece.goes_on else None)
+            code = process.wait(MAX_SECONDS if piece.resumable else None)
         except subprocess.TimeoutExpired:
             process.terminate()
             process.wait()
             return
     if code:
-        raise UserError(f"the piece {piece.name} failed; {log} says why")
+        raise UserError(f"the task {piece.name} failed; see {log}")
 
 
 if __name__ == "__main__":

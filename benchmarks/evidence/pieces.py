@@ -1,6 +1,6 @@
-"""The work in pieces: caches, sync experts, and for each recipe and seed a training whose result is measured.
+"""The tasks of the ablations: caches, sync experts, and a training and its measurement for each recipe and seed.
 
-The project's own scripts do it.
+They run the project's own scripts.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from musetalk.training.validation import ClipResult, Validator
 from tools.distil_decoder import DistilConfig
 from tools.distil_decoder import main as distil
 
-WORK = ROOT / "data/evidence"  # caches, experts and trainings, which nobody keeps
-RESULTS = ROOT / "benchmarks/evidence/results"  # what came of them: a JSON for each, and a strip of faces
+WORK = ROOT / "data/evidence"  # caches, experts and trainings; can be deleted
+RESULTS = ROOT / "benchmarks/evidence/results"  # a JSON and a strip of faces for each task
 MINI = ROOT / "models/mini"
-UNET = "unet"  # name of the folder of a training's weights
-LOOKED_AT = 40  # frames of each clip held out
-STRIP = (0.0, 0.5, 1.0)  # shares of the frames that are less open than those in a strip
+UNET = "unet"  # name of the folder with the weights of a training
+FRAMES_MEASURED = 40  # of each held-out clip
+STRIP = (0.0, 0.5, 1.0)  # quantiles of mouth opening shown in a strip
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A kind of work, and what it is done to: a material first."""
+    """A task of a kind, with its arguments, of which the first is the material."""
 
     kind: str
     subject: tuple[str, ...]
@@ -65,27 +65,27 @@ class Piece:
 
     @property
     def folder(self) -> Path:
-        """What it leaves on this machine."""
+        """The folder of its files on this machine."""
         return WORK / self.name
 
     @property
     def result(self) -> Path:
-        """The file of what came of it, if there is more to say than that it was done."""
+        """The file of its result, if it returns one."""
         return RESULTS / f"{self.name}.json"
 
     @property
     def done(self) -> bool:
-        """Of a measurement nothing but the result is needed; of the others what they have left on this machine."""
+        """Whether it is finished: a measurement if its result exists, another task if its files are on this machine."""
         return (self.result if self.kind == "measurement" else self.folder.with_suffix(".done")).exists()
 
     @property
-    def goes_on(self) -> bool:
-        """Whether it goes on where it was when it is stopped and begun again; the others are short and begin anew."""
+    def resumable(self) -> bool:
+        """Whether it resumes after an interruption; the other tasks are short and start again."""
         return self.kind in ("cache", "expert", "training")
 
     @property
     def ruled_out(self) -> bool:
-        """Whether it needs a sync expert, and the material's is known to be unfit."""
+        """Whether it needs a sync expert and that of its material is known to be unfit."""
         if self.kind in ("cache", "decoder") or not unfit(self.subject[0]):
             return False
         if self.kind == "expert":
@@ -94,18 +94,18 @@ class Piece:
 
     @property
     def needs(self) -> list[Piece]:
-        """What must be done before."""
+        """The tasks that it depends on."""
         return KINDS[self.kind][1](*self.subject)
 
     def finish(self) -> None:
-        """Do what is left of it."""
-        if found := KINDS[self.kind][0](self.folder, *self.subject):
-            atomic_write_bytes(self.result, (json.dumps(found, indent=1) + "\n").encode())
+        """Runs or resumes it."""
+        if result := KINDS[self.kind][0](self.folder, *self.subject):
+            atomic_write_bytes(self.result, (json.dumps(result, indent=1) + "\n").encode())
         atomic_write_bytes(self.folder.with_suffix(".done"), b"")
 
 
 def make_cache(folder: Path, material: str, crop: str) -> dict:
-    """Prepare all videos. Returns how many clips and frames there are, and how many are usable."""
+    """Prepares all videos. Returns the numbers of clips, frames and usable frames."""
     prepare(
         PrepareConfig(
             hdtf_dir=MATERIALS[material].videos,
@@ -123,7 +123,7 @@ def make_cache(folder: Path, material: str, crop: str) -> dict:
 
 
 def make_expert(folder: Path, material: str, seed: str) -> dict:
-    """Train the small sync expert. Returns what its check finds on the clips held out."""
+    """Trains the small sync expert. Returns the result of its check on held-out clips."""
     cache = Cache(Piece("cache", (material, "rigid")).folder)
     config = replace(
         syncnet_trainer.PRESETS["demo"],
@@ -135,12 +135,12 @@ def make_expert(folder: Path, material: str, seed: str) -> dict:
     )
     with patch("syncnet_trainer.split_clips", partial(split, material)):
         syncnet_trainer.train("demo", config)
-    found = check_expert(load_expert(folder), cache, split(material, cache)[1], config.seed)
-    return {"accuracy": found.accuracy, "offset": found.offset, "confidence": found.confidence, "fault": found.fault()}
+    check = check_expert(load_expert(folder), cache, split(material, cache)[1], config.seed)
+    return {"accuracy": check.accuracy, "offset": check.offset, "confidence": check.confidence, "fault": check.fault()}
 
 
 def make_decoder(folder: Path, material: str) -> None:
-    """Distil a tiny decoder."""
+    """Distils a tiny decoder."""
     config = DistilConfig(
         cache=Piece("cache", (material, "rigid")).folder,
         models_dir=models_folder(material),
@@ -155,9 +155,9 @@ def make_decoder(folder: Path, material: str) -> None:
 
 
 def make_training(folder: Path, material: str, recipe: str, seed: str) -> None:
-    """Train by a recipe; what comes of it is measured in a piece of its own."""
+    """Trains a recipe, which another task measures."""
     plan, decoder = RECIPES[recipe], Piece("decoder", (material,)).folder / "tiny_decoder.safetensors"
-    changed = {
+    replacements = {
         "split_clips": partial(split, material),
         "PatchDiscriminator": partial(PatchDiscriminator, DISCRIMINATOR_WIDTH),
         "FaceDataset": AdjacentReferences if plan.adjacent else FaceDataset,
@@ -174,31 +174,31 @@ def make_training(folder: Path, material: str, recipe: str, seed: str) -> None:
         sync_expert=str(expert_folder(Piece("expert", (material, str(TRAINING_EXPERT))).folder)),
         seed=int(seed),
     )
-    with patch.multiple(musetalk_trainer, **changed):
+    with patch.multiple(musetalk_trainer, **replacements):
         musetalk_trainer.train(UNET, config)
 
 
 def make_measurement(_: Path, material: str, recipe: str, seed: str) -> dict:
-    """The trainer's validation, by an expert that had no part in training where there is one that can be trusted.
+    """Validates a trained recipe, with a sync expert that was not used in training if it can be trusted.
 
-    Returns the figures and the openings of the mouths; leaves a strip of faces.
+    Returns figures and mouth openings; writes a strip of faces.
     """
     cache = Cache(Piece("cache", (material, RECIPES[recipe].crop)).folder)
-    judge = Piece("expert", (material, str(MEASURING_EXPERT)))
-    expert = None if unfit(material) else load_expert(judge.folder)
+    expert_piece = Piece("expert", (material, str(MEASURING_EXPERT)))
+    expert = None if unfit(material) else load_expert(expert_piece.folder)
     pipeline = LipSyncPipeline.from_checkpoint(weights_folder(material, recipe, seed), models_folder(material))
-    found = Validator(pipeline, cache, split(material, cache)[1], frames=LOOKED_AT, expert=expert)()
+    validation = Validator(pipeline, cache, split(material, cache)[1], frames=FRAMES_MEASURED, expert=expert)()
     path = Piece("measurement", (material, recipe, seed)).result.with_suffix(".jpg")
-    atomic_write_bytes(path, strip(found.looks, lambda look: look.images["prediction"]))
-    atomic_write_bytes(RESULTS / f"truth-{material}.jpg", strip(found.looks, lambda look: look.truth))
-    return {"figures": found.figures, "openings": [openings(look) for look in found.looks]}
+    atomic_write_bytes(path, strip(validation.results, lambda result: result.images["prediction"]))
+    atomic_write_bytes(RESULTS / f"truth-{material}.jpg", strip(validation.results, lambda result: result.truth))
+    return {"figures": validation.figures, "openings": [openings(result) for result in validation.results]}
 
 
 def needs_cache(material: str, *_: str) -> list[Piece]:
     return [Piece("cache", (material, "rigid"))]
 
 
-def needs_of_a_training(material: str, recipe: str, seed: str) -> list[Piece]:
+def needs_of_training(material: str, recipe: str, seed: str) -> list[Piece]:
     plan = RECIPES[recipe]
     needed = [Piece("cache", (material, plan.crop))]
     needed += [Piece("training", (material, plan.after, seed))] if plan.after else []
@@ -206,7 +206,7 @@ def needs_of_a_training(material: str, recipe: str, seed: str) -> list[Piece]:
     return needed + ([Piece("expert", (material, str(TRAINING_EXPERT)))] if plan.needs_expert else [])
 
 
-def needs_of_a_measurement(material: str, recipe: str, seed: str) -> list[Piece]:
+def needs_of_measurement(material: str, recipe: str, seed: str) -> list[Piece]:
     experts = [Piece("expert", (material, str(number))) for number in (TRAINING_EXPERT, MEASURING_EXPERT)]
     return [*experts, Piece("training", (material, recipe, seed))]
 
@@ -215,45 +215,45 @@ KINDS = {
     "cache": (make_cache, lambda *_: []),
     "expert": (make_expert, needs_cache),
     "decoder": (make_decoder, needs_cache),
-    "training": (make_training, needs_of_a_training),
-    "measurement": (make_measurement, needs_of_a_measurement),
+    "training": (make_training, needs_of_training),
+    "measurement": (make_measurement, needs_of_measurement),
 }
 
 
 class AdjacentReferences(FaceDataset):
-    """Samples whose references are the usable frames nearest to those to make."""
+    """Samples whose references are the nearest usable frames."""
 
     def _candidates(self, name: str, frame: int) -> np.ndarray:
         others = np.setdiff1d(np.flatnonzero(self.cache.clips[name].usable), [frame])
-        away = np.abs(others - frame)
-        return others[away == away.min()]
+        distances = np.abs(others - frame)
+        return others[distances == distances.min()]
 
 
 def split(material: str, cache: Cache, *_: object) -> tuple[list[str], list[str], str]:
-    """As `musetalk.data.dataset.split_clips`, but always the same clips held out, whatever the seed."""
-    wanted = set(MATERIALS[material].held_out)
-    held = sorted(name for name, clip in cache.clips.items() if wanted & {name, clip.identity})
+    """Replaces `musetalk.data.dataset.split_clips`: holds out the same clips for every seed."""
+    held_out = set(MATERIALS[material].held_out)
+    held = sorted(name for name, clip in cache.clips.items() if held_out & {name, clip.identity})
     return sorted(cache.clips.keys() - set(held)), held, f"held out: {', '.join(held)}"
 
 
-def strip(looks: Sequence[ClipResult], images: Callable[[ClipResult], np.ndarray]) -> bytes:
-    """Faces side by side as a JPEG: a closed mouth, one between and an open one, each of the next clip."""
+def strip(results: Sequence[ClipResult], images: Callable[[ClipResult], np.ndarray]) -> bytes:
+    """A JPEG of faces side by side, with a closed, a half-open and an open mouth, each of another clip."""
     faces = []
     for index, share in enumerate(STRIP):
-        look = looks[index % len(looks)]
-        order = look.window.openings.argsort()
-        faces.append(images(look)[order[round(share * (len(order) - 1))]])
+        result = results[index % len(results)]
+        order = result.window.openings.argsort()
+        faces.append(images(result)[order[round(share * (len(order) - 1))]])
     return cv2.imencode(".jpg", np.hstack(faces), [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
 
 
-def openings(look: ClipResult) -> dict:
-    """Openings of the mouths of a clip, as they are and as they were made."""
-    series = {"truth": look.window.openings, "prediction": look.openings["prediction"]}
-    return {"clip": look.window.clip.name} | {k: [round(float(x), 4) for x in v] for k, v in series.items()}
+def openings(result: ClipResult) -> dict:
+    """True and generated mouth openings of a clip."""
+    series = {"truth": result.window.openings, "prediction": result.openings["prediction"]}
+    return {"clip": result.window.clip.name} | {k: [round(float(x), 4) for x in v] for k, v in series.items()}
 
 
 def models_folder(material: str) -> Path:
-    """The small set, for real clips with the real Whisper."""
+    """The small networks; for real clips with the real Whisper."""
     if material == "sample":
         return MINI
     folder = WORK / f"models-{material}"
@@ -278,6 +278,6 @@ def expert_folder(folder: Path) -> Path:
 
 
 def unfit(material: str) -> bool:
-    """Whether one of the two experts did not pass its check."""
+    """Whether one of the two experts failed its check."""
     results = [Piece("expert", (material, str(seed))).result for seed in (TRAINING_EXPERT, MEASURING_EXPERT)]
     return any(path.exists() and read_json(path)["fault"] for path in results)

@@ -1,8 +1,8 @@
-"""What is compared: recipes of training, and the material that they are tried on.
+"""The recipes of the ablations, and the material they are trained on.
 
-A recipe is a preset with the learning rate, steps and frames of the small networks, and what else it says here. Some
-begin with an untrained UNet, the others go on from one that another recipe has trained with the same seed, and each is
-held against a baseline that makes as many steps from as many frames. LPIPS is 0: its weights are not there.
+A recipe is a preset with the learning rate, steps and frames of the small networks, and the changes defined here. Some
+start from an untrained UNet, the others from the UNet of another recipe with the same seed. Each is compared with a
+baseline that has the same number of steps and frames. The weight of LPIPS is 0, because its weights are not available.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from benchmarks import ROOT
 from datasets_process import SAMPLE_DIR
 from musetalk_trainer import PRESETS, TrainConfig
 
-SEEDS = (1, 2, 3)  # of the weights at the start and of the samples' order
-FRAMES = 5  # in a step, as many as the small expert sees
-STEPS, PIXEL_EVERY = 300, 5  # updates of an untrained UNet, and between those with losses on images
-FURTHER_STEPS = 50  # updates of a trained one, all of them with losses on images
-DISCRIMINATOR_WIDTH = 16  # channels of its first layer, a quarter of the real one's
-SYNC_STEPS = 300  # updates of the experts
-DECODER_STEPS, DECODER_WIDTH = 400, 16  # of the tiny decoder's distillation, channels of its layers
-TRAINING_EXPERT, MEASURING_EXPERT = 1, 2  # seeds: the expert that measures is never the one that was trained with
+SEEDS = (1, 2, 3)  # of the initial weights and of the order of samples
+FRAMES = 5  # of a step, as many as the input of the small expert
+STEPS, PIXEL_EVERY = 300, 5  # steps of an untrained UNet, and interval of the steps with pixel losses
+FURTHER_STEPS = 50  # steps of a trained UNet, all with pixel losses
+DISCRIMINATOR_WIDTH = 16  # channels of the first layer, a quarter of the full size
+SYNC_STEPS = 300  # steps of the experts
+DECODER_STEPS, DECODER_WIDTH = 400, 16  # of the distillation of the tiny decoder; its channels
+TRAINING_EXPERT, MEASURING_EXPERT = 1, 2  # seeds; the measuring expert is never used in training
 SHARED = ROOT.parent / "shared"
 WHISPER = SHARED / "weights/whisper/tiny.en.pt"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training does, and the recipe that it is held against."""
+    """A training configuration, and the recipe it is compared with."""
 
     about: str
     config: TrainConfig
     baseline: str
-    after: str = ""  # the recipe whose weights it goes on from; "" is an untrained UNet
-    crop: Literal["rigid", "musetalk_v15"] = "rigid"  # the cache's contract
-    needs_expert: bool = False  # is it of use only where a sync expert can be trusted?
-    tiny_decoder: bool = False  # are losses on images taken through one?
-    adjacent: bool = False  # are the references the frames beside those to make?
+    after: str = ""  # recipe whose weights it starts from; "" starts from an untrained UNet
+    crop: Literal["rigid", "musetalk_v15"] = "rigid"  # contract of the cache
+    needs_expert: bool = False  # whether it is only useful with a trusted sync expert
+    tiny_decoder: bool = False  # whether pixel losses use a tiny decoder
+    adjacent: bool = False  # whether the references are the neighbouring frames
 
 
 @dataclass(frozen=True)
 class Material:
-    """Videos, and who of them is held out: identities, or clips."""
+    """Videos, with the identities or clips that are held out."""
 
     about: str
     videos: Path
@@ -51,19 +51,19 @@ class Material:
     recipes: tuple[str, ...]
 
     @property
-    def there(self) -> bool:
-        """Whether it can be worked on; the sample is made where it is not there."""
+    def available(self) -> bool:
+        """Whether the videos exist; the sample is created if needed."""
         return self.videos == SAMPLE_DIR or self.videos.is_dir()
 
 
 def small(preset: str, **changes: object) -> TrainConfig:
     """A preset for the small networks."""
-    given = PRESETS[preset]
-    suited = {
+    base = PRESETS[preset]
+    constants = {
         "start_from": "",
         "num_workers": 0,
         "batch_size": FRAMES,
-        "loss_weights": given.loss_weights | {"lpips": 0.0},
+        "loss_weights": base.loss_weights | {"lpips": 0.0},
         "pixel_every": PIXEL_EVERY,
         "learning_rate": 3e-3,
         "final_learning_rate": 1e-4,
@@ -75,19 +75,19 @@ def small(preset: str, **changes: object) -> TrainConfig:
         "save_every": 50,
         "keep_states": 1,
     }
-    if given.ema_decay:
-        suited |= {"ema_decay": 0.98, "ema_every": 1}
-    return replace(given, **suited | changes)
+    if base.ema_decay:
+        constants |= {"ema_decay": 0.98, "ema_every": 1}
+    return replace(base, **constants | changes)
 
 
 def stage1(**losses: float) -> TrainConfig:
-    """Preset stage1 with further losses."""
-    plain = small("stage1")
-    return replace(plain, loss_weights=plain.loss_weights | losses, adaptive_every=5)
+    """Preset stage1 with additional losses."""
+    base = small("stage1")
+    return replace(base, loss_weights=base.loss_weights | losses, adaptive_every=5)
 
 
 def further(**losses: float) -> TrainConfig:
-    """Preset stage1 for a UNet that is trained, with further losses."""
+    """Preset stage1 for a trained UNet, with additional losses."""
     return replace(
         stage1(**losses),
         pixel_every=1,
@@ -109,7 +109,7 @@ RECIPES = {
         "preset original: random references, a discriminator from the first step, Adamax", small("original"), "stage1"
     ),
     "adamax": Recipe(
-        "stage1 with Adamax, the optimizer of original, and no decay of weights",
+        "stage1 with Adamax, the optimizer of original, and no weight decay",
         small("stage1", optimizer="adamax", weight_decay=0.0),
         "stage1",
     ),
@@ -120,7 +120,7 @@ RECIPES = {
         "stage1 with any other frame as the reference", small("stage1", references="random"), "stage1"
     ),
     "adjacent references": Recipe(
-        "stage1 with the frame before or after as the reference, the short cut",
+        "stage1 with the frame before or after as the reference, which allows a shortcut",
         small("stage1"),
         "stage1",
         adjacent=True,
@@ -139,17 +139,17 @@ RECIPES = {
         "further with both discriminators and feature matching", further(**ADVERSARIAL), "further", "stage1"
     ),
     "tiny decoder": Recipe(
-        "further, its losses on images through a tiny decoder", further(), "further", "stage1", tiny_decoder=True
+        "further, with pixel losses through a tiny decoder", further(), "further", "stage1", tiny_decoder=True
     ),
     "tiny decoder mixed": Recipe(
-        "the same, but the VAE's own decoder in every fourth step",
+        "tiny decoder, but with the VAE's own decoder in every fourth step",
         replace(further(), full_decoder_every=4),
         "further",
         "stage1",
         tiny_decoder=True,
     ),
     "windows": Recipe(
-        "further, but a step has one window of frames instead of as many single ones",
+        "further, but a step has one window of consecutive frames instead of as many single frames",
         replace(further(), **WINDOW),
         **ON_WINDOWS,
     ),
@@ -159,7 +159,7 @@ RECIPES = {
         replace(further(**SYNC, **ADVERSARIAL), **WINDOW),
         **ON_WINDOWS,
     ),
-    "four windows": Recipe("windows, four of them in a step", replace(further(), **WINDOWS), **ON_FOUR_WINDOWS),
+    "four windows": Recipe("windows, but four per step", replace(further(), **WINDOWS), **ON_FOUR_WINDOWS),
     "four windows sync": Recipe(
         "four windows with the sync expert", replace(further(**SYNC), **WINDOWS), **ON_FOUR_WINDOWS
     ),
@@ -174,7 +174,7 @@ MATERIALS = {
     "clips": Material(
         "Fourteen people, three minutes. Real: talking_a, talking_b, portrait_hevc and the person of "
         "WDA_AlexandriaOcasioCortez_000 and talking_c; the ten of people/ are synthetic, made from portraits. "
-        "Held out: that person's two clips (real) and people__person_5 (synthetic). Audio features by Whisper tiny.en.",
+        "Held out: that person's two clips (real) and people__person_5 (synthetic). Audio features of Whisper tiny.en.",
         SHARED / "clips",
         ("WDA_AlexandriaOcasioCortez", "people__person_5"),
         ("stage1", "original", "windows", "sync"),

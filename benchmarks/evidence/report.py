@@ -1,4 +1,4 @@
-"""The report of the trainings that are done: tables, faces and curves."""
+"""Writes the report of the finished trainings: tables, faces and curves."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from musetalk.files import atomic_write_bytes, read_json
 from musetalk.training.log import rendered
 
 FOLDER = ROOT / "benchmarks/evidence"
-ACROSS = 3  # plots beside each other
+ACROSS = 3  # plots in a row
 
-Results = dict[str, list[dict]]  # of each recipe's seeds: {"figures", "openings"}
+Results = dict[str, list[dict]]  # recipe -> for each seed {"figures", "openings"}
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A column: what is taken of a training's figures, and the value that is best."""
+    """A column of the table: a metric computed from the figures of a training, and its best value."""
 
     name: str
     about: str
@@ -45,141 +45,161 @@ class Measure:
 
 
 MEASURES = (
-    Measure("lmd", "distance of the lips from the true ones, in distances of the eyes", lambda f: f["lmd"], 0),
-    Measure("r own", "correlation of the mouth's opening with the true one", lambda f: f["r_own_audio"], 1),
-    Measure("r other", "the same with the audio of another clip and its mouth", lambda f: f["r_other_audio"], 1),
-    Measure("r unheard", "then with the video's own mouth, whose audio is not given", lambda f: f["r_source_audio"], 0),
-    Measure("reference", "share of the mouth of another reference that shows", lambda f: f["reference_share"], 0),
-    Measure("jitter", "second difference of the lips over the truth's", lambda f: f["jitter"] / f["jitter_truth"], 1),
+    Measure(
+        "lmd",
+        "mouth landmark distance, relative to the distance between the eyes",
+        lambda f: f["lmd"],
+        0,
+    ),
+    Measure("r own", "correlation of the mouth openings with the true ones", lambda f: f["r_own_audio"], 1),
+    Measure(
+        "r other",
+        "with the audio of another clip: correlation with its openings",
+        lambda f: f["r_other_audio"],
+        1,
+    ),
+    Measure(
+        "r source",
+        "then: correlation with the openings of the source clip",
+        lambda f: f["r_source_audio"],
+        0,
+    ),
+    Measure("reference", "share of another reference's opening that is copied", lambda f: f["reference_share"], 0),
+    Measure(
+        "jitter",
+        "second difference of the lips over the truth's",
+        lambda f: f["jitter"] / f["jitter_truth"],
+        1,
+    ),
     Measure(
         "silence",
-        "how much further open than closed without a sound, in mean openings",
+        "opening in silence minus that of a closed mouth, relative to the mean opening",
         lambda f: (f["opening_in_silence"] - f["opening_closed"]) / f["opening_mean"],
         0,
     ),
     Measure(
         "sync",
-        "confidence of the measuring expert, over its confidence in the truth",
+        "sync confidence of the measuring expert, relative to the truth",
         lambda f: f["sync_confidence"] / f["sync_confidence_truth"],
         1,
     ),
-    Measure("offset", "frames, by the measuring expert", lambda f: f["sync_offset"], 0),
+    Measure("offset", "audio offset in frames, by the measuring expert", lambda f: f["sync_offset"], 0),
     Measure("PSNR", "of the mouth, dB", lambda f: f["psnr_mouth"], np.inf),
     Measure("SSIM", "of the mouth", lambda f: f["ssim_mouth"], 1),
 )
 HEAD = f"""\
-# What helps
+# Ablations
 
-Written by `make evidence`; [README.md](README.md) says how it is measured. Small networks (`models/mini`), LPIPS
-at 0 in all recipes since its weights were not there, discriminators with {DISCRIMINATOR_WIDTH} channels instead of 64.
-A step has {FRAMES} frames, or four times as many where it has four windows. An untrained UNet makes {STEPS} steps, with
-losses on images in every {PIXEL_EVERY}th; a trained one another {FURTHER_STEPS}, with losses on images in each.
+Written by `make evidence`; [README.md](README.md) describes the measurements. All recipes use the small networks
+(`models/mini`), discriminators with {DISCRIMINATOR_WIDTH} channels instead of 64, and no LPIPS, whose weights were not
+available. A step has {FRAMES} frames, or {4 * FRAMES} with four windows. An untrained UNet trains for {STEPS} steps,
+with pixel losses in every {PIXEL_EVERY}th; a trained one for another {FURTHER_STEPS} steps, all with pixel losses.
 
-A cell is the mean over the seeds and, after ±, half of the way from the lowest to the highest. **Bold** is better with
-each seed than the baseline with any, *italic* worse in the same way; what is plain is within the spread.
+A cell is the mean over the seeds ± half of the range. **Bold**: better with every seed than the baseline with any;
+*italic*: worse with every seed; plain: within the spread.
 
-| measure | what it is | best |
+| metric | definition | best |
 |---|---|---|
 """
 
 
 def write_report() -> Path:
-    """Write all anew from what is in results/. Returns where it is."""
-    text = HEAD + "\n".join(f"| {one.name} | {one.about} | {one.best:g} |" for one in MEASURES) + "\n"
+    """Writes the report of everything in results/ and returns its path."""
+    text = HEAD + "\n".join(f"| {measure.name} | {measure.about} | {measure.best:g} |" for measure in MEASURES) + "\n"
     for name, material in MATERIALS.items():
-        found = {recipe: results_of(name, recipe) for recipe in material.recipes}
-        found = {recipe: results for recipe, results in found.items() if results}
+        results = {recipe: results_of(name, recipe) for recipe in material.recipes}
+        results = {recipe: seeds for recipe, seeds in results.items() if seeds}
         text += f"\n## {name}\n\n{material.about}\n\n{experts(name)}"
-        if found:
-            atomic_write_bytes(FOLDER / f"{name}.png", cv2.imencode(".png", draw_openings(found))[1].tobytes())
-            text += f"\n{table(found)}\n{faces(name, found)}\n![openings of mouths]({name}.png)\n"
+        if results:
+            atomic_write_bytes(FOLDER / f"{name}.png", cv2.imencode(".png", draw_openings(results))[1].tobytes())
+            text += f"\n{table(results)}\n{faces(name, results)}\n![mouth openings]({name}.png)\n"
     path = FOLDER / "results.md"
     atomic_write_bytes(path, text.encode())
     return path
 
 
 def results_of(material: str, recipe: str) -> list[dict]:
-    """What came of a recipe, of each seed that is done."""
+    """The results of a recipe, one for each finished seed."""
     paths = [Piece("measurement", (material, recipe, str(seed))).result for seed in SEEDS]
     return [read_json(path) for path in paths if path.exists()]
 
 
 def experts(material: str) -> str:
-    """What the sync experts are worth."""
+    """The checks of the sync experts."""
     lines = ""
-    for what, seed in (("trains", TRAINING_EXPERT), ("measures", MEASURING_EXPERT)):
+    for role, seed in (("training", TRAINING_EXPERT), ("measuring", MEASURING_EXPERT)):
         path = Piece("expert", (material, str(seed))).result
         if path.exists():
-            found = read_json(path)
-            verdict = "refused, so there is no recipe with a sync loss" if found["fault"] else "good enough"
+            check = read_json(path)
+            verdict = "refused, so recipes with a sync loss are skipped" if check["fault"] else "accepted"
             lines += (
-                f"- The sync expert that {what}, on the clips held out: accuracy {found['accuracy']:.2f}, best with "
-                f"audio {found['offset']:+d} frames later, confidence {found['confidence']:.2f}: {verdict}.\n"
+                f"- The {role} sync expert on the held-out clips: accuracy {check['accuracy']:.2f}, audio offset "
+                f"{check['offset']:+d} frames, confidence {check['confidence']:.2f}: {verdict}.\n"
             )
     return lines
 
 
-def table(found: Results) -> str:
-    """A row for each recipe, a column for each measure that could be taken; then what the recipes are."""
+def table(results: Results) -> str:
+    """A row for each recipe and a column for each available measure, followed by descriptions of the recipes."""
     columns = [
-        measure for measure in MEASURES if any(np.isfinite(values(found[recipe], measure)).all() for recipe in found)
+        measure for measure in MEASURES if any(np.isfinite(values(seeds, measure)).all() for seeds in results.values())
     ]
     lines = [
         "| recipe | seeds | " + " | ".join(measure.name for measure in columns) + " |",
         "|---" * (2 + len(columns)) + "|",
     ]
-    for recipe, results in found.items():
-        baseline = found.get(RECIPES[recipe].baseline, [])
-        cells = [cell(values(results, measure), values(baseline, measure), measure) for measure in columns]
-        lines.append(f"| {recipe} | {len(results)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n\n" + "".join(map(described, found))
+    for recipe, seeds in results.items():
+        baseline = results.get(RECIPES[recipe].baseline, [])
+        cells = [cell(values(seeds, measure), values(baseline, measure), measure) for measure in columns]
+        lines.append(f"| {recipe} | {len(seeds)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n\n" + "".join(map(describe, results))
 
 
-def described(recipe: str) -> str:
-    """What a recipe is, and what it is held against."""
+def describe(recipe: str) -> str:
+    """The description of a recipe, its start and its baseline."""
     plan = RECIPES[recipe]
-    words = [plan.about] + [f"goes on from `{plan.after}`"] * bool(plan.after)
-    words += [f"held against `{plan.baseline}`"] * (plan.baseline != recipe)
+    words = [plan.about] + [f"starts from `{plan.after}`"] * bool(plan.after)
+    words += [f"compared with `{plan.baseline}`"] * (plan.baseline != recipe)
     return f"- `{recipe}`: {'; '.join(words)}.\n"
 
 
 def values(results: list[dict], measure: Measure) -> np.ndarray:
-    """A measure with each seed, nan where it could not be taken."""
+    """A measure for each seed, nan if it is not available."""
     return np.array([measure.take(defaultdict(lambda: np.nan, result["figures"])) for result in results])
 
 
-def cell(here: np.ndarray, baseline: np.ndarray, measure: Measure) -> str:
-    """Mean and spread, marked where they are clearly better or worse than the baseline's."""
-    text = f"{here.mean():.3g} ± {np.ptp(here) / 2:.2g}"
-    if len(here) < len(SEEDS) or len(baseline) < len(SEEDS):
+def cell(ours: np.ndarray, baseline: np.ndarray, measure: Measure) -> str:
+    """Mean and spread, marked if better or worse than the baseline with every seed."""
+    text = f"{ours.mean():.3g} ± {np.ptp(ours) / 2:.2g}"
+    if len(ours) < len(SEEDS) or len(baseline) < len(SEEDS):
         return text
-    # Of a measure without a best value, as PSNR, more is better.
-    mine, theirs = (-one if np.isinf(measure.best) else np.abs(one - measure.best) for one in (here, baseline))
-    if mine.max() < theirs.min():
+    # An infinite best value, as of PSNR: higher is better.
+    a, b = (-x if np.isinf(measure.best) else np.abs(x - measure.best) for x in (ours, baseline))
+    if a.max() < b.min():
         return f"**{text}**"
-    return f"*{text}*" if mine.min() > theirs.max() else text
+    return f"*{text}*" if a.min() > b.max() else text
 
 
-def faces(material: str, found: Results) -> str:
-    """The same moments by each recipe with the first seed."""
+def faces(material: str, results: Results) -> str:
+    """The same frames generated by each recipe with the first seed."""
     rows = {"truth": f"results/truth-{material}.jpg"}
-    for recipe in found:
+    for recipe in results:
         path = Piece("measurement", (material, recipe, str(SEEDS[0]))).result.with_suffix(".jpg")
         rows[recipe] = path.relative_to(FOLDER).as_posix()
-    lines = ["Clips held out, mouths that are closed, half open and open:", "", "| | |", "|---|---|"]
+    lines = ["Held-out clips with a closed, a half-open and an open mouth:", "", "| | |", "|---|---|"]
     return "\n".join(lines + [f"| {name} | ![{name}]({path}) |" for name, path in rows.items()]) + "\n"
 
 
-def draw_openings(found: Results) -> np.ndarray:
-    """Openings of the mouth of the first clip held out with its own audio, true and by each recipe. BGR uint8."""
-    rows = -(-len(found) // ACROSS)
+def draw_openings(results: Results) -> np.ndarray:
+    """Plots the true and generated mouth openings of the first held-out clip for each recipe. BGR uint8."""
+    rows = -(-len(results) // ACROSS)
     figure = Figure(figsize=(4 * ACROSS, 2 * rows), layout="constrained")
-    for place, (recipe, results) in enumerate(found.items(), 1):
-        axis, seen = figure.add_subplot(rows, ACROSS, place), [result["openings"][0] for result in results]
-        axis.plot(seen[0]["truth"], color="black", label="true")
-        for seed, one in zip(SEEDS, seen, strict=False):
-            axis.plot(one["prediction"], linewidth=0.8, label=f"seed {seed}")
-        axis.set_title(f"{recipe}: {seen[0]['clip']}", fontsize=8)
+    for index, (recipe, seeds) in enumerate(results.items(), 1):
+        axis, openings = figure.add_subplot(rows, ACROSS, index), [result["openings"][0] for result in seeds]
+        axis.plot(openings[0]["truth"], color="black", label="true")
+        for seed, series in zip(SEEDS, openings, strict=False):
+            axis.plot(series["prediction"], linewidth=0.8, label=f"seed {seed}")
+        axis.set_title(f"{recipe}: {openings[0]['clip']}", fontsize=8)
         axis.tick_params(labelsize=7)
     figure.axes[0].legend(fontsize=7)
     figure.axes[0].set_ylabel("mouth opening", fontsize=7)

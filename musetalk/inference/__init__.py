@@ -1,1 +1,1 @@
-"""Weights, video and audio -> lip-synced video."""
+"""Inference: trained weights, a video and an audio -> a lip-synced video."""

@@ -1,4 +1,4 @@
-"""Figures about generated faces: of pictures against the truth, of the mouths that a landmark detector sees in them."""
+"""Metrics of generated faces: image similarity to the truth, and mouth shapes measured by a landmark detector."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from musetalk.data.face.face import Face, FaceBackend, area
 from musetalk.data.face.tracking import follow_person
 from musetalk.images import batched
 
-LIP_PAIRS = ((61, 67), (62, 66), (63, 65))  # upper and lower points of the inner lips, of the 68
-CROP_BORDER = IMAGE_SIZE // 4  # pixels of black around a crop, in which a detector finds faces that fill it
+LIP_PAIRS = ((61, 67), (62, 66), (63, 65))  # upper and lower points of the inner lips, indices of the 68 landmarks
+CROP_BORDER = IMAGE_SIZE // 4  # pixels of black padding, without which detectors miss faces that fill the image
 
 
 def mouth_opening(face: Face | None) -> float:
-    """Distance between the inner lips over the distance between the outer corners of the eyes; nan for no face."""
+    """Distance between the inner lips divided by the distance between the outer eye corners; nan for None."""
     if face is None:
         return float("nan")
     gaps = [np.linalg.norm(face.landmarks[low] - face.landmarks[up]) for up, low in LIP_PAIRS]
@@ -28,90 +28,93 @@ def mouth_opening(face: Face | None) -> float:
 
 
 def mouth_openings(frames: Iterable[np.ndarray], backend: FaceBackend) -> np.ndarray:
-    """`mouth_opening` of one person in each of T frames, measured by a landmark detector: float (T,)."""
-    faces = [found for batch in batched(frames, VIDEO_FPS) for found in backend.detect(batch)]
-    return np.array([mouth_opening(face) for face in follow_person(faces)])
+    """`mouth_opening` of the tracked person in each of T frames: float (T,), nan in frames without a face."""
+    detections = [faces for batch in batched(frames, VIDEO_FPS) for faces in backend.detect(batch)]
+    return np.array([mouth_opening(face) for face in follow_person(detections)])
 
 
 def detect_in_crops(images: Sequence[np.ndarray], backend: FaceBackend) -> list[Face | None]:
-    """The largest face in each of T face crops, BGR uint8 (256, 256, 3), in pixels of the crop; None where none is.
+    """The largest face in each of T face crops, BGR uint8 (256, 256, 3), in pixels of the crop; None if there is none.
 
-    Of real crops the mediapipe backend finds 99.4 % under the contract "rigid" and 99.9 % under "musetalk_v15"; without
-    the border, 93 % and 66 %. Their lips are 0.7 % of the distance between the eyes away from those in the whole frame.
+    On real crops the mediapipe backend detects 99.4 % of faces with the contract "rigid" and 99.9 % with
+    "musetalk_v15"; without padding, 93 % and 66 %. The lips differ by 0.7 % of the distance between the eyes from those
+    detected in the whole frame.
     """
-    faces = []
+    largest = []
     for batch in batched(images, VIDEO_FPS):
-        framed = [cv2.copyMakeBorder(image, *[CROP_BORDER] * 4, cv2.BORDER_CONSTANT) for image in batch]
-        for found in backend.detect(framed):
-            face = max(found, key=lambda face: area(face.box), default=None)
+        padded = [cv2.copyMakeBorder(image, *[CROP_BORDER] * 4, cv2.BORDER_CONSTANT) for image in batch]
+        for faces in backend.detect(padded):
+            face = max(faces, key=lambda face: area(face.box), default=None)
             if face is not None:
                 face = Face(face.box - CROP_BORDER, face.landmarks - CROP_BORDER, face.score)
-            faces.append(face)
-    return faces
+            largest.append(face)
+    return largest
 
 
 def mouth_landmark_distance(faces: Sequence[Face | None], truth: Sequence[Face | None]) -> float:
-    """How far the 20 lip points of T faces are from the true ones, in distances of the true outer eye corners.
+    """Mean distance of the 20 lip points of T faces from the true ones, over that between the true outer eye corners.
 
-    Both in pixels of the same crops or frames. The mean over the frames in which both have a face, nan where none has.
+    Both in pixels of the same crops or frames. Averages over the frames in which both have a face; nan if there are
+    none.
     """
     distances = []
     for face, true in zip(faces, truth, strict=True):
         if face is not None and true is not None:
             left, right = true.landmarks[list(EYE_CORNERS)]
-            away = np.linalg.norm(face.landmarks[LIPS] - true.landmarks[LIPS], axis=1).mean()
-            distances.append(away / max(np.linalg.norm(right - left), 1e-6))
+            distance = np.linalg.norm(face.landmarks[LIPS] - true.landmarks[LIPS], axis=1).mean()
+            distances.append(distance / max(np.linalg.norm(right - left), 1e-6))
     return float(np.mean(distances)) if distances else float("nan")
 
 
 def mouth_jitter(faces: Sequence[Face | None]) -> float:
-    """How unsteadily the 20 lip points of T faces move: their mean second difference, in distances of the eye corners.
+    """Mean second difference over time of the 20 lip points of T faces, in distances between the outer eye corners.
 
-    Of the lips as the eyes see them, whatever the head does. In pixels of crops or frames. Frames without a face and
-    their neighbours do not count; nan where no three faces follow each other.
+    Lips are measured relative to the eyes, so head motion does not count. faces: in pixels of crops or frames. Only
+    three faces in consecutive frames count; nan if there are none.
     """
-    second = []
-    for before, face, after in zip(faces, faces[1:], faces[2:], strict=False):
-        if before is not None and face is not None and after is not None:
-            lips = [_lips(one) for one in (before, face, after)]
-            second.append(np.abs(lips[0] - 2 * lips[1] + lips[2]).mean())
-    return float(np.mean(second)) if second else float("nan")
+    differences = []
+    for triple in zip(faces, faces[1:], faces[2:], strict=False):
+        if all(face is not None for face in triple):
+            before, now, after = (_lips(face) for face in triple)
+            differences.append(np.abs(before - 2 * now + after).mean())
+    return float(np.mean(differences)) if differences else float("nan")
 
 
 def _lips(face: Face) -> np.ndarray:
-    """Lip points complex (20,) of a face, with the outer corners of its eyes at -1/2 and 1/2."""
+    """Lip points of a face as complex (20,), in coordinates with its outer eye corners at -1/2 and 1/2."""
     points = face.landmarks[:, 0] + 1j * face.landmarks[:, 1]
     left, right = points[list(EYE_CORNERS)]
     return (points[LIPS] - (left + right) / 2) / ((right - left) or 1e-6)
 
 
 def psnr(image: np.ndarray, truth: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of an image BGR uint8 (H, W, 3) in dB, inf where it equals the truth."""
+    """Peak signal-to-noise ratio of an image BGR uint8 (H, W, 3) in dB; inf if it equals the truth."""
     with np.errstate(divide="ignore"):
         return float(peak_signal_noise_ratio(truth, image))
 
 
 def ssim(image: np.ndarray, truth: np.ndarray) -> float:
-    """Structural similarity of an image BGR uint8 (H, W, 3), mean of its channels, 1 where it equals the truth.
+    """Structural similarity of an image BGR uint8 (H, W, 3), averaged over channels; 1 if it equals the truth.
 
-    Source of the window's Gaussian, sigma 1.5 pixels: Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861
+    Uses a Gaussian window of sigma 1.5 pixels. Source: Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861
     """
     gaussian = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     return float(structural_similarity(truth, image, channel_axis=-1, **gaussian))
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's r of two series over their common length, where both are known; nan where one of them stands still."""
+    """Pearson's r of two series over their common length, where both are finite; nan if either is constant."""
     length = min(len(a), len(b))
-    both = np.isfinite(a[:length]) & np.isfinite(b[:length])
-    if not both.any():
+    a, b = a[:length], b[:length]
+    finite = np.isfinite(a) & np.isfinite(b)
+    if not finite.any():
         return float("nan")
-    one, other = (values[:length][both] - values[:length][both].mean() for values in (a, b))
-    size = np.linalg.norm(one) * np.linalg.norm(other)
-    return float(one @ other / size) if size > 0 else float("nan")
+    x, y = (values[finite] - values[finite].mean() for values in (a, b))
+    norm = np.linalg.norm(x) * np.linalg.norm(y)
+    return float(x @ y / norm) if norm > 0 else float("nan")
 
 
-def known_mean(values: np.ndarray) -> float:
-    """The mean of those that are known; nan where none is."""
+def finite_mean(values: np.ndarray) -> float:
+    """The mean of the finite values; nan if there are none."""
     values = values[np.isfinite(values)]
     return float(values.mean()) if len(values) else float("nan")

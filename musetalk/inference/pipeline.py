@@ -1,8 +1,9 @@
-"""A video of a face and an audio -> the face speaking the audio. The notebook, the trainer's samples and
-evaluation all use this one class.
+"""Lip-syncs a video to an audio with a trained UNet.
 
     pipeline = LipSyncPipeline.from_checkpoint("checkpoints/demo", "models/mini")
     pipeline("face.mp4", "speech.wav", "output/out.mp4")
+
+The notebook, the samples of the trainer and the validation all use this class.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -46,16 +48,18 @@ from musetalk.models.unet import UNet
 from musetalk.models.vae import VAE, load_vae
 from musetalk.models.weights import find
 
-OUTPUT_SAMPLE_RATE = 48_000  # of the sound in the result
-BATCH = {"cpu": 2, "cuda": 16}  # frames generated at once; more is slower on a CPU
+OUTPUT_SAMPLE_RATE = 48_000  # of the soundtrack of the output video
+BATCH = {"cpu": 2, "cuda": 16}  # frames generated at once, by device; larger batches are slower on a CPU
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class PreparedVideo:
-    """The face of a video of T frames, ready to speak many times.
+    """A video of T frames with its face detected, cropped and encoded; can be lip-synced any number of times.
 
-    faces: T faces, None where none was found. boxes: int32 (T, 4) in source pixels.
-    masked_latents, latents: float16 (T, 4, 32, 32). Zeros where there is no face.
+    faces: T faces, None in frames without one. boxes: int32 (T, 4) in source pixels.
+    masked_latents, latents: float16 (T, 4, 32, 32), zeros in frames without a face.
     """
 
     path: Path
@@ -65,28 +69,38 @@ class PreparedVideo:
     latents: np.ndarray
 
 
-class Stages:
-    """Where the time goes: to one stage after the other, each as often as it comes."""
+class StageTimer:
+    """Measures the time spent in each stage, without that of the stages nested in it."""
 
-    def __init__(self, stage: str) -> None:
+    def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
-        self.stage, self.since = stage, time.perf_counter()
 
-    def __call__(self, stage: str) -> None:
-        """A stage begins, and the one before it ends."""
-        now = time.perf_counter()
-        self.seconds[self.stage] += now - self.since
-        self.stage, self.since = stage, now
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Adds the time spent in the block to `stage`, except what the block adds to other stages."""
+        start, counted = time.perf_counter(), self.seconds.total()
+        yield
+        nested = self.seconds.total() - counted
+        self.seconds[stage] += time.perf_counter() - start - nested
+
+    def iterate(self, stage: str, items: Iterable[Item]) -> Iterator[Item]:
+        """Yields the items and adds the time taken to produce them to `stage`."""
+        items, end = iter(items), object()
+        while True:
+            with self(stage):
+                item = next(items, end)
+            if item is end:
+                return
+            yield item
 
     def report(self, frames: int) -> None:
-        """Print how many frames a second each stage would make alone, below the progress bar."""
-        self(self.stage)
+        """Prints the throughput of each stage on its own, below the progress bar."""
         rates = (f"{stage} {frames / seconds:.1f}" for stage, seconds in self.seconds.items())
         tqdm.write(f"frames/s: {', '.join(rates)}", file=sys.stderr)
 
 
 class LipSyncPipeline:
-    """A trained UNet with all that it needs, under the feature contract it was trained under."""
+    """A trained UNet and the other networks of inference, under the feature contract of its training."""
 
     def __init__(
         self,
@@ -98,17 +112,17 @@ class LipSyncPipeline:
         *,
         blend: Blend = "landmarks",
     ) -> None:
-        """The audio encoder and face parser of models_dir and the face backend are loaded when first needed.
+        """The audio encoder, the face parser and the face backend are loaded on first use.
 
-        face_backend: of FACE_BACKENDS; None is the one of the contract, or mediapipe where that knows none.
-        blend: see `alpha`. Raises UserError and WeightsError as `check_choices` does, ContractError where the
-        landmarks are not those of training.
+        face_backend: one of FACE_BACKENDS; by default that of the contract, or mediapipe if the contract has none.
+        blend: see `alpha`. Raises UserError and WeightsError as `check_choices` does, ContractError if the backend
+        gives other landmarks than training used.
         """
         check_choices(models_dir, face_backend, blend)
         if face_backend is None:
             face_backend = contract.face_backend or "mediapipe"
-        given = replace(contract, face_backend=FACE_BACKENDS[face_backend])
-        contract.require(given, ("face_backend",), "the UNet")
+        requested = replace(contract, face_backend=FACE_BACKENDS[face_backend])
+        contract.require(requested, ("face_backend",), "the UNet")
         self.unet, self.vae, self.contract = unet, vae, contract
         self.models_dir, self.face_backend, self.blend = models_dir, face_backend, blend
 
@@ -123,57 +137,62 @@ class LipSyncPipeline:
         *,
         device: str = "auto",
     ) -> LipSyncPipeline:
-        """checkpoint: a unet-<step>.safetensors, a folder whose newest is taken, or MuseTalk's own weights.
-        contract: the rules of weights that carry none, such as "musetalk_v15" for musetalkV15/unet.pth.
-        face_backend: "mediapipe", "dwpose" or "mmpose"; None is the one of training, or mediapipe where that is not
-        known. blend: where the generated face shows, by "landmarks" or by a face parser: "jaw" and "raw" as MuseTalk's
-        offline script for v1.5 and v1 weights, "musetalk_v1" as v1.0 when it was released.
-        device: "cpu", "cuda", "cuda:<number>", or "auto", the GPU where there is one.
+        """Loads a trained UNet and the VAE it was trained with.
 
-        Raises UserError for a name there is none of, DeviceError where the GPU cannot be used, WeightsError for missing
-        or unfit files, ContractError where the VAE or the landmarks are not those of training.
+        checkpoint: a unet-<step>.safetensors, a folder (its newest one is used), or MuseTalk's released weights.
+        contract: the feature contract of weights that store none, such as "musetalk_v15" for musetalkV15/unet.pth.
+        face_backend: "mediapipe", "dwpose" or "mmpose"; by default that of training, or mediapipe if unknown.
+        blend: how the generated face is masked: by "landmarks", or by a face parser: "jaw" and "raw" as in MuseTalk's
+        offline script for v1.5 and v1 weights, "musetalk_v1" as in v1.0 when it was released.
+        device: "cpu", "cuda", "cuda:<number>", or "auto", the GPU if there is one.
+
+        Raises UserError for an unknown name, DeviceError if the GPU cannot be used, WeightsError for missing or
+        invalid files, ContractError if the VAE or the landmarks are not those of training.
         """
-        # Look at the names first, before anything is loaded.
+        # Check the arguments before loading anything.
         if contract not in (None, *CONTRACTS):
             raise ContractError(f"contract must be one of {', '.join(CONTRACTS)}, not {contract!r}")
         path, models_dir = find_unet(Path(checkpoint)), Path(models_dir)
         check_choices(models_dir, face_backend, blend)
-        chosen = choose_device(device)
+        torch_device = choose_device(device)
         unet, contract = load_trained_unet(path, models_dir, contract and CONTRACTS[contract])
-        vae = load_vae(models_dir, chosen, getattr(torch, contract.encode_dtype))
+        vae = load_vae(models_dir, torch_device, getattr(torch, contract.encode_dtype))
         contract.require(replace(contract, vae=vae.fingerprint), ("vae",), str(path))
-        return cls(unet.to(chosen).eval(), vae, contract, models_dir, face_backend, blend=blend)
+        return cls(unet.to(torch_device).eval(), vae, contract, models_dir, face_backend, blend=blend)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
 
     @cached_property
     def audio_encoder(self) -> AudioEncoder:
-        encoder = load_audio_encoder(self.models_dir, next(self.unet.parameters()).device)
-        mine = replace(self.contract, audio_encoder=encoder.fingerprint)
-        self.contract.require(mine, ("audio_encoder",), "the UNet")
-        known = bool(self.contract.audio_encoder)  # published weights carry no contract of their own
-        self.unet.check_features(encoder.shape, f"the Whisper in {self.models_dir}", known)
+        encoder = load_audio_encoder(self.models_dir, self.device)
+        self.contract.require(replace(self.contract, audio_encoder=encoder.fingerprint), ("audio_encoder",), "the UNet")
+        has_fingerprint = bool(self.contract.audio_encoder)  # not with released weights, which store no contract
+        self.unet.check_features(encoder.shape, f"the Whisper in {self.models_dir}", has_fingerprint)
         return encoder
 
     @cached_property
     def backend(self) -> FaceBackend:
-        return load_face_backend(self.face_backend, self.models_dir, next(self.unet.parameters()).device)
+        return load_face_backend(self.face_backend, self.models_dir, self.device)
 
     @cached_property
     def face_parser(self) -> FaceParser:
-        return load_face_parser(self.models_dir, next(self.unet.parameters()).device)
+        return load_face_parser(self.models_dir, self.device)
 
     def __call__(self, video: str | Path, audio: str | Path, output: str | Path, margin: int | None = None) -> int:
-        """Make the face of a video speak an audio; returns the number of frames of the mp4 at `output`.
+        """Lip-syncs a video to an audio, writes an mp4 to `output` and returns its number of frames.
 
-        Where the audio is longer the video runs forth and back. margin: see `prepare`.
+        If the audio is longer, the video plays forwards and backwards. margin: see `prepare`.
         Raises MediaError for files that cannot be used.
         """
         return self.speak(self.prepare(video, margin), audio, output)
 
     def prepare(self, video: str | Path, margin: int | None = None) -> PreparedVideo:
-        """Find, crop and encode the face in each frame of a video, just as the cache does.
+        """Detects, crops and encodes the face in each frame of a video, exactly as for the cache.
 
-        margin: source pixels below the chin, one of the contract's (its first by default).
-        Raises MediaError where there is no face or no video, ContractError for a margin that was not trained.
+        margin: source pixels below the chin, one of the contract's margins (by default the first).
+        Raises MediaError if there is no video or no face in it, ContractError for a margin not used in training.
         """
         path = Path(video)
         margin = self.contract.margins[0] if margin is None else margin
@@ -182,65 +201,63 @@ class LipSyncPipeline:
         frames = tqdm(read_frames(path), f"find the face in {path.name}", count_frames(path), unit="frame")
         clips = crop_clips(PurePath(path.name), frames, self.backend, contract)
         faces, boxes, latents = [], [], []
-        stage = Stages("find the face")
-        for name, cropped, _ in clips:
-            stage("encode it")
+        timer = StageTimer()
+        for name, cropped, _ in timer.iterate("find the face", clips):
             faces += cropped.faces
             boxes.append(cropped.boxes[:, 0])
-            latents.append(self.vae.encode_clip(name, cropped.crops, contract))
-            stage("find the face")
+            with timer("encode it"):
+                latents.append(self.vae.encode_clip(name, cropped.crops, contract))
         if all(face is None for face in faces):
             raise MediaError("no face", f"{path}: no face was found in it")
-        stage.report(len(faces))
+        timer.report(len(faces))
         masked, full = (np.concatenate(pieces)[:, 0] for pieces in zip(*latents, strict=True))
         return PreparedVideo(path, faces, np.concatenate(boxes), masked, full)
 
     def speak(self, prepared: PreparedVideo, audio: str | Path, output: str | Path) -> int:
-        """Make a prepared face speak an audio file; returns the number of frames of the mp4 at `output`."""
+        """Lip-syncs a prepared video to an audio, writes an mp4 to `output` and returns its number of frames."""
         samples = read_audio(Path(audio))
         count = round(len(samples) / SAMPLES_PER_FRAME)
         if not count:
             raise MediaError("no audio", f"{audio}: is shorter than one frame of video ({1000 // VIDEO_FPS} ms)")
-        encoder, stage = self.audio_encoder, Stages("audio")
-        features = audio_features(samples, encoder, self.contract)
-        sound = read_audio(Path(audio), OUTPUT_SAMPLE_RATE)
-        frames = tqdm(self.frames(prepared, features, count, stage), f"write {output}", count, unit="frame")
-        write_video(Path(output), frames, sound, OUTPUT_SAMPLE_RATE)
-        stage.report(count)
+        encoder, timer = self.audio_encoder, StageTimer()
+        with timer("audio"):
+            features = audio_features(samples, encoder, self.contract)
+            soundtrack = read_audio(Path(audio), OUTPUT_SAMPLE_RATE)
+        with timer("write"):
+            frames = tqdm(self.frames(prepared, features, count, timer), f"write {output}", count, unit="frame")
+            write_video(Path(output), frames, soundtrack, OUTPUT_SAMPLE_RATE)
+        timer.report(count)
         return count
 
     def frames(
-        self,
-        prepared: PreparedVideo,
-        features: np.ndarray,
-        count: int,
-        stage: Callable[[str], None] = lambda _: None,
+        self, prepared: PreparedVideo, features: np.ndarray, count: int, timer: StageTimer | None = None
     ) -> Iterator[np.ndarray]:
-        """The first `count` frames of a prepared face speaking audio features (F, S, D): BGR uint8 (H, W, 3).
+        """The first `count` frames of a prepared video lip-synced to audio features (F, S, D): BGR uint8 (H, W, 3).
 
-        A frame without a face is passed on as it is. stage: told which part of the work begins.
+        Frames without a face are not changed. timer: measures the stages "generate" and "read and blend".
         """
-        length = len(prepared.faces)
-        source = ping_pong(prepared.path, length, count)
-        for batch in batched(range(count), BATCH[self.vae.autoencoder.device.type]):
-            stage("generate")
-            index = [ping_pong_index(k, length) for k in batch]
+        timer = timer or StageTimer()
+        crops = timer.iterate("generate", self._generated_crops(prepared, features, count))
+        return timer.iterate("read and blend", self._blended_frames(prepared, crops, count))
+
+    def _generated_crops(self, prepared: PreparedVideo, features: np.ndarray, count: int) -> Iterator[np.ndarray]:
+        """A face crop BGR uint8 (256, 256, 3) for each of the first `count` frames, generated in batches."""
+        for batch in batched(range(count), BATCH[self.device.type]):
+            index = [ping_pong_index(k, len(prepared.faces)) for k in batch]
             windows = audio_windows(features, batch, self.contract)
-            faces = self.generate(prepared.masked_latents[index], prepared.latents[index], windows)
-            stage("read and blend")
-            for i, generated, frame in zip(index, faces, source, strict=False):
-                if prepared.faces[i] is not None:
-                    alpha = self.alpha(frame, prepared.faces[i], prepared.boxes[i])
-                    frame = paste_back(frame, generated, prepared.boxes[i], alpha)
-                stage("write")
-                yield frame
-                stage("read and blend")
-        stage("write")  # what the encoder has kept back
+            yield from self.generate(prepared.masked_latents[index], prepared.latents[index], windows)
+
+    def _blended_frames(self, prepared: PreparedVideo, crops: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
+        """The first `count` frames of the video with the generated crops pasted back."""
+        length = len(prepared.faces)
+        for k, (crop, frame) in enumerate(zip(crops, ping_pong(prepared.path, length, count), strict=True)):
+            face, box = (values[ping_pong_index(k, length)] for values in (prepared.faces, prepared.boxes))
+            yield frame if face is None else paste_back(frame, crop, box, self.alpha(frame, face, box))
 
     def alpha(self, frame: np.ndarray, face: Face, box: np.ndarray) -> np.ndarray:
-        """How much of a generated crop shows in the box of a frame, float32 (y2 - y1, x2 - x1).
+        """Opacity of the generated crop in each pixel of its box, float32 (y2 - y1, x2 - x1) in [0, 1].
 
-        By the landmarks of the face, or by what the face parser sees in the frame.
+        Computed from the landmarks of the face, or from the face parser's classes of the frame.
         """
         if self.blend == "landmarks":
             return face_alpha(face.landmarks, box)
@@ -251,7 +268,7 @@ class LipSyncPipeline:
     def generate(
         self, masked_latents: np.ndarray, reference_latents: np.ndarray, audio_windows: np.ndarray
     ) -> np.ndarray:
-        """Faces BGR uint8 (B, 256, 256, 3) of cached latents, each float16 (B, 4, 32, 32), and windows (B, W, D)."""
+        """Generates faces, BGR uint8 (B, 256, 256, 3), from latents float16 (B, 4, 32, 32) and windows (B, W, D)."""
         parameter = next(self.unet.parameters())
         unet_input = torch.from_numpy(np.concatenate([masked_latents, reference_latents], axis=1)).to(parameter)
         windows = torch.from_numpy(audio_windows).to(parameter)
@@ -259,7 +276,7 @@ class LipSyncPipeline:
 
 
 def check_choices(models_dir: Path, face_backend: str | None, blend: str) -> None:
-    """Raises UserError for a name there is none of, WeightsError where the face parser of a blend is missing."""
+    """Raises UserError for an unknown name, WeightsError if `blend` needs a face parser whose weights are missing."""
     if face_backend is not None:
         check_face_backend(face_backend)
     if blend not in get_args(Blend):

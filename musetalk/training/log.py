@@ -1,4 +1,4 @@
-"""What a training tells: lines to read, records to plot, pictures to see."""
+"""The log of a training run: lines of text, records of figures, images."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from tqdm import tqdm
 
 from musetalk.files import append_line, atomic_write_bytes
 
-COMPARED = re.compile("_(truth|reference)$")  # ending of what stands beside a figure to compare it with
-CURVES_ACROSS = 4  # in the picture of all figures
-MARKED = 30  # points, fewer of which are marked
+COMPARED = re.compile("_(truth|reference)$")  # suffixes of the bounds of a validation metric
+CURVES_ACROSS = 4  # plots in a row of curves.png
+MARKED = 30  # series with fewer points have markers
 
 
 class RunLog:
     """The log of one run.
 
-    <log_dir>/trainer.log                   lines of all runs, with the time
-    <log_dir>/<run>/stats.jsonl             one record a report: {"step": ..., name: value, ...}
+    <log_dir>/trainer.log                   lines of all runs, with timestamps
+    <log_dir>/<run>/stats.jsonl             one record per report: {"step": ..., name: value, ...}
     <log_dir>/<run>/events.out.tfevents.*   the same for TensorBoard
     <log_dir>/<run>/curves.png              all figures over the steps
-    <log_dir>/<run>/<kind>/<step>.png       pictures, of the kind samples among others
+    <log_dir>/<run>/<kind>/<step>.png       images; one kind is samples
     """
 
     def __init__(self, log_dir: Path, run: str, step: int) -> None:
-        """step: where the run goes on; records of later steps, which it will make again, are dropped."""
+        """step: the step the run resumes at; records of later steps are dropped."""
         self.lines = log_dir / "trainer.log"
         self.folder = log_dir / run
         self.stats = self.folder / "stats.jsonl"
@@ -44,30 +44,30 @@ class RunLog:
         self.board = SummaryWriter(self.folder, purge_step=step + 1)
 
     def line(self, text: str) -> None:
-        """A line for people: on the screen, past any progress bar, and in the file."""
+        """Prints a line above any progress bar and appends it to trainer.log."""
         tqdm.write(text)
         append_line(self.lines, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     def record(self, step: int, values: dict[str, float]) -> None:
-        """Figures of a step, for people and for programs."""
+        """Logs the figures of a step as a line and as a record."""
         self.line(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
         self.store(step, values)
 
     def store(self, step: int, values: dict[str, float]) -> None:
-        """Figures of a step, for programs alone."""
+        """Logs the figures of a step as a record only, in stats.jsonl and TensorBoard."""
         append_line(self.stats, json.dumps({"step": step} | values))
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         self.board.flush()
 
     def picture(self, step: int, image: np.ndarray, kind: str = "samples") -> Path:
-        """A picture of a step, BGR uint8 (H, W, 3). Returns where it is."""
+        """Writes an image of a step, BGR uint8 (H, W, 3), and returns its path."""
         path = self.folder / kind / f"{step:07d}.png"
         atomic_write_bytes(path, cv2.imencode(".png", image)[1].tobytes())
         return path
 
     def curves(self) -> Path:
-        """A picture of all figures over the steps, those that are to be compared in one plot. Returns where it is."""
+        """Plots all figures over the steps, a metric and its bounds in one plot, and returns the path of the image."""
         plots: dict[str, dict[str, list[tuple[float, float]]]] = {}
         for line in self.stats.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
@@ -76,8 +76,8 @@ class RunLog:
                 plot.setdefault(name, []).append((record["step"], record[name]))
         rows = -(-len(plots) // CURVES_ACROSS)
         figure = Figure(figsize=(4 * CURVES_ACROSS, 2 * rows), layout="constrained")
-        for place, (title, series) in enumerate(sorted(plots.items()), 1):
-            axis = figure.add_subplot(rows, CURVES_ACROSS, place)
+        for index, (title, series) in enumerate(sorted(plots.items()), 1):
+            axis = figure.add_subplot(rows, CURVES_ACROSS, index)
             axis.set_title(title, fontsize=9)
             for name, points in sorted(series.items()):
                 axis.plot(*zip(*points, strict=True), marker="." if len(points) < MARKED else "", label=name)
@@ -89,7 +89,7 @@ class RunLog:
 
 
 class SilentLog:
-    """The log of a process that is not the first of several: nobody is told anything twice."""
+    """The log of the processes other than the first: does nothing."""
 
     def _nothing(self, *_: object, **__: object) -> None:
         pass
@@ -98,14 +98,14 @@ class SilentLog:
 
 
 def rendered(figure: Figure) -> np.ndarray:
-    """A figure as a picture, BGR uint8 (H, W, 3)."""
+    """Renders a figure to an image, BGR uint8 (H, W, 3)."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., 2::-1].copy()
 
 
 def _step(line: str) -> float:
-    """The step of a record; infinity for a line that is none, such as one that a full disk cut off."""
+    """The step of a record; infinity for an invalid line, such as one truncated by a full disk."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError, RecursionError):

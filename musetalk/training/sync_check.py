@@ -1,7 +1,7 @@
-"""Can a sync expert be trusted on these crops? Its accuracy, and the audio that it hears the faces best with.
+"""Checks whether a sync expert can be trusted on the crops of a cache: its accuracy and its estimated audio offset.
 
-An offset of k frames, k > 0, means audio that is k frames later than the faces: mel from int(80 (frame + k) / 25) on.
-An expert that knows such crops, of videos that are in sync, hears them best at offset 0 and tells it from others.
+An offset of k frames pairs the faces from `frame` on with mel from int(80 (frame + k) / 25) on: for k > 0 the audio is
+later than the faces. On videos in sync, a suitable expert has its highest similarity at offset 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from musetalk.data.audio import mel_start
@@ -25,28 +24,29 @@ from musetalk.errors import UserError
 from musetalk.files import atomic_write_bytes
 from musetalk.images import batched, to_tensor
 from musetalk.models.syncnet import SyncNet
+from musetalk.training.log import rendered
 
 MAX_OFFSET = 15  # frames
 OFFSETS = np.arange(-MAX_OFFSET, MAX_OFFSET + 1)  # (31,)
-THRESHOLD = 0.5  # a cosine above it says "in sync"
-CLEAR_OFFSET = 6  # frames; audio that is as far off is out of sync for sure
-MIN_ACCURACY, MAX_BIAS = 0.8, 1  # of an expert that can be trusted; frames that it may be off
-WINDOWS = 256  # looked at, spread evenly over all there are
+THRESHOLD = 0.5  # cosine above which a pair is classified as in sync
+CLEAR_OFFSET = 6  # frames; audio at least this far off is out of sync
+MIN_ACCURACY, MAX_BIAS = 0.8, 1  # largest offset in frames; limits of an expert that can be trusted
+WINDOWS = 256  # most windows of a check, spread evenly over the clips
 BATCH = 16  # windows embedded at once
-BAR = 40  # characters of a similarity of 1
+BAR = 40  # length in characters of the bar of a similarity of 1
 
 
 class SyncError(UserError):
-    """A sync expert cannot tell whether these faces speak this audio."""
+    """A sync expert cannot be trusted on these faces."""
 
 
 @dataclass(frozen=True)
 class SyncCheck:
-    """What an expert makes of faces and their audio; as a string a table."""
+    """The result of checking a sync expert; its string is a table."""
 
-    accuracy: float  # share of pairs told rightly; in sync are half of them, with audio at the best offset
-    similarities: np.ndarray  # (31,), mean cosine at each of `OFFSETS`, NaN where no clip is long enough
-    windows: int  # looked at
+    accuracy: float  # share of pairs classified correctly; half of them are in sync, at the best offset
+    similarities: np.ndarray  # (31,), mean cosine at each of `OFFSETS`, NaN if no clip is long enough
+    windows: int  # number of windows
 
     @property
     def offset(self) -> int:
@@ -57,43 +57,42 @@ class SyncCheck:
         return sync_confidence(self.similarities)
 
     def __str__(self) -> str:
-        rows = ["mean cosine of faces with audio that is some frames later:"]
+        rows = ["mean cosine of faces and audio, by audio offset in frames:"]
         for offset, cosine in zip(OFFSETS, self.similarities, strict=True):
             rows.append(f"{offset:+4d}  {cosine:6.3f}  {'#' * round(BAR * max(0, np.nan_to_num(cosine)))}".rstrip())
         return "\n".join([*rows, self.summary()])
 
     def summary(self) -> str:
-        best = f"best with audio {self.offset:+d} frames later, confidence {self.confidence:.3f}"
-        return f"accuracy {self.accuracy:.3f}, {best}, of {self.windows} windows"
+        offset = f"audio offset {self.offset:+d} frames, confidence {self.confidence:.3f}"
+        return f"accuracy {self.accuracy:.3f}, {offset}, {self.windows} windows"
 
     def draw(self) -> np.ndarray:
         """The similarities as a curve, BGR uint8 (H, W, 3)."""
         figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
-        canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+        axes = figure.subplots()
         axes.plot(OFFSETS, self.similarities, marker="o")
         axes.axvline(self.offset, color="tab:red", linestyle=":")
-        axes.set(title=self.summary(), xlabel="frames that the audio is later", ylabel="mean cosine", ylim=(0, 1))
-        canvas.draw()
-        return np.asarray(canvas.buffer_rgba())[..., 2::-1].copy()
+        axes.set(title=self.summary(), xlabel="audio offset in frames", ylabel="mean cosine", ylim=(0, 1))
+        return rendered(figure)
 
     def save(self, path: Path) -> None:
-        """Write what `draw` gives as a PNG."""
+        """Writes the curve of `draw` as a PNG."""
         atomic_write_bytes(path, cv2.imencode(".png", self.draw())[1].tobytes())
 
     def fault(self) -> str:
-        """Why the expert cannot be trusted, a sentence; "" where it can."""
+        """A sentence that says why the expert cannot be trusted; "" if it can."""
         if abs(self.offset) <= MAX_BIAS and self.accuracy >= MIN_ACCURACY:
             return ""
         return (
-            f"the sync expert cannot be trusted on these faces (accuracy {self.accuracy:.2f}, {MIN_ACCURACY} needed; "
-            f"best with audio {self.offset:+d} frames later, {MAX_BIAS} allowed): train one with syncnet_trainer.py, "
-            "see if the videos are in sync, or let musetalk_trainer.py take it with unfit_expert"
+            f"the sync expert cannot be trusted on these faces (accuracy {self.accuracy:.2f}, at least "
+            f"{MIN_ACCURACY} needed; audio offset {self.offset:+d} frames, at most {MAX_BIAS} allowed): train one with "
+            "syncnet_trainer.py, check that the videos are in sync, or set unfit_expert in musetalk_trainer.py"
         )
 
     def require(self, allow: bool) -> int:
-        """Frames that the audio of this expert is to be moved by: the offset, or 0 where it is more than a frame.
+        """The offset in frames to apply to the audio for this expert: its own, or 0 if that exceeds `MAX_BIAS`.
 
-        Raises SyncError where the expert has a fault, unless that is allowed.
+        Raises SyncError if the expert has a fault, unless `allow`.
         """
         if self.fault() and not allow:
             raise SyncError(self.fault())
@@ -101,46 +100,47 @@ class SyncCheck:
 
 
 def sync_offset(similarities: np.ndarray) -> int:
-    """Of similarities (31,) the offset of the largest, in frames."""
+    """The offset in frames of the largest of similarities (31,)."""
     return int(OFFSETS[np.nanargmax(similarities)])
 
 
 def sync_confidence(similarities: np.ndarray) -> float:
-    """Of similarities (31,) how far the largest is above their median."""
+    """The largest of similarities (31,) minus their median."""
     return float(np.nanmax(similarities) - np.nanmedian(similarities))
 
 
 @torch.no_grad()
 def check_expert(expert: SyncNet, cache: Cache, clips: Sequence[str], seed: int) -> SyncCheck:
-    """Hold an expert against clips of a cache: in eval mode, in its own precision and on its own device.
+    """Checks an expert on clips of a cache, in eval mode, with its own dtype and device.
 
-    Raises CacheError where no clip is long enough, SyncError where the expert makes what is no number.
+    Raises CacheError if no clip is long enough, SyncError if the outputs of the expert are not finite.
     """
-    places = [(name, int(start)) for name in clips for start in window_starts(cache.clips[name], expert.frames)]
-    if not places:
+    windows = [(name, int(start)) for name in clips for start in window_starts(cache.clips[name], expert.frames)]
+    if not windows:
         raise CacheError(f"{cache.folder}: no clip has {expert.frames} usable frames in a row; prepare longer videos")
-    places = [places[k] for k in np.linspace(0, len(places) - 1, min(WINDOWS, len(places))).astype(int)]
-    faces, heard, similar = [], [], []
+    windows = [windows[k] for k in np.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).astype(int)]
+    face_embeddings, audio_embeddings, similarities = [], [], []
     with evaluating(expert):
-        for name, group in groupby(places, key=lambda place: place[0]):
+        for name, group in groupby(windows, key=lambda window: window[0]):
             clip, starts = cache.clips[name], np.array([start for _, start in group])
-            faces.append(_embed_faces(expert, (read_images(clip, start, expert.frames) for start in starts)))
-            heard.append(_embed_mel(expert, (read_mel(clip, start, expert.frames) for start in starts)))
-            similar.append(_similarities(expert, faces[-1], starts, clip.tensor("mel")))
-    similar = np.concatenate(similar)  # (N, 31)
-    cosines = (torch.cat(faces) @ torch.cat(heard).T).cpu().numpy()  # (N, N), of each with the mel of each
+            faces = _embed_faces(expert, (read_images(clip, start, expert.frames) for start in starts))
+            face_embeddings.append(faces)
+            audio_embeddings.append(_embed_mel(expert, (read_mel(clip, start, expert.frames) for start in starts)))
+            similarities.append(_similarities(expert, faces, starts, clip.tensor("mel")))
+    similarities = np.concatenate(similarities)  # (N, 31)
+    cosines = (torch.cat(face_embeddings) @ torch.cat(audio_embeddings).T).cpu().numpy()  # (N, N), faces x mel
     if not np.isfinite(cosines).all():
-        raise SyncError("what the sync expert makes of these faces or their audio is no number; take other weights")
-    owners = np.array([name for name, _ in places])
-    return SyncCheck(_accuracy(similar, cosines, owners, seed), _mean(similar), len(places))
+        raise SyncError("the outputs of the sync expert are not finite; use other weights")
+    clip_names = np.array([name for name, _ in windows])
+    return SyncCheck(_accuracy(similarities, cosines, clip_names, seed), _mean(similarities), len(windows))
 
 
 @torch.no_grad()
 def offset_sweep(expert: SyncNet, images: np.ndarray, mel: np.ndarray, first: int = 0) -> np.ndarray:
-    """Mean cosine of all windows of consecutive faces with audio at each of `OFFSETS`, (31,), NaN where there is none.
+    """Mean cosine (31,) of all windows of consecutive faces with audio at each of `OFFSETS`, NaN beyond the audio.
 
-    images: BGR uint8 (T, H, W, 3), T at least `expert.frames`. mel: (M, 80), as `audio.sync_mel` makes it, of audio in
-    which the frame of the first image is `first`.
+    images: BGR uint8 (T, H, W, 3), T at least `expert.frames`. mel: (M, 80) of `audio.sync_mel`. first: the frame of
+    the first image in that audio.
     """
     count = len(images) - expert.frames + 1
     assert count >= 1, images.shape
@@ -151,7 +151,7 @@ def offset_sweep(expert: SyncNet, images: np.ndarray, mel: np.ndarray, first: in
 
 @contextmanager
 def evaluating(network: torch.nn.Module) -> Iterator[None]:
-    """Within it the network is in eval mode: its batch norms use what they have gathered, and gather nothing."""
+    """Sets a network to eval mode within the context, so that batch norms use their running statistics unchanged."""
     training = network.training
     network.eval()
     try:
@@ -162,11 +162,11 @@ def evaluating(network: torch.nn.Module) -> Iterator[None]:
 
 def _embed_faces(expert: SyncNet, windows: Iterator[np.ndarray]) -> torch.Tensor:
     """N windows of faces, BGR uint8 (frames, H, W, 3) -> (N, D)."""
-    device, made = next(expert.parameters()).device, []
+    device, embeddings = next(expert.parameters()).device, []
     for batch in batched(windows, BATCH):
         images = to_tensor(torch.from_numpy(np.concatenate(batch)).to(device))  # (B frames, 3, H, W)
-        made.append(expert.embed_faces(images.unflatten(0, (len(batch), -1))))
-    return torch.cat(made)
+        embeddings.append(expert.embed_faces(images.unflatten(0, (len(batch), -1))))
+    return torch.cat(embeddings)
 
 
 def _embed_mel(expert: SyncNet, windows: Iterator[np.ndarray]) -> torch.Tensor:
@@ -177,32 +177,33 @@ def _embed_mel(expert: SyncNet, windows: Iterator[np.ndarray]) -> torch.Tensor:
 
 
 def _similarities(expert: SyncNet, faces: torch.Tensor, starts: np.ndarray, mel: np.ndarray) -> np.ndarray:
-    """Cosines of faces (N, D) from frames (N,) on with mel at each of `OFFSETS`: (N, 31), NaN beyond the mel."""
+    """Cosines (N, 31) of face embeddings (N, D) of windows at `starts` (N,) with mel at each of `OFFSETS`, else NaN."""
     begins = mel_start(starts[:, None] + OFFSETS)  # (N, 31)
-    there = (begins >= 0) & (begins + expert.mel_frames <= len(mel))
-    needed, which = np.unique(begins[there], return_inverse=True)
-    heard = _embed_mel(expert, (mel[begin : begin + expert.mel_frames] for begin in needed))
-    similar = np.full(begins.shape, np.nan)
-    similar[there] = (faces[np.nonzero(there)[0]] * heard[which]).sum(dim=1).cpu().numpy()
-    return similar
+    inside = (begins >= 0) & (begins + expert.mel_frames <= len(mel))
+    unique, inverse = np.unique(begins[inside], return_inverse=True)
+    audio_embeddings = _embed_mel(expert, (mel[begin : begin + expert.mel_frames] for begin in unique))
+    similarities = np.full(begins.shape, np.nan)
+    similarities[inside] = (faces[np.nonzero(inside)[0]] * audio_embeddings[inverse]).sum(dim=1).cpu().numpy()
+    return similarities
 
 
-def _mean(similar: np.ndarray) -> np.ndarray:
-    """(N, 31) -> (31,) over what is there, NaN where nothing is."""
-    return np.ma.masked_invalid(similar).mean(axis=0).filled(np.nan)
+def _mean(similarities: np.ndarray) -> np.ndarray:
+    """Mean over windows ignoring NaN, (N, 31) -> (31,); NaN where all are."""
+    return np.ma.masked_invalid(similarities).mean(axis=0).filled(np.nan)
 
 
-def _accuracy(similar: np.ndarray, cosines: np.ndarray, owners: np.ndarray, seed: int) -> float:
-    """Share of pairs on their side of `THRESHOLD`, as many in sync as not; 0 where there is none.
+def _accuracy(similarities: np.ndarray, cosines: np.ndarray, clip_names: np.ndarray, seed: int) -> float:
+    """Share of pairs on the correct side of `THRESHOLD`, half of them in sync; 0 if there are none.
 
-    similar: (N, 31). cosines: (N, N), of faces with the mel of other windows. owners: (N,), whose they are.
-    In sync is mel at the best offset; out of sync are, by turns, mel of the clip far from there and of another clip.
+    similarities: (N, 31), at each offset. cosines: (N, N), of the faces with the mel of each window. clip_names: (N,).
+    Positive pairs have the best offset. Negative pairs alternate between the same clip, at least `CLEAR_OFFSET` frames
+    off, and another clip.
     """
-    rng, offset, right = np.random.default_rng(seed), sync_offset(_mean(similar)), []
-    for row, own in enumerate(similar[:, offset + MAX_OFFSET]):
-        shifted = similar[row, (np.abs(OFFSETS - offset) >= CLEAR_OFFSET) & ~np.isnan(similar[row])]
-        foreign = cosines[row, owners != owners[row]]
-        others = foreign if len(foreign) and (row % 2 or not len(shifted)) else shifted
-        if len(others) and not np.isnan(own):
-            right += [own > THRESHOLD, rng.choice(others) <= THRESHOLD]
-    return float(np.mean(right or [0]))
+    rng, offset, correct = np.random.default_rng(seed), sync_offset(_mean(similarities)), []
+    for row, positive in enumerate(similarities[:, offset + MAX_OFFSET]):
+        shifted = similarities[row, (np.abs(OFFSETS - offset) >= CLEAR_OFFSET) & ~np.isnan(similarities[row])]
+        other_clips = cosines[row, clip_names != clip_names[row]]
+        negatives = other_clips if len(other_clips) and (row % 2 or not len(shifted)) else shifted
+        if len(negatives) and not np.isnan(positive):
+            correct += [positive > THRESHOLD, rng.choice(negatives) <= THRESHOLD]
+    return float(np.mean(correct or [0]))

@@ -1,18 +1,18 @@
-"""Checks training, resuming and dubbing on a GPU, and measures what they cost there.
+"""Checks training, resuming and dubbing on a GPU, and measures their cost.
 
     python -m tools.gpu_check --material data/gpu_material            within 10 minutes
     python -m tools.gpu_check --material data/gpu_material --quick    within 3 minutes
 
-Prints a table and writes it to `<output>/results.md`, with the figures in results.json and pictures beside it:
+Prints a table and writes it to `<output>/results.md`, with the figures in results.json and images beside it:
 
-    learning  the full-size UNet learns from scratch for some minutes, at each learning rate: losses, and whether the
-              mouth follows the audio on held-out clips; then its state is saved and loaded, and the next step repeated
+    learning  training of the full-size UNet from scratch for some minutes at each learning rate: losses, and whether
+              the mouth follows the audio on held-out clips; then saving, loading and repeating a step
     steps     one micro step of `stage1` and `stage2` at full size, by `chunk_size`: time, operations, memory
-    dubbing   frames a second by stage at each of `heights`
+    dubbing   frames a second of each stage at each of `heights`
 
-Runs on a bare machine: torch 2.11 or newer, numpy 2, no network, no mediapipe. Network sizes are those of `models_dir`,
-their weights are random. The material is a cache that the small VAE made of clips of one person. Twenty sentences of a
-GRID speaker take 60 MB, made with Whisper's weights in place of the small set's random ones:
+Needs torch 2.11 or newer and numpy 2, but neither internet nor mediapipe. Network sizes are those of `models_dir`, with
+random weights. The material is a cache of clips of one person, made with the small VAE. Twenty sentences of a GRID
+speaker take 60 MB, made with Whisper's weights instead of the random ones of models/mini:
 
     python datasets_process.py --hdtf-dir grid/s1 --hdtf-samples-dir data/gpu_material --models-dir models/with_whisper
 """
@@ -33,22 +33,22 @@ PACKAGES = "accelerate av cv2 diffusers librosa matplotlib pydantic safetensors 
 class GpuCheckConfig:
     """The constants of the check; override them on the command line."""
 
-    material: Path = Path("data/gpu_material")  # a cache of one person's clips, its latents made by the VAE of vae_dir
+    material: Path = Path("data/gpu_material")  # cache of one person's clips, with latents of the VAE in vae_dir
     output: Path = Path("output/gpu_check")
-    models_dir: Path = Path("models")  # the sizes of the networks
+    models_dir: Path = Path("models")  # sizes of the networks
     vae_dir: Path = Path("models/mini")
     quick: bool = False  # a few seconds for each check instead of minutes
     checks: tuple[Literal["learning", "steps", "dubbing"], ...] = ("learning", "steps", "dubbing")
-    presets: tuple[str, ...] = ("stage1", "stage2")  # whose steps are measured
+    presets: tuple[str, ...] = ("stage1", "stage2")  # presets whose steps are measured
     chunk_sizes: tuple[int, ...] = (16, 4, 1)
-    batch_size: int = 0  # samples of a forward; 0: that of the preset
-    heights: tuple[int, ...] = (720, 1080)  # lines of the dubbed videos
+    batch_size: int = 0  # samples of a micro step; 0: that of the preset
+    heights: tuple[int, ...] = (720, 1080)  # pixels, of the dubbed videos
     learning_rates: tuple[float, ...] = (2e-5, 1e-4)
-    learn_seconds: float = 120.0  # for each learning rate; a tenth of it in a quick check
+    learn_seconds: float = 120.0  # per learning rate; a tenth of it in a quick check
 
 
 def main(config: GpuCheckConfig) -> None:
-    """Run all checks, each printing its rows as soon as they are known."""
+    """Runs all checks and prints each row as soon as it is measured."""
     from musetalk.devices import describe
     from musetalk.training.distributed import start_processes
     from tools.gpu_check.dubbing import dub
@@ -72,22 +72,22 @@ def main(config: GpuCheckConfig) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows as a Markdown table, the figures of each in one cell."""
+    """A Markdown table, with the figures of a row in one cell."""
     lines = ["| check | case | figures |", "|---|---|---|"] if len(rows) > 1 else []
     for row in rows:
-        figures = (f"{k.replace('_', ' ')} {_written(v)}" for k, v in row.items() if k not in ("check", "case"))
+        figures = (f"{k.replace('_', ' ')} {_format(v)}" for k, v in row.items() if k not in ("check", "case"))
         lines.append(f"| {row['check']} | {row['case']} | {', '.join(figures)} |")
     return "\n".join(lines)
 
 
-def _written(value: float | str) -> str:
+def _format(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
 if __name__ == "__main__":
     missing = [name for name in PACKAGES.split() if importlib.util.find_spec(name) is None]
     if missing:
-        sys.exit(f"these packages are missing: {', '.join(missing)}; requirements.txt names their versions")
+        sys.exit(f"missing packages: {', '.join(missing)}; install those of requirements.txt")
     import tyro
 
     from musetalk.cli import run_script

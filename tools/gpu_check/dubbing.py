@@ -1,4 +1,4 @@
-"""Frames a second of each stage of dubbing, at full size with random weights."""
+"""Throughput of each stage of dubbing, at full size with random weights."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from musetalk.data.crop import in_crop
 from musetalk.data.face.face import Face
 from musetalk.data.video import write_video
 from musetalk.files import read_json
-from musetalk.inference.pipeline import LipSyncPipeline, PreparedVideo, Stages
+from musetalk.inference.pipeline import LipSyncPipeline, PreparedVideo, StageTimer
 from musetalk.models.unet import build_unet
 from musetalk.models.vae import VAE
 
 if TYPE_CHECKING:
     from tools.gpu_check.__main__ import GpuCheckConfig
 
-FACE = 0.45  # side of the box of the face, in heights of the frame
+FACE = 0.45  # side of the face box, relative to the height of the frame
 
 
 def dub(config: GpuCheckConfig, accelerator: Accelerator, report: Callable) -> None:
-    """Report how fast a face is encoded, generated, blended and written."""
+    """Reports the throughput of encoding, generating, blending and writing."""
     cache, device = Cache(config.material), accelerator.device
     clip = next(iter(cache.clips.values()))
     unet = build_unet(config.models_dir, 0, cache.contract.positional_encoding).to(device).eval()
@@ -48,19 +48,17 @@ def dub(config: GpuCheckConfig, accelerator: Accelerator, report: Callable) -> N
         encoded = len(crops) / (time.perf_counter() - start)
         prepared = PreparedVideo(source, faces, boxes, masked[:, 0], full[:, 0])
         count = len(crops) * (1 if config.quick else 4)
-        stages = Stages("start")
-        frames = pipeline.frames(prepared, clip.tensor("audio_features"), count, stages)
-        silence = np.zeros(count * SAMPLES_PER_FRAME, np.float32)
-        start = time.perf_counter()
-        write_video(config.output / f"dubbed_{height}.mp4", frames, silence, AUDIO_SAMPLE_RATE)
-        stages("end")
-        total = count / (time.perf_counter() - start)
-        rates = {name.replace(" ", "_"): count / seconds for name, seconds in stages.seconds.items() if name != "start"}
-        report("dubbing", f"{height} lines, frames a second", encode=encoded, **rates, all_but_encode=total)
+        timer, silence = StageTimer(), np.zeros(count * SAMPLES_PER_FRAME, np.float32)
+        with timer("write"):
+            frames = pipeline.frames(prepared, clip.tensor("audio_features"), count, timer)
+            write_video(config.output / f"dubbed_{height}.mp4", frames, silence, AUDIO_SAMPLE_RATE)
+        rates = {stage.replace(" ", "_"): count / seconds for stage, seconds in timer.seconds.items()}
+        total = count / timer.seconds.total()
+        report("dubbing", f"{height} lines, frames/s", encode=encoded, **rates, all_but_encode=total)
 
 
 def write_source(clip: Clip, height: int, path) -> tuple[list[Face], np.ndarray]:
-    """Write the faces of a clip into the middle of larger frames. Returns its faces and boxes (T, 4) there."""
+    """Writes a video with the crops of a clip in the middle of larger frames. Returns its faces and boxes (T, 4)."""
     width, side = height * 16 // 9, round(FACE * height)
     corner = np.array([(width - side) // 2, (height - side) // 2])
     usable, landmarks, boxes = np.flatnonzero(clip.usable), clip.tensor("landmarks"), clip.tensor("boxes")
@@ -71,11 +69,11 @@ def write_source(clip: Clip, height: int, path) -> tuple[list[Face], np.ndarray]
         faces.append(Face(box.astype(np.float32), points.astype(np.float32), 1.0))
 
     def frames():
-        for frame in usable:
-            crop = clip.image(frame)
-            picture = cv2.resize(crop, (width, height), interpolation=cv2.INTER_LINEAR)
-            picture[corner[1] : corner[1] + side, corner[0] : corner[0] + side] = cv2.resize(crop, (side, side))
-            yield picture
+        for index in usable:
+            crop = clip.image(index)
+            frame = cv2.resize(crop, (width, height), interpolation=cv2.INTER_LINEAR)
+            frame[corner[1] : corner[1] + side, corner[0] : corner[0] + side] = cv2.resize(crop, (side, side))
+            yield frame
 
     write_video(path, frames(), np.zeros(len(usable) * SAMPLES_PER_FRAME, np.float32), AUDIO_SAMPLE_RATE)
     return faces, np.repeat(box[None], len(usable), axis=0)

@@ -1,4 +1,4 @@
-"""The full-size UNet learns from scratch; a training state is saved, loaded, and the next step repeated."""
+"""Trains the full-size UNet from scratch; saves and loads its state and repeats the next step."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ if TYPE_CHECKING:
     from tools.gpu_check.__main__ import GpuCheckConfig
 
 HELD_OUT = 6  # clips, at most half of them
-SHARE_QUICK = 0.1  # of the time of a full check
-LOOKS, QUICK_LOOKS = 6, 2  # evaluations over the time of a training
-MOMENTS = 6  # rows of the picture
+QUICK_SHARE = 0.1  # duration of a quick check, relative to a full one
+EVALUATIONS, QUICK_EVALUATIONS = 6, 2  # of a training
+MOMENTS = 6  # rows of the image
 BATCH = 32  # faces generated at once
 WARMUP = 50  # steps
-MANY_STEPS = 10**6  # time ends a training before
+MANY_STEPS = 10**6  # more than fit into the time
 
 
 def learn(config: GpuCheckConfig, accelerator: Accelerator, report: Callable) -> None:
-    """Report what is learned in equal times at each learning rate, and after the last one a resumed step."""
+    """Reports training for equal times at each learning rate, then saving and loading of the last training."""
     cache = Cache(config.material)
     vae = load_pixel_vae(config.vae_dir, accelerator)
     train_clips, held_clips, _ = split_clips(cache, HELD_OUT / max(len(cache.clips), 2 * HELD_OUT), seed=0)
     probe = Probe(cache, train_clips, held_clips, vae)
-    seconds = config.learn_seconds * (SHARE_QUICK if config.quick else 1)
+    seconds = config.learn_seconds * (QUICK_SHARE if config.quick else 1)
     curves = {}
     for rate in config.learning_rates:
         constants = replace(
@@ -75,17 +75,17 @@ def learn(config: GpuCheckConfig, accelerator: Accelerator, report: Callable) ->
             ema_every=2 * MANY_STEPS,  # never: `Probe` uses the weights themselves
         )
         training = FromScratch(constants, cache, train_clips, vae, accelerator)
-        records, faces = follow(training, probe, seconds, QUICK_LOOKS if config.quick else LOOKS)
+        records, faces = train(training, probe, seconds, QUICK_EVALUATIONS if config.quick else EVALUATIONS)
         curves[f"{rate:g}"] = records
         report("learning", f"rate {rate:g}, {seconds:g} s", **records[-1], **probe.limits)
-        cv2.imwrite(str(config.output / f"learning_{rate:g}.png"), picture(probe, faces))
+        cv2.imwrite(str(config.output / f"learning_{rate:g}.png"), draw_faces(probe, faces))
         cv2.imwrite(str(config.output / "learning.png"), draw_curves(curves))
     resume(training, config, report)
 
 
 @dataclass
 class FromScratch:
-    """A training by the trainer's own functions, without its files."""
+    """A training with the trainer's own functions, without its files."""
 
     constants: TrainConfig
     cache: Cache
@@ -110,7 +110,7 @@ class FromScratch:
         return build_objective(self.constants, self.state, self.vae, self.accelerator)[0]
 
     def batches(self) -> Iterator[dict]:
-        """The batches from the next step on."""
+        """Batches, starting at the current step."""
         steps = range(self.state.step, self.constants.num_steps)
         return iter(loader(self.dataset, steps, self.constants.batch_size, workers_that_fit()))
 
@@ -118,38 +118,38 @@ class FromScratch:
         return optimizer_step(self.state, self.objective, batches, self.constants, self.accelerator)
 
 
-def follow(training: FromScratch, probe: Probe, seconds: float, looks: int) -> tuple[list[dict], list[np.ndarray]]:
-    """Train for some seconds. Returns the figures and the faces of evaluations at equal times."""
+def train(training: FromScratch, probe: Probe, seconds: float, evaluations: int) -> tuple[list[dict], list[np.ndarray]]:
+    """Trains for some seconds. Returns the figures and faces of evaluations at regular intervals."""
     records, faces, trained = [], [], 0.0
     batches, bar = training.batches(), tqdm(unit="step", desc=f"rate {training.constants.learning_rate:g}")
-    for look in range(looks):
+    for index in range(evaluations):
         start, terms = time.perf_counter(), []
-        while trained + time.perf_counter() - start < seconds * (look + 1) / looks or not terms:
+        while trained + time.perf_counter() - start < seconds * (index + 1) / evaluations or not terms:
             terms.append(training.step(batches).terms)
             bar.update()
         losses = {name: torch.stack([term[name] for term in terms]).mean().item() for name in terms[0]}
         trained += time.perf_counter() - start
-        figures, shown = probe(training.state)
+        figures, images = probe(training.state)
         records.append({"steps": training.state.step, "steps_per_s": training.state.step / trained} | losses | figures)
-        faces.append(shown)
+        faces.append(images)
     return records, faces
 
 
 class Probe:
-    """Asks what the mouths of held-out clips follow, each clip with the audio of the next one.
+    """Measures what the generated mouths of held-out clips follow, each clip with the audio of the previous one.
 
-    Its calls give `r`, the correlation of the generated openings with those that belong to the audio, and `r_source`,
-    with those that belong to the video, which the UNet sees the upper half of. `limits`: `r_true`, what the true faces
-    get through the VAE, and `r_chance`, how alike the openings of the two clips are.
+    A call returns `r`, the correlation of the generated openings with those of the audio's clip, and `r_source`, with
+    those of the video's own clip, whose upper half is an input. `limits` has `r_true`, the correlation for the true
+    faces through the VAE, and `r_chance`, that between the true openings of the two clips.
     """
 
     def __init__(self, cache: Cache, train_clips: list[str], held_clips: list[str], vae: VAE) -> None:
         self.vae, self.contract = vae, cache.contract
         self.clips = [cache.clips[name] for name in held_clips]
         self.openings = [true_openings(clip, _usable(clip)) for clip in self.clips]
-        seen = [cache.clips[name] for name in train_clips]
-        images = np.concatenate([self._decode(clip.tensor("latents")[_usable(clip), 0]) for clip in seen])
-        self.read = MouthReader(images, np.concatenate([true_openings(clip, _usable(clip)) for clip in seen]))
+        clips = [cache.clips[name] for name in train_clips]
+        images = np.concatenate([self._decode(clip.tensor("latents")[_usable(clip), 0]) for clip in clips])
+        self.read = MouthReader(images, np.concatenate([true_openings(clip, _usable(clip)) for clip in clips]))
         self.truth = [self._decode(clip.tensor("latents")[_usable(clip), 0]) for clip in self.clips]
         true = [correlation(self.read(faces), known) for faces, known in zip(self.truth, self.openings, strict=True)]
         chance = [correlation(own, self.openings[i - 1]) for i, own in enumerate(self.openings)]
@@ -157,55 +157,55 @@ class Probe:
 
     @torch.no_grad()
     def __call__(self, state: TrainState) -> tuple[dict[str, float], np.ndarray]:
-        """Figures, and the faces generated at `moments`, BGR uint8 (MOMENTS, 256, 256, 3)."""
-        given, source, shown = [], [], []
+        """The figures, and the faces generated at `moments`, BGR uint8 (MOMENTS, 256, 256, 3)."""
+        target, source, generated = [], [], []
         for index, clip in enumerate(self.clips):
             faces = self._generate(state, clip, self.clips[index - 1])
             openings = self.read(faces)
-            given.append(correlation(openings, self.openings[index - 1]))
+            target.append(correlation(openings, self.openings[index - 1]))
             source.append(correlation(openings, self.openings[index]))
-            shown.append(faces)
-        faces = np.stack([shown[clip][frame] for clip, frame in self.moments])
-        return {"r": float(np.mean(given)), "r_source": float(np.mean(source))}, faces
+            generated.append(faces)
+        faces = np.stack([generated[clip][frame] for clip, frame in self.moments])
+        return {"r": float(np.mean(target)), "r_source": float(np.mean(source))}, faces
 
     @property
     def moments(self) -> list[tuple[int, int]]:
-        """Clips and frames of the picture."""
+        """Clips and frames of the image."""
         length = min(map(len, self.openings))
         return [(i % len(self.clips), int(length * (i + 0.5) / MOMENTS)) for i in range(MOMENTS)]
 
     def _generate(self, state: TrainState, clip: Clip, speaker: Clip) -> np.ndarray:
-        """Faces of a clip with the audio of another one, all from its most closed mouth as the reference."""
+        """Faces of a clip with the audio of `speaker`; the reference is the frame with the most closed mouth."""
         frames = _usable(clip)[: len(_usable(speaker))]
         closed = _usable(clip)[true_openings(clip, _usable(clip)).argmin()]
         masked = torch.from_numpy(clip.tensor("masked_latents")[frames, 0])
         reference = torch.from_numpy(clip.tensor("latents")[closed, 0]).expand_as(masked)
         windows = read_windows(speaker, 0, len(speaker), self.contract)[_usable(speaker)[: len(frames)]]
-        device, pieces = self.vae.autoencoder.device, []
-        for part in torch.arange(len(frames)).split(BATCH):
-            unet_input = torch.cat([masked[part], reference[part]], dim=1).to(device).float()
-            pieces.append(state.unet(unet_input, torch.from_numpy(windows)[part].to(device).float()))
-        return self._decode(torch.cat(pieces).float().cpu().numpy())
+        device, predictions = self.vae.autoencoder.device, []
+        for batch in torch.arange(len(frames)).split(BATCH):
+            unet_input = torch.cat([masked[batch], reference[batch]], dim=1).to(device).float()
+            predictions.append(state.unet(unet_input, torch.from_numpy(windows)[batch].to(device).float()))
+        return self._decode(torch.cat(predictions).float().cpu().numpy())
 
     @torch.no_grad()
     def _decode(self, latents: np.ndarray) -> np.ndarray:
         """Latents (T, 4, 32, 32) -> faces BGR uint8 (T, 256, 256, 3)."""
-        pieces = torch.from_numpy(latents).to(self.vae.autoencoder.device).float().split(BATCH)
-        return np.concatenate([to_uint8(self.vae.decode(piece)) for piece in pieces])
+        batches = torch.from_numpy(latents).to(self.vae.autoencoder.device).float().split(BATCH)
+        return np.concatenate([to_uint8(self.vae.decode(batch)) for batch in batches])
 
 
 def _usable(clip: Clip) -> np.ndarray:
     return np.flatnonzero(clip.usable)
 
 
-def picture(probe: Probe, faces: list[np.ndarray]) -> np.ndarray:
-    """Rows of moments: the true face of the video, then what was generated at each evaluation. BGR uint8."""
+def draw_faces(probe: Probe, faces: list[np.ndarray]) -> np.ndarray:
+    """A row for each moment: the true face, then the generated face at each evaluation. BGR uint8."""
     truth = np.stack([probe.truth[clip][frame] for clip, frame in probe.moments])
     return np.vstack([np.hstack(row) for row in zip(truth, *faces, strict=True)])
 
 
 def draw_curves(curves: dict[str, list[dict]]) -> np.ndarray:
-    """Each figure over the steps, a line for each learning rate. BGR uint8."""
+    """Plots each figure over the steps, a line for each learning rate. BGR uint8."""
     names = [name for name in next(iter(curves.values()))[0] if name not in ("steps", "steps_per_s")]
     figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
     for name, axis in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
@@ -217,13 +217,13 @@ def draw_curves(curves: dict[str, list[dict]]) -> np.ndarray:
 
 
 def resume(training: FromScratch, config: GpuCheckConfig, report: Callable) -> None:
-    """Save the training, make a step, load it and make the same step again."""
+    """Saves the training, makes a step, loads it and repeats the step; reports times and differences."""
     state, folder = training.state, config.output / "state"
     start = time.perf_counter()
     path = save_state(folder, state.step, state.as_dict(), keep=1)
     saved, size = time.perf_counter(), path.stat().st_size
     first = training.step(training.batches())
-    again = time.perf_counter()
+    loading = time.perf_counter()
     state.restore(load_latest_state(folder)[1], path)
     restored = time.perf_counter()
     second = training.step(training.batches())
@@ -233,7 +233,7 @@ def resume(training: FromScratch, config: GpuCheckConfig, report: Callable) -> N
         f"step {state.step}",
         GiB=size / GIB,
         seconds_to_save=saved - start,
-        seconds_to_load=restored - again,
+        seconds_to_load=restored - loading,
         **{f"{name}_differs_by": abs(second.terms[name] - value).item() for name, value in first.terms.items()},
         gradient_norm_differs_by=abs(second.grad_norm - first.grad_norm).item(),
     )

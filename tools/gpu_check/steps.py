@@ -1,4 +1,4 @@
-"""What an optimizer step costs at full size, with random weights, and what it could cost at the GPU's speed."""
+"""Cost of an optimizer step at full size with random weights, compared with the peak throughput of the GPU."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from musetalk_trainer import PRESETS
 if TYPE_CHECKING:
     from tools.gpu_check.__main__ import GpuCheckConfig
 
-SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices whose product shows the peak
+SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices whose product measures the peak
 
 
 def time_steps(config: GpuCheckConfig, accelerator: Accelerator, report: Callable) -> None:
-    """Report a micro step of each preset, the last one, in which all happens that ever does, at each chunk size."""
+    """Reports the cost of the last micro step of each preset, which has all losses, at each chunk size."""
     peak = matmul_peak(accelerator.device)
     report("peak", "matrix product in bfloat16", TFLOP_per_s=peak / 1e12)
     for preset in config.presets:
@@ -43,7 +43,7 @@ def time_steps(config: GpuCheckConfig, accelerator: Accelerator, report: Callabl
 
 
 def step_cost(step: Callable[[], StepResult], device: torch.device, peak: float, times: int) -> dict[str, float | str]:
-    """Time, operations and memory of an optimizer step. peak: operations a second that shares refer to."""
+    """Time, operations and memory of an optimizer step. peak: operations a second, for `share_of_peak`."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -67,7 +67,7 @@ def matmul_peak(device: torch.device) -> float:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, times: int) -> float:
-    """Seconds that some work takes, a mean over several times after a first one that does not count."""
+    """Mean seconds of a call, measured after a warm-up call."""
     work()
     synchronize(device)
     start = time.perf_counter()

@@ -337,7 +337,7 @@ def test_a_check_reads_the_weights_that_are_there(config, sample_cache, mini):
     train("stage2", run)
     with pytest.raises(ContractError, match="positional_encoding = True, but False is asked for"):
         train("stage2", replace(run, positional_encoding=False))
-    with pytest.raises(WeightsError, match="nothing is no file"):
+    with pytest.raises(WeightsError, match="nothing is neither a file"):
         train("stage2", replace(run, start_from="nothing"))
     assert [path.name for path in run.checkpoint_dir.iterdir()] == ["stage1"]
 

@@ -46,6 +46,7 @@ from musetalk.models.vae import VAE, load_vae
 from musetalk.training.preflight import SHARED_MEMORY
 
 PACKAGES = ("torch", "diffusers", "accelerate", "numpy", "av", "safetensors")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 CPU = torch.device("cpu")
 GIB = 2**30
 
@@ -98,17 +99,13 @@ def machine(config: CheckConfig) -> Iterator[Finding]:
 
 
 def files(models_dir: Path) -> Iterator[Finding]:
-    """Each published weight file that is present: its size, the start of its sha256, and whether it is as published."""
-    for name, source in SOURCES.items():
-        path = models_dir / name
-        if path.is_file() and path.suffix != ".json":
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if not source.sha256:
-                origin = "no published checksum"
-            else:
-                origin = "as published" if digest.startswith(source.sha256) else "not the published file"
-            yield Finding(f"{path}: {path.stat().st_size:,} bytes, sha256 {digest[:16]}, {origin}")
+    """Each weight file, in whichever layout: its size, the start of its sha256, and the published file it equals."""
+    published = {source.sha256: name for name, source in SOURCES.items() if source.sha256}
+    for path in sorted(path for path in models_dir.glob("*/*") if path.suffix in WEIGHT_SUFFIXES):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        origin = f"the published {published[digest]}" if digest in published else "no published file that is known"
+        yield Finding(f"{path}: {path.stat().st_size:,} bytes, sha256 {digest[:16]}, {origin}")
 
 
 def networks(config: CheckConfig) -> Iterator[Finding]:

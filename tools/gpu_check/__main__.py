@@ -37,7 +37,7 @@ class GpuCheckConfig:
     output: Path = Path("output/gpu_check")
     models_dir: Path = Path("models")  # sizes of the networks
     vae_dir: Path = Path("models/mini")
-    quick: bool = False  # a few seconds for each check instead of minutes
+    quick: bool = False  # seconds instead of minutes: one learning rate, chunk size and height each
     checks: tuple[Literal["learning", "steps", "dubbing"], ...] = ("learning", "steps", "dubbing")
     presets: tuple[str, ...] = ("stage1", "stage2")  # presets whose steps are measured
     chunk_sizes: tuple[int, ...] = (16, 4, 1)

@@ -39,7 +39,7 @@ def dub(config: GpuCheckConfig, accelerator: Accelerator, report: Callable) -> N
     with patch("musetalk.models.vae.fingerprint", return_value=cache.contract.vae):
         vae = VAE(nn.Module.to(autoencoder, device, getattr(torch, cache.contract.encode_dtype)))
     pipeline = LipSyncPipeline(unet, vae, cache.contract, config.vae_dir)
-    for height in config.heights:
+    for height in config.heights[:1] if config.quick else config.heights:
         source = config.output / f"source_{height}.mp4"
         faces, boxes = write_source(clip, height, source)
         start = time.perf_counter()

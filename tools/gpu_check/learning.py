@@ -61,7 +61,7 @@ def learn(config: GpuCheckConfig, accelerator: Accelerator, report: Callable) ->
     probe = Probe(cache, train_clips, held_clips, vae)
     seconds = config.learn_seconds * (QUICK_SHARE if config.quick else 1)
     curves = {}
-    for rate in config.learning_rates:
+    for rate in config.learning_rates[-1:] if config.quick else config.learning_rates:
         constants = replace(
             PRESETS["stage1"],
             models_dir=config.models_dir,

@@ -34,7 +34,7 @@ def time_steps(config: GpuCheckConfig, accelerator: Accelerator, report: Callabl
         training = untrained_training(constants, accelerator)
         step = partial(training.step, batch_size)
         samples = batch_size * constants.frames
-        for chunk_size in config.chunk_sizes:
+        for chunk_size in config.chunk_sizes[:1] if config.quick else config.chunk_sizes:
             training.objective.chunk_size = chunk_size
             cost = step_cost(step, accelerator.device, peak, times=1 if config.quick else 3)
             report("step", f"{preset}, {samples} samples, chunk_size {chunk_size}", **cost)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import cv2
@@ -23,9 +22,7 @@ from musetalk.files import read_json
 from musetalk.inference.pipeline import LipSyncPipeline, PreparedVideo, StageTimer
 from musetalk.models.unet import build_unet
 from musetalk.models.vae import VAE
-
-if TYPE_CHECKING:
-    from tools.gpu_check.__main__ import GpuCheckConfig
+from tools.gpu_check.config import GpuCheckConfig
 
 FACE = 0.45  # side of the face box, relative to the height of the frame
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -39,10 +38,8 @@ from musetalk_trainer import (
     optimizer_step,
     weights,
 )
+from tools.gpu_check.config import GpuCheckConfig
 from tools.gpu_check.mouth import MouthReader
-
-if TYPE_CHECKING:
-    from tools.gpu_check.__main__ import GpuCheckConfig
 
 HELD_OUT = 6  # clips, at most half of them
 QUICK_SHARE = 0.1  # duration of a quick check, relative to a full one

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -17,9 +16,7 @@ from benchmarks.memory import GIB
 from benchmarks.training import untrained_training
 from musetalk.training.step import StepResult
 from musetalk_trainer import PRESETS
-
-if TYPE_CHECKING:
-    from tools.gpu_check.__main__ import GpuCheckConfig
+from tools.gpu_check.config import GpuCheckConfig
 
 SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices whose product measures the peak
 

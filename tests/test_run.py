@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 from dataclasses import replace
@@ -16,7 +17,7 @@ from musetalk.training.checkpoint import load_latest_state, save_state
 from musetalk.training.distributed import start_processes
 from musetalk.training.preflight import bytes_of, check_shared_memory, state_bytes, workers_that_fit
 from musetalk.training.run import open_run
-from tests.ranks import Config, make_state, train
+from tests.ranks import Config, Numbers, make_state, train
 
 MB = 10**6
 
@@ -41,6 +42,16 @@ def make_steps(config: Config, *, stop_after: int = 0, weights: dict | None = No
 
 def names(config: Config) -> list[str]:
     return sorted(path.name for path in (config.checkpoint_dir / "tiny").glob("*-*"))
+
+
+def test_no_worker_outlives_a_run(config):
+    """Even if something still refers to its batches, such as a frame in a reference cycle."""
+    with open_run("tiny", replace(config, num_workers=2), make_state(), start_processes("cpu")) as run:
+        batches = run.batches(Numbers())
+        next(batches)
+        assert len(multiprocessing.active_children()) == 2
+    assert not multiprocessing.active_children()
+    assert next(batches, None) is None
 
 
 # Saves.

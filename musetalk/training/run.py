@@ -41,6 +41,7 @@ class Run:
     resumed: bool  # from a training state
     ranks: Ranks
     stopping: StopRequests  # of this process
+    stack: ExitStack  # closed at the end of the run
     saved_at: float  # seconds of time.monotonic() at the last save or the start
 
     def batches(self, dataset: Dataset) -> Iterator[dict]:
@@ -62,7 +63,9 @@ class Run:
         share = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
         share["pin_memory"] = self.accelerator.device.type == "cuda"
         steps = range(state.step, config.num_steps)
-        return iter(loader(dataset, steps, config.batch_size, workers, config.prefetch, **share))
+        batches = closable(iter(loader(dataset, steps, config.batch_size, workers, config.prefetch, **share)))
+        self.stack.callback(batches.close)
+        return batches
 
     def steps(self) -> Iterable[int]:
         """Returns the remaining steps, shown by a progress bar."""
@@ -135,7 +138,15 @@ def open_run(
         log.line(f"on {devices}; at step {state.step}")
         # Until here there is nothing to save, and a signal ends the process.
         stopping = stack.enter_context(stop_requests(patient=accelerator.num_processes > 1))
-        yield Run(config, state, accelerator, folder, log, resumed, ranks, stopping, time.monotonic())
+        yield Run(config, state, accelerator, folder, log, resumed, ranks, stopping, stack, time.monotonic())
+
+
+def closable(batches: Iterator[dict]) -> Iterator[dict]:
+    """Yields batches. Closing it drops the only reference to a DataLoader's iterator, which ends its workers.
+
+    Otherwise they could outlive the run: workers ignore SIGTERM, and Python waits for them when it exits.
+    """
+    yield from batches
 
 
 def resume(state: State, folder: Path, *, check_sums: bool = True) -> bool:

@@ -84,7 +84,9 @@ def parse_arguments(name: str, arguments: list[str]) -> None:
     (config,) = (
         value
         for key, value in vars(module).items()
-        if key.endswith("Config") and is_dataclass(value) and value.__module__ == name
+        if key.endswith("Config")
+        and is_dataclass(value)
+        and value.__module__.startswith(name.removesuffix(".__main__"))
     )
     tyro.cli(config, args=arguments)
 

@@ -453,7 +453,7 @@ def test_command_line():
         and config.batch_size == 3
         and config.loss_weights == weights(latent_l1=2.0, pixel_l1=1.0, lpips=0.1)
     )
-    with pytest.raises(UserError, match="no preset 'stage9'"):
+    with pytest.raises(UserError, match="preset must be one of .*, not 'stage9'"):
         parse(["stage9"])
 
 

@@ -1,13 +1,15 @@
 # make demo: prepare, train and lip-sync the built-in sample, about 7 minutes on 2 cores
-# make test: the checks that CI runs
+# make test: the checks to run before a commit
+# make test-slow: the slow tests
 # make test-mmpose: the tests that need mmpose, in a separate environment
 # make bench: benchmarks of training, the cache and inference against targets, about 10 minutes on 2 cores
 # make evidence: ablations of the training recipe, hours on 2 cores; resumes after an interruption
 # make torture: fault injection by kills, full disks and denied writes, about an hour on 2 cores
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-mmpose bench evidence torture clean
+.PHONY: demo test test-slow test-mmpose bench evidence torture clean
 
 demo: .venv/installed
 	$(BIN)/python datasets_process.py
@@ -17,7 +19,10 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/installed
+	$(PYTEST) -m slow
 
 test-mmpose: .venv-mmpose/installed
 	.venv-mmpose/bin/python -m pytest -q -p tests.cpu_torchvision tests/test_mmpose.py

@@ -23,6 +23,8 @@ from musetalk.errors import TrainError
 from musetalk.models.vae import load_vae
 from musetalk_trainer import PRESETS, TrainConfig, build_objective, build_state, check_config, optimizer_step, weights
 
+pytestmark = pytest.mark.slow
+
 # A minimal UNet with each kind of part: attention to audio, downsampling, upsampling.
 LEAST = {
     "block_out_channels": [8, 16],

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from musetalk.data.face.face import FaceBackend
+from musetalk.data.face.mediapipe import MediapipeFaceMesh
 from musetalk.errors import UserError
 
 # Backend -> name of its landmarks in a feature contract.
@@ -23,15 +24,13 @@ def check_face_backend(name: str) -> None:
 
 
 def load_face_backend(name: str, models_dir: Path, device: torch.device | str) -> FaceBackend:
-    """Loads a backend of FACE_BACKENDS. mediapipe contains its weights and runs on the CPU.
+    """Loads a backend of FACE_BACKENDS. The weights of mediapipe are part of this package, not of models_dir.
 
     Raises UserError for an unknown name, WeightsError if a file of models_dir is missing or invalid.
     """
     check_face_backend(name)
     if name == "mediapipe":
-        from musetalk.data.face.mediapipe import MediapipeFaceMesh  # slow import
-
-        return MediapipeFaceMesh()
+        return MediapipeFaceMesh(torch.device(device))
     if name == "dwpose":
         from musetalk.data.face.dwpose import load_dwpose  # slow import (diffusers)
 

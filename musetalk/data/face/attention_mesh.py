@@ -65,7 +65,10 @@ class Region(nn.Module):
         centre, axes = self.frame(mesh)
         cells = cell_centres(REGION_SIZE).to(mesh) - 0.5
         grid = (centre[:, None] + cells @ axes).view(-1, REGION_SIZE, REGION_SIZE, 2) * (2 / SIZE) - 1
-        cut = functional.grid_sample(features, grid, "bilinear", "zeros", align_corners=False)
+        cut = functional.grid_sample(features, grid, align_corners=False)
+        # MediaPipe's zero padding starts at the centres of the outermost cells.
+        inside = (grid.abs() <= 1 - 1 / features.shape[-1]).all(dim=-1)
+        cut = cut * inside[:, None]
         points = self.head(self.narrow(self.body(cut))).view(len(mesh), -1, 2)
         return centre[:, None] + (points / POINT_RANGE - 0.5) @ axes
 

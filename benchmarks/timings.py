@@ -18,7 +18,7 @@ from benchmarks.silent import silent_backend, silent_vae
 from benchmarks.workplace import Measured, UnavailableError, Workplace, cut, prepare_quietly
 from datasets_process import PrepareConfig
 from musetalk.contract import IMAGE_SIZE, RIGID
-from musetalk.data.cache import encode_jpegs
+from musetalk.data.cache import JpegBuffer
 from musetalk.data.crop import crop_clips, face_box
 from musetalk.data.dataset import FaceDataset
 from musetalk.data.face.mediapipe import MediapipeFaceMesh
@@ -75,9 +75,10 @@ def preprocess_nonmodel_ratio(workplace: Workplace) -> Measured:
     folder.mkdir()
 
     def ours() -> None:
-        for name, cropped, _ in crop_clips(PurePath(video.name), read_frames(video), backend, RIGID):
-            vae.encode_clip(name, cropped.crops, RIGID)
-            encode_jpegs(image for images in cropped.crops for image in images)
+        readers = read_frames(video), read_frames(video)
+        for name, _, crops, _ in crop_clips(PurePath(video.name), readers, backend, RIGID):
+            jpegs = JpegBuffer()
+            vae.encode_clip(name, jpegs.passing(crops, 1), RIGID)
 
     return ratio(lambda: list(original.crop_frames(video, box, folder)), ours)
 

@@ -161,7 +161,7 @@ def write_source() -> Callable:
 @pytest.fixture(scope="session")
 def random_tensors() -> Callable[..., dict[str, np.ndarray]]:
     """A function: sizes -> the tensors of a made-up clip, as musetalk/data/cache.py lists them."""
-    from musetalk.data.cache import encode_jpegs
+    from musetalk.data.cache import JpegBuffer
 
     def make(
         frames: int,
@@ -182,7 +182,7 @@ def random_tensors() -> Callable[..., dict[str, np.ndarray]]:
             for good in usable
             for _ in range(variants)
         ]
-        jpegs, offsets = encode_jpegs(images)
+        jpegs, offsets = JpegBuffer(images).tensors()
         latents = (frames, variants, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
         features = 2 * frames if features is None else features
         return {

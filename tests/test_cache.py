@@ -24,7 +24,7 @@ from musetalk.data.cache import (
     CacheError,
     CacheWriter,
     Clip,
-    encode_jpegs,
+    JpegBuffer,
     read_contract,
 )
 from musetalk.files import atomic_write_bytes
@@ -104,7 +104,7 @@ def test_every_picture_is_found_in_its_frame_and_variant(tmp_path, random_tensor
         for pair in levels
         for k in range(2)
     ]
-    jpegs, offsets = encode_jpegs(images)
+    jpegs, offsets = JpegBuffer(images).tensors()
     assert jpegs.dtype == np.uint8 and offsets.dtype == np.int64 and len(offsets) == 9
     assert offsets[0] == 0 and offsets[-1] == len(jpegs) and offsets[2] == offsets[3] == offsets[4]
     writer = CacheWriter(tmp_path, CONTRACT)
@@ -169,9 +169,9 @@ def test_pictures_are_stored_close_and_with_all_their_colour():
     edges[:, ::2] = (30, 30, 220)
     edges[:, 1::2] = (30, 150, 30)
     for image, least in ((crop, 35), (edges, 30)):
-        jpeg, _ = encode_jpegs([image])
+        jpeg, _ = JpegBuffer([image]).tensors()
         assert psnr(cv2.imdecode(jpeg, cv2.IMREAD_COLOR), image) >= least
-    content = encode_jpegs([crop])[0].tobytes()
+    content = JpegBuffer([crop]).tensors()[0].tobytes()
     header = content[content.index(b"\xff\xc0") :]  # the frame's header; 0x11 is a component at full size
     assert [header[11 + 3 * component] for component in range(3)] == [0x11] * 3
     assert len(content) < 45_000
@@ -325,7 +325,7 @@ def test_a_broken_picture_is_named_when_it_is_read(folder, random_tensors):
 
 def test_a_picture_of_another_size_is_broken(tmp_path, random_tensors):
     tensors = random_tensors(1)
-    tensors["face_jpeg"], tensors["face_jpeg_offsets"] = encode_jpegs([np.zeros((64, 64, 3), np.uint8)])
+    tensors["face_jpeg"], tensors["face_jpeg_offsets"] = JpegBuffer([np.zeros((64, 64, 3), np.uint8)]).tensors()
     CacheWriter(tmp_path, ONE_MARGIN).write("a", tensors, ABOUT)
     with pytest.raises(CacheError, match="a.safetensors: .*frame 0"):
         Cache(tmp_path).clips["a"].image(0)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from musetalk.contract import RIGID, FeatureContract
 from musetalk.data.audio import audio_windows
 from musetalk.data.cache import Cache, CacheError, CacheWriter
-from musetalk.data.crop import crop_person, mouth_box
+from musetalk.data.crop import find_person, mouth_box
 from musetalk.data.dataset import FaceDataset, Sample, face_shapes, pose_matched_candidates, read_windows, split_clips
 from musetalk.data.video import read_frames
 
@@ -253,7 +253,7 @@ def test_the_pose_and_mouth_of_the_landmarks_in_the_cache_choose_the_references(
 
 def test_real_faces_give_references_of_a_nearer_pose_with_another_mouth(clips, face_backend):
     """Against references at random, by figures that the choice does not look at: nose and opening."""
-    faces = crop_person(islice(read_frames(clips / "talking_b.mp4"), 100), face_backend, RIGID).faces
+    faces = find_person(islice(read_frames(clips / "talking_b.mp4"), 100), face_backend, RIGID).faces
     points = np.stack([face.landmarks for face in faces if face])
     noses, openings = points[:, 30] - points[:, 27], points[:, 66, 1] - points[:, 62, 1]
     shapes = face_shapes(points)

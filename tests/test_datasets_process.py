@@ -74,15 +74,15 @@ def test_two_runs_give_the_same_bytes_and_a_third_does_nothing(small_clips, samp
 
 def test_it_goes_on_after_an_interruption(small_clips, sample_cache, tmp_path, monkeypatch):
     config = PrepareConfig(hdtf_dir=small_clips, hdtf_samples_dir=tmp_path)
-    encode_jpegs, calls = datasets_process.encode_jpegs, []
+    clip_tensors, calls = datasets_process.clip_tensors, []
 
-    def interrupted(images):
+    def interrupted(*args):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return encode_jpegs(images)
+        return clip_tensors(*args)
 
-    monkeypatch.setattr(datasets_process, "encode_jpegs", interrupted)
+    monkeypatch.setattr(datasets_process, "clip_tensors", interrupted)
     with pytest.raises(SystemExit) as leaving:
         run_script(prepare, config)
     assert leaving.value.code == 130

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hostile_files import DEEP, copied, mutated, one_clip, read_all, refusal, survive
 
-from musetalk.data.cache import Cache, encode_jpegs
+from musetalk.data.cache import Cache, JpegBuffer
 from musetalk.files import folder_lock
 
 
@@ -91,7 +91,7 @@ def test_a_mutated_clip_is_read_or_rejected(made_cache, tmp_path_factory, data):
 def test_a_clip_with_mutated_images_is_read_or_rejected(made_cache, tmp_path_factory, data):
     folder = copied(made_cache, tmp_path_factory)
     tensors = safetensors.numpy.load((folder / "clips" / "a.safetensors").read_bytes())
-    jpeg = encode_jpegs([np.full((256, 256, 3), 7, np.uint8)])[0]
+    jpeg = JpegBuffer([np.full((256, 256, 3), 7, np.uint8)]).tensors()[0]
     path = store_picture(folder, tensors, data.draw(mutated(jpeg.tobytes())))
     survive(lambda: read_all(folder), str(path))
 

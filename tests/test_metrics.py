@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from musetalk.contract import CONTRACTS
-from musetalk.data.crop import crop_person, in_crop
+from musetalk.data.crop import crop_person, find_person, in_crop
 from musetalk.data.face.face import Face
 from musetalk.data.video import read_frames
 from musetalk.inference.metrics import (
@@ -118,14 +118,12 @@ def test_the_detector_finds_faces_in_real_crops_where_it_does_in_frames(clips, f
     names = ("talking_a", "talking_b", "talking_c", "people/person_3", "people/person_7", "people/person_l4")
     missed, distances = [], []
     for name in names:
-        frames = islice(read_frames(clips / f"{name}.mp4"), 0, 100, 10)
-        clip = crop_person(frames, face_backend, CONTRACTS[contract])
-        usable = [k for k, face in enumerate(clip.faces) if face is not None]
-        truth = [
-            Face(clip.boxes[k, 0], in_crop(clip.faces[k].landmarks, clip.boxes[k, 0]), clip.faces[k].score)
-            for k in usable
-        ]
-        detected = detect_in_crops([clip.crops[k][0] for k in usable], face_backend)
+        frames = list(islice(read_frames(clips / f"{name}.mp4"), 0, 100, 10))
+        person = find_person(frames, face_backend, CONTRACTS[contract])
+        faces = [(face, box) for face, (box,) in zip(person.faces, person.boxes, strict=True) if face is not None]
+        truth = [Face(box, in_crop(face.landmarks, box), face.score) for face, box in faces]
+        crops = [images[0] for images in crop_person(frames, person) if images is not None]
+        detected = detect_in_crops(crops, face_backend)
         missed += [face is None for face in detected]
         distances.append(mouth_landmark_distance(detected, truth))
     assert len(missed) >= 55 and np.mean(missed) < 0.03

@@ -229,7 +229,7 @@ def test_the_throughput_of_each_stage_is_printed(small_clips, sample_cache, tmp_
     slow(pipeline.backend, "detect", 15 / 100)  # per batch, of two
     slow(pipeline.vae, "encode", 1 / 20)  # per call; a frame takes two
     prepared = pipeline.prepare(video)
-    assert "frames/s: find the face 100.0, encode it 10.0\n" in capsys.readouterr().err
+    assert "frames/s: find the face 100.0, crop and encode it 10.0\n" in capsys.readouterr().err
 
     slow(pipeline_module, "audio_features", 30 / 500)
     slow(pipeline, "generate", 2 / 50)  # a batch of 2

@@ -12,7 +12,7 @@ from torch import nn
 
 from musetalk.contract import RIGID
 from musetalk.data.audio import mel_start
-from musetalk.data.cache import Cache, CacheError, CacheWriter, encode_jpegs
+from musetalk.data.cache import Cache, CacheError, CacheWriter, JpegBuffer
 from musetalk.models.syncnet import SyncNet, Wav2LipSyncNet
 from musetalk.training.sync_check import (
     MAX_OFFSET,
@@ -78,7 +78,7 @@ def make_cache_of(tmp_path_factory, random_tensors) -> Callable[[dict[str, int]]
         folder = tmp_path_factory.mktemp("cache")
         writer = CacheWriter(folder, RIGID)
         for index, (name, frames) in enumerate(clips.items()):
-            jpegs, offsets = encode_jpegs([make_image(index, frame) for frame in range(frames)])
+            jpegs, offsets = JpegBuffer([make_image(index, frame) for frame in range(frames)]).tensors()
             tensors = random_tensors(frames) | {"face_jpeg": jpegs, "face_jpeg_offsets": offsets}
             tensors["mel"] = make_mel(index)[: mel_start(frames) + 1]
             metadata = {"source": f"{name}.mp4", "source_bytes": 9, "identity": name, "last": True}

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from reprlib import repr as short
 
@@ -91,13 +91,32 @@ def identity_of(source: PurePath, identities: dict[str, str]) -> str:
     return identities.get(path) or (hdtf[1] if hdtf else path)
 
 
-def encode_jpegs(images: Iterable[np.ndarray | None]) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes BGR uint8 (256, 256, 3) images (None: unusable) -> `face_jpeg` and `face_jpeg_offsets`."""
-    pieces = [
-        np.zeros(0, np.uint8) if image is None else cv2.imencode(".jpg", image, JPEG_OPTIONS)[1] for image in images
-    ]
-    offsets = np.cumsum([0] + [len(piece) for piece in pieces], dtype=np.int64)
-    return np.concatenate(pieces), offsets
+class JpegBuffer:
+    """Encodes the images of a clip one by one into the tensors `face_jpeg` and `face_jpeg_offsets`."""
+
+    def __init__(self, images: Iterable[np.ndarray | None] = ()) -> None:
+        """images: BGR uint8 (256, 256, 3) in the order of the tensor, None for those of unusable frames."""
+        self.content, self.offsets = bytearray(), [0]  # one array per image would fragment the heap
+        self.extend(images)
+
+    def extend(self, images: Iterable[np.ndarray | None]) -> None:
+        """Appends images, see `__init__`."""
+        for image in images:
+            if image is not None:
+                self.content += cv2.imencode(".jpg", image, JPEG_OPTIONS)[1].data
+            self.offsets.append(len(self.content))
+
+    def passing(
+        self, crops: Iterable[Sequence[np.ndarray] | None], variants: int
+    ) -> Iterator[Sequence[np.ndarray] | None]:
+        """Yields the K crops of each frame, or None for an unusable frame, unchanged, and appends them."""
+        for images in crops:
+            self.extend([None] * variants if images is None else images)
+            yield images
+
+    def tensors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns `face_jpeg` and `face_jpeg_offsets` of the images so far."""
+        return np.frombuffer(self.content, np.uint8), np.array(self.offsets, np.int64)
 
 
 def _json_bytes(values: dict) -> bytes:

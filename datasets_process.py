@@ -38,7 +38,7 @@ from musetalk.contract import (
     WINDOW_STEPS,
     FeatureContract,
 )
-from musetalk.data.audio import audio_features, sync_mel, window_start
+from musetalk.data.audio import audio_features, clip_audio, sync_mel, window_start
 from musetalk.data.cache import (
     MAX_CLIP_FRAMES,
     Cache,
@@ -211,6 +211,7 @@ def prepare_source(source: Path, metadata: dict, writer: CacheWriter, models: Mo
         if usable.any():
             audio_inputs = features[FEATURES_PER_FRAME * start :], mel[SYNC_MEL_RATE * start // VIDEO_FPS :]
             tensors = clip_tensors(name, person, counted(crops, bar), usable, audio_inputs, models)
+            tensors["audio"] = clip_audio(audio, start, len(usable))
             yield writer.write(name, tensors, clip_metadata)
             continue
         second = start // VIDEO_FPS

@@ -195,6 +195,7 @@ def random_tensors() -> Callable[..., dict[str, np.ndarray]]:
             "landmarks": rng.uniform(0, 500, (frames, 68, 2)).astype(np.float32),
             "boxes": rng.integers([0, 0, 250, 250], [250, 250, 500, 500], (frames, variants, 4)).astype(np.int32),
             "usable": usable,
+            "audio": rng.integers(-(2**15), 2**15, SAMPLES_PER_FRAME * (frames + 30)).astype(np.int16),
         }
 
     return make

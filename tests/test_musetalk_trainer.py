@@ -6,7 +6,6 @@ import json
 import re
 import sys
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -19,7 +18,6 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import musetalk_trainer
-from losses.discriminator import PatchDiscriminator
 from losses.objective import Objective
 from musetalk.contract import CONTRACTS, ContractError
 from musetalk.data.cache import Cache, CacheError
@@ -51,6 +49,7 @@ def config(sample_cache, tmp_path) -> TrainConfig:
     return replace(
         PRESETS["demo"],
         hdtf_samples_dir=sample_cache.folder,
+        held_out_identities=(),
         checkpoint_dir=tmp_path / "checkpoints",
         log_dir=tmp_path / "log",
         batch_size=2,
@@ -71,9 +70,8 @@ def expert(tmp_path) -> str:
 
 
 @pytest.fixture
-def every_loss(config, expert, monkeypatch) -> TrainConfig:
+def every_loss(config, expert) -> TrainConfig:
     """Windows of five frames, with narrow discriminators and all losses but LPIPS, whose network is slow."""
-    monkeypatch.setattr(musetalk_trainer, "PatchDiscriminator", partial(PatchDiscriminator, width=4))
     return replace(
         config,
         loss_weights={name: 0.5 for name in LOSSES} | {"lpips": 0.0},
@@ -82,6 +80,7 @@ def every_loss(config, expert, monkeypatch) -> TrainConfig:
         grad_accum_steps=2,
         adversarial_start=1,
         adaptive_every=2,
+        discriminator_width=4,
         sync_expert=expert,
         unfit_expert=True,
     )
@@ -487,6 +486,7 @@ UNFIT = {
     "contract": ["v2", "", None, 1],
     "positional_encoding": [0, 1, "yes", None],
     "held_out": [*NO_NUMBER, 0.0, 0, 1.0, 1, 1.5],
+    "held_out_identities": ["sample_05", ["sample_05"], None, (1,)],
     "references": ["near", "", None, 1],
     "min_reference_gap": NO_COUNT,
     "frames": NO_COUNT,
@@ -508,6 +508,7 @@ UNFIT = {
     "full_decoder_every": NO_COUNT_OR_ZERO,
     "adversarial_start": NO_COUNT_OR_ZERO,
     "adaptive_every": NO_COUNT_OR_ZERO,
+    "discriminator_width": NO_COUNT,
     "discriminator_learning_rate": [*NO_NUMBER, 0.0, 0],
     "discriminator_betas": NO_BETAS,
     "sync_expert": [None, 1, Path("syncnet")],

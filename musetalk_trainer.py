@@ -164,7 +164,7 @@ class TrainConfig:
 PRESETS = {
     "demo": TrainConfig(
         models_dir=Path("models/mini"),
-        held_out_identities=("sample_05", "sample_06"),
+        held_out_identities=("sample_05", "sample_06"),  # clips of the built-in sample
         references="random",
         num_workers=0,
         batch_size=8,

@@ -249,7 +249,6 @@ def train(preset: str, config: TrainConfig) -> None:
     pipeline = LipSyncPipeline(state.unet, vae, contract, config.models_dir)
     validator = None
     if config.val_every:
-        _ = pipeline.audio_encoder  # loaded now: if its weights are missing, this is the time to say so
         judges = {"distance": objective.distance, "expert": expert}
         validator = Validator(pipeline, cache, held_clips, config.val_frames, **judges)
     run_sync_check = expert and partial(check_expert, expert, cache, held_clips, config.seed)
@@ -283,10 +282,8 @@ def train(preset: str, config: TrainConfig) -> None:
             if result.skipped:
                 run.log.line(f"skipped: {result.skipped}")
             if run.due(config.log_every):
-                values = accelerator.reduce(result.terms, "mean") | {"grad_norm": result.grad_norm}
-                values |= {term_name("adaptive_weight", region): x for region, x in state.adaptive_weights.items()}
-                record = {name: value.item() for name, value in values.items()}
-                run.log.record(state.step, record | {"learning_rate": result.learning_rate})
+                adaptive = {term_name("adaptive_weight", name): x.item() for name, x in state.adaptive_weights.items()}
+                run.log.record(state.step, run.figures(result) | adaptive)
 
             # Sample.
             if accelerator.is_main_process and run.due(config.sample_every):

@@ -176,9 +176,7 @@ def train(preset: str, config: SyncConfig) -> None:
             if result.skipped:
                 run.log.line(f"skipped: {result.skipped}")
             if run.due(config.log_every):
-                values = accelerator.reduce(result.terms, "mean") | {"grad_norm": result.grad_norm}
-                values = {name: value.item() for name, value in values.items()}
-                record = values | {"learning_rate": result.learning_rate} | record
+                record = run.figures(result) | record
             if record:
                 run.log.record(state.step, record)
 

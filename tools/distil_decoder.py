@@ -108,8 +108,7 @@ def main(config: DistilConfig) -> None:
             if result.skipped:
                 run.log.line(f"skipped: {result.skipped}")
             if run.due(config.log_every):
-                terms = accelerator.reduce(result.terms, "mean")
-                run.log.record(state.step, {name: value.item() for name, value in terms.items()})
+                run.log.record(state.step, run.figures(result))
 
             # Save.
             stop = run.stop_requested()

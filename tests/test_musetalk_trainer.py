@@ -442,11 +442,17 @@ def test_a_batch_larger_than_the_data_is_refused_before_networks_are_loaded(conf
 def test_named_clips_are_held_out_and_references_are_as_chosen(one_step, monkeypatch):
     samples = []
     draw = FaceDataset.draw
-    monkeypatch.setattr(FaceDataset, "draw", lambda *arguments: samples.append(draw(*arguments)) or samples[-1])
+
+    def record(dataset, *arguments):
+        samples.append((dataset.references, draw(dataset, *arguments)))
+        return samples[-1][1]
+
+    monkeypatch.setattr(FaceDataset, "draw", record)
     train("demo", replace(one_step, held_out_identities=("sample_00", "sample_02"), references="adjacent"))
     assert "held out 2 of 3 clips (all clips show one identity): sample_00, sample_02" in log_of(one_step)
-    assert samples and {sample.clip for sample in samples} == {"sample_01"}
-    assert all(abs(sample.references[0] - sample.start) == 1 for sample in samples)
+    trained = [sample for references, sample in samples if references == "adjacent"]  # the others are for pictures
+    assert {sample.clip for sample in trained} == {"sample_01"}
+    assert all(abs(sample.references[0] - sample.start) == 1 for sample in trained)
 
 
 def test_audio_features_of_another_width_are_refused(config, mini, tmp_path):

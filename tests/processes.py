@@ -38,6 +38,7 @@ CONFIG = TrainConfig(
     loss_weights=weights(**LOSS_WEIGHTS),
     adaptive_every=1,
     chunk_size=1,
+    discriminator_width=4,
     discriminator_learning_rate=1e-3,
 )
 SYNC_CONFIG = SyncConfig(**COMMON, held_out=0.25, gaps=(9, 3), other_clips=0.5)
@@ -77,7 +78,7 @@ def train_unet(cache: Cache, config: TrainConfig) -> None:
     """Trains as the trainer does, with small networks and without validation."""
     width = next(iter(cache.clips.values())).tensor("audio_features", 0, 1).shape[-1]
     musetalk_trainer.build_unet = lambda *_: small_unet(width)
-    musetalk_trainer.PatchDiscriminator = partial(PatchDiscriminator, width=4, layers=2)
+    musetalk_trainer.PatchDiscriminator = partial(PatchDiscriminator, layers=2)
     accelerator = start_processes("cpu")
     dataset = open_dataset(
         config, cache, sorted(cache.clips), cache.contract, world_size=accelerator.num_processes, sync_offset=0

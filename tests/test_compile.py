@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from dataclasses import replace
-from functools import partial
 from itertools import repeat
 from pathlib import Path
 
@@ -16,8 +15,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch._dynamo.utils import counters
 
-import musetalk_trainer
-from losses.discriminator import PatchDiscriminator
 from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, LATENT_SIZE, RIGID, WINDOW_STEPS
 from musetalk.errors import TrainError
 from musetalk.models.vae import load_vae
@@ -40,15 +37,15 @@ needs_a_compiler = pytest.mark.skipif(
 
 
 @pytest.fixture
-def config(mini, tmp_path, monkeypatch) -> TrainConfig:
+def config(mini, tmp_path) -> TrainConfig:
     """A training of a UNet that compiles fast, with an adaptive weight every other step and updates close to 0."""
-    monkeypatch.setattr(musetalk_trainer, "PatchDiscriminator", partial(PatchDiscriminator, width=4))
     planned = json.loads((mini / "musetalk/musetalk.json").read_text()) | LEAST
     (tmp_path / "musetalk").mkdir()
     (tmp_path / "musetalk/musetalk.json").write_text(json.dumps(planned))
     losses = weights(latent_l1=1.0, pixel_l1=1.0, adv_g=1.0)
+    small = {"models_dir": tmp_path, "discriminator_width": 4}
     still = {"learning_rate": 1e-12, "discriminator_learning_rate": 1e-12, "max_grad_norm": 1e9}
-    return replace(PRESETS["demo"], models_dir=tmp_path, loss_weights=losses, pixel_every=1, adaptive_every=2, **still)
+    return replace(PRESETS["demo"], **small, loss_weights=losses, pixel_every=1, adaptive_every=2, **still)
 
 
 def results(config: TrainConfig, mini: Path, precision: str = "no") -> dict[str, torch.Tensor]:

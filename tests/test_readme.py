@@ -191,7 +191,7 @@ def test_the_notebook_uses_clips_that_the_demo_holds_out(random_tensors, tmp_pat
         metadata = {"source": f"sample_{index:02d}.mp4", "source_bytes": 9, "identity": "astronaut", "last": True}
         writer.write(f"sample_{index:02d}", random_tensors(1), metadata)
     demo = PRESETS["demo"]
-    _, held_out, _ = split_clips(Cache(tmp_path), demo.held_out, demo.seed)
+    _, held_out, _ = split_clips(Cache(tmp_path), demo.held_out, demo.held_out_identities)
     assert set(re.findall(r"sample_\d\d", NOTEBOOK.cells[1].source)) == set(held_out)
 
 

@@ -45,6 +45,7 @@ def config(sample_cache, tmp_path, monkeypatch) -> SyncConfig:
     return replace(
         PRESETS["demo"],
         hdtf_samples_dir=sample_cache.folder,
+        held_out_identities=(),
         checkpoint_dir=tmp_path / "checkpoints",
         log_dir=tmp_path / "log",
         batch_size=2,
@@ -422,6 +423,7 @@ UNFIT = {
     "architecture": ["syncnet", "", None, 1],
     "start_from": [None, 1, Path("a")],
     "held_out": [*NO_NUMBER, 0.0, 0, 1.0, 1, 1.5],
+    "held_out_identities": ["sample_05", ["sample_05"], None, (1,)],
     "num_workers": [-1, 513, 1.0, True, "4"],
     "prefetch": NO_COUNT,
     "batch_size": NO_COUNT,

@@ -69,6 +69,7 @@ def config(cache, tiny, mini, tmp_path) -> TrainConfig:
     return replace(
         PRESETS["demo"],
         hdtf_samples_dir=cache.folder,
+        held_out_identities=(),
         checkpoint_dir=tmp_path / "checkpoints",
         log_dir=tmp_path / "log",
         models_dir=mini,

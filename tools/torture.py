@@ -158,6 +158,7 @@ def train(cache: Path) -> None:
     config = replace(
         musetalk_trainer.PRESETS["demo"],
         hdtf_samples_dir=cache,
+        held_out_identities=(),
         models_dir=MODELS,
         batch_size=2,
         pixel_every=2,

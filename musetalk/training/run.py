@@ -27,6 +27,7 @@ from musetalk.training.distributed import Ranks
 from musetalk.training.log import RunLog, SilentLog
 from musetalk.training.preflight import check_disk, check_shared_memory, checksum, tensors_in, workers_that_fit
 from musetalk.training.protocols import RunConfig, State
+from musetalk.training.step import StepResult
 
 
 @dataclass
@@ -79,6 +80,11 @@ class Run:
             with self.stopping.patience():
                 save_state(self.folder, self.state.step, self.state.as_dict(), self.config.keep_states)
             self.saved_at = time.monotonic()
+
+    def figures(self, result: StepResult) -> dict[str, float]:
+        """Losses of a step as means over processes, gradient norm and learning rate. All processes must call it."""
+        values = self.accelerator.reduce(result.terms, "mean") | {"grad_norm": result.grad_norm}
+        return {name: value.item() for name, value in values.items()} | {"learning_rate": result.learning_rate}
 
     def keep_weights(self, path: Path) -> None:
         """Logs weights that were just saved and deletes older ones beyond `keep_weights`."""

@@ -113,7 +113,8 @@ class Validation:
 class Validator:
     """Validates a pipeline on held-out clips, any number of times.
 
-    Raises UserError if mediapipe is not installed, CacheError if no clip is long enough.
+    Raises WeightsError if there is no audio encoder, UserError if mediapipe is not installed, CacheError if no clip is
+    long enough.
     """
 
     pipeline: LipSyncPipeline
@@ -125,6 +126,7 @@ class Validator:
     expert: SyncNet | None = None
 
     def __post_init__(self) -> None:
+        _ = self.pipeline.audio_encoder  # loads it
         if find_spec("mediapipe") is None:
             raise UserError("validation detects mouths with mediapipe, which is not installed; pip install mediapipe")
         chosen = [self.cache.clips[name] for name in self.clips[:: -(-len(self.clips) // self.most)]]

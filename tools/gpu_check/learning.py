@@ -41,7 +41,7 @@ from musetalk_trainer import (
 from tools.gpu_check.config import GpuCheckConfig
 from tools.gpu_check.mouth import MouthReader
 
-HELD_OUT = 6  # clips, at most half of them
+HELD_OUT = 0.35  # share of identities, or of clips if there is one identity
 QUICK_SHARE = 0.1  # duration of a quick check, relative to a full one
 EVALUATIONS, QUICK_EVALUATIONS = 6, 2  # of a training
 MOMENTS = 6  # rows of the image
@@ -54,7 +54,7 @@ def learn(config: GpuCheckConfig, accelerator: Accelerator, report: Callable) ->
     """Reports training for equal times at each learning rate, then saving and loading of the last training."""
     cache = Cache(config.material)
     vae = load_pixel_vae(config.vae_dir, accelerator)
-    train_clips, held_clips, _ = split_clips(cache, HELD_OUT / max(len(cache.clips), 2 * HELD_OUT), seed=0)
+    train_clips, held_clips, _ = split_clips(cache, HELD_OUT)
     probe = Probe(cache, train_clips, held_clips, vae)
     seconds = config.learn_seconds * (QUICK_SHARE if config.quick else 1)
     curves = {}

@@ -11,9 +11,7 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks import ROOT
-from benchmarks.evidence.pieces import Piece
-from benchmarks.evidence.recipes import (
+from ablations.recipes import (
     DISCRIMINATOR_WIDTH,
     FRAMES,
     FURTHER_STEPS,
@@ -25,10 +23,10 @@ from benchmarks.evidence.recipes import (
     STEPS,
     TRAINING_EXPERT,
 )
+from ablations.tasks import WORK, Task
 from musetalk.files import atomic_write_bytes, read_json
 from musetalk.training.log import rendered
 
-FOLDER = ROOT / "benchmarks/evidence"
 ACROSS = 3  # plots in a row
 
 Results = dict[str, list[dict]]  # recipe -> for each seed {"figures", "openings"}
@@ -45,32 +43,12 @@ class Measure:
 
 
 MEASURES = (
-    Measure(
-        "lmd",
-        "mouth landmark distance, relative to the distance between the eyes",
-        lambda f: f["lmd"],
-        0,
-    ),
+    Measure("lmd", "mouth landmark distance, relative to the distance between the eyes", lambda f: f["lmd"], 0),
     Measure("r own", "correlation of the mouth openings with the true ones", lambda f: f["r_own_audio"], 1),
-    Measure(
-        "r other",
-        "with the audio of another clip: correlation with its openings",
-        lambda f: f["r_other_audio"],
-        1,
-    ),
-    Measure(
-        "r source",
-        "then: correlation with the openings of the source clip",
-        lambda f: f["r_source_audio"],
-        0,
-    ),
+    Measure("r other", "with the audio of another clip: with its openings", lambda f: f["r_other_audio"], 1),
+    Measure("r source", "with the same audio: with the openings of the source", lambda f: f["r_source_audio"], 0),
     Measure("reference", "share of another reference's opening that is copied", lambda f: f["reference_share"], 0),
-    Measure(
-        "jitter",
-        "second difference of the lips over the truth's",
-        lambda f: f["jitter"] / f["jitter_truth"],
-        1,
-    ),
+    Measure("jitter", "second difference of the lips over the truth's", lambda f: f["jitter"] / f["jitter_truth"], 1),
     Measure(
         "silence",
         "opening in silence minus that of a closed mouth, relative to the mean opening",
@@ -79,21 +57,19 @@ MEASURES = (
     ),
     Measure(
         "sync",
-        "sync confidence of the measuring expert, relative to the truth",
+        "sync confidence by the measuring expert, relative to the truth",
         lambda f: f["sync_confidence"] / f["sync_confidence_truth"],
         1,
     ),
-    Measure("offset", "audio offset in frames, by the measuring expert", lambda f: f["sync_offset"], 0),
     Measure("PSNR", "of the mouth, dB", lambda f: f["psnr_mouth"], np.inf),
-    Measure("SSIM", "of the mouth", lambda f: f["ssim_mouth"], 1),
 )
 HEAD = f"""\
 # Ablations
 
-Written by `make evidence`; [README.md](README.md) describes the measurements. All recipes use the small networks
+Written by `make ablations`; docs/ablations.md describes the measurements. All recipes use the small networks
 (`models/mini`), discriminators with {DISCRIMINATOR_WIDTH} channels instead of 64, and no LPIPS, whose weights were not
 available. A step has {FRAMES} frames, or {4 * FRAMES} with four windows. An untrained UNet trains for {STEPS} steps,
-with pixel losses in every {PIXEL_EVERY}th; a trained one for another {FURTHER_STEPS} steps, all with pixel losses.
+with image losses in every {PIXEL_EVERY}th; a trained one for another {FURTHER_STEPS} steps, all with image losses.
 
 A cell is the mean over the seeds ± half of the range. **Bold**: better with every seed than the baseline with any;
 *italic*: worse with every seed; plain: within the spread.
@@ -104,33 +80,33 @@ A cell is the mean over the seeds ± half of the range. **Bold**: better with ev
 
 
 def write_report() -> Path:
-    """Writes the report of everything in results/ and returns its path."""
+    """Writes the report of all results and returns its path."""
     text = HEAD + "\n".join(f"| {measure.name} | {measure.about} | {measure.best:g} |" for measure in MEASURES) + "\n"
     for name, material in MATERIALS.items():
-        results = {recipe: results_of(name, recipe) for recipe in material.recipes}
-        results = {recipe: seeds for recipe, seeds in results.items() if seeds}
+        tasks = {recipe: measured(name, recipe) for recipe in material.recipes}
+        results = {recipe: [read_json(task.result) for task in seeds] for recipe, seeds in tasks.items() if seeds}
         text += f"\n## {name}\n\n{material.about}\n\n{experts(name)}"
         if results:
-            atomic_write_bytes(FOLDER / f"{name}.png", cv2.imencode(".png", draw_openings(results))[1].tobytes())
+            atomic_write_bytes(WORK / f"{name}.png", cv2.imencode(".png", draw_openings(results))[1].tobytes())
             text += f"\n{table(results)}\n{faces(name, results)}\n![mouth openings]({name}.png)\n"
-    path = FOLDER / "results.md"
+    path = WORK / "report.md"
     atomic_write_bytes(path, text.encode())
     return path
 
 
-def results_of(material: str, recipe: str) -> list[dict]:
-    """The results of a recipe, one for each finished seed."""
-    paths = [Piece("measurement", (material, recipe, str(seed))).result for seed in SEEDS]
-    return [read_json(path) for path in paths if path.exists()]
+def measured(material: str, recipe: str) -> list[Task]:
+    """The finished measurements of a recipe, one for each seed."""
+    tasks = [Task("measurement", material, (recipe, str(seed))) for seed in SEEDS]
+    return [task for task in tasks if task.done]
 
 
 def experts(material: str) -> str:
     """The checks of the sync experts."""
     lines = ""
     for role, seed in (("training", TRAINING_EXPERT), ("measuring", MEASURING_EXPERT)):
-        path = Piece("expert", (material, str(seed))).result
-        if path.exists():
-            check = read_json(path)
+        task = Task("expert", material, (str(seed),))
+        if task.done:
+            check = read_json(task.result)
             verdict = "refused, so recipes with a sync loss are skipped" if check["fault"] else "accepted"
             lines += (
                 f"- The {role} sync expert on the held-out clips: accuracy {check['accuracy']:.2f}, audio offset "
@@ -158,7 +134,7 @@ def table(results: Results) -> str:
 def describe(recipe: str) -> str:
     """The description of a recipe, its start and its baseline."""
     plan = RECIPES[recipe]
-    words = [plan.about] + [f"starts from `{plan.after}`"] * bool(plan.after)
+    words = [plan.about] + [f"starts from `{plan.config.start_from}`"] * bool(plan.config.start_from)
     words += [f"compared with `{plan.baseline}`"] * (plan.baseline != recipe)
     return f"- `{recipe}`: {'; '.join(words)}.\n"
 
@@ -181,11 +157,10 @@ def cell(ours: np.ndarray, baseline: np.ndarray, measure: Measure) -> str:
 
 
 def faces(material: str, results: Results) -> str:
-    """The same frames generated by each recipe with the first seed."""
-    rows = {"truth": f"results/truth-{material}.jpg"}
-    for recipe in results:
-        path = Piece("measurement", (material, recipe, str(SEEDS[0]))).result.with_suffix(".jpg")
-        rows[recipe] = path.relative_to(FOLDER).as_posix()
+    """The same frames of the truth and as generated by each recipe, with its first seed."""
+    folders = {recipe: measured(material, recipe)[0].folder.name for recipe in results}
+    rows = {"truth": f"{next(iter(folders.values()))}/truth.jpg"}
+    rows |= {recipe: f"{folder}/prediction.jpg" for recipe, folder in folders.items()}
     lines = ["Held-out clips with a closed, a half-open and an open mouth:", "", "| | |", "|---|---|"]
     return "\n".join(lines + [f"| {name} | ![{name}]({path}) |" for name, path in rows.items()]) + "\n"
 

@@ -11,8 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from test_hostile_files import refusal
-from test_hostile_pickles import dictionary, harmful, named, text, zipped
+from hostile import Call, refusal
 from torch import nn
 
 from musetalk.data.face import load_face_backend
@@ -165,7 +164,7 @@ def test_a_checkpoint_of_another_network_is_refused_by_name(tmp_path, monkeypatc
 def test_what_would_run_code_is_still_refused(tmp_path):
     trap, path = tmp_path / "trap", tmp_path / WEIGHTS
     path.parent.mkdir()
-    path.write_bytes(zipped(dictionary(text("message_hub"), harmful(trap)["builtin"])))
+    torch.save({"message_hub": Call(eval, f"open({str(trap)!r}, 'w')")}, path)
     refusal(lambda: load_dwpose(tmp_path, CPU), WEIGHTS)
     assert not trap.exists()
 
@@ -173,7 +172,7 @@ def test_what_would_run_code_is_still_refused(tmp_path):
 def test_names_without_a_call_are_no_weights(tmp_path):
     path = tmp_path / WEIGHTS
     path.parent.mkdir()
-    path.write_bytes(zipped(dictionary(text("state_dict"), named("builtins.getattr"))))
+    torch.save({"state_dict": getattr}, path)
     assert "holds no weights by name" in refusal(lambda: load_dwpose(tmp_path, CPU), WEIGHTS)
 
 

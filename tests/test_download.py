@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tyro
+from hostile import refusal
 from huggingface_hub import constants, file_download
 
 from musetalk.cli import run_script
@@ -79,7 +80,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
 
 @pytest.fixture(params=["hub", "http"])
 def serve(request, server, monkeypatch) -> Callable[..., Served]:
-    """Returns a function that puts a file on the server and among the sources, as one of the Hub or of another site."""
+    """Returns a function that puts a file on the server and into `SOURCES`, as a file of the Hub or of another site."""
     url = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -141,8 +142,8 @@ def test_a_broken_transfer_from_the_hub_is_resumed(serve, models, monkeypatch):
     assert served.ranges == [None, "bytes=150000-"]
 
 
-@pytest.mark.parametrize("fault", [{"statuses": [404] * 9}, {"statuses": [403] * 9}, {"cuts": [1000] * 99}], ids=repr)
-def test_a_failed_transfer_is_one_sentence_and_leaves_nothing(serve, models, capsys, fault):
+@pytest.mark.parametrize("fault", [{"statuses": [404] * 9}, {"cuts": [1000] * 99}], ids=repr)
+def test_a_failed_transfer_is_reported_in_one_sentence_and_leaves_no_file(serve, models, capsys, fault):
     serve(**fault)
     with pytest.raises(SystemExit) as ended:
         run_script(main, DownloadConfig(places=(NAME,), models_dir=models))
@@ -151,17 +152,16 @@ def test_a_failed_transfer_is_one_sentence_and_leaves_nothing(serve, models, cap
     assert files(models) == {} and not (models / ".download").exists()
 
 
-def test_a_missing_server_is_one_sentence(serve, models, monkeypatch):
+def test_an_unreachable_server_is_reported_in_one_sentence(serve, models, monkeypatch):
     serve()
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:1/{repo_id}{revision}{filename}")
     if not SOURCES[NAME].repo:
         monkeypatch.setitem(SOURCES, NAME, Source("http://127.0.0.1:1/a.bin"))
-    with pytest.raises(WeightsError, match="a.bin cannot be downloaded: "):
-        get(models)
+    refusal(lambda: get(models), "a.bin cannot be downloaded: ")
     assert files(models) == {}
 
 
-@pytest.mark.parametrize("place", ["", "..", "/", "whisp", "whisper/../vgg", "vgg/lpips.pth/x"])
+@pytest.mark.parametrize("place", ["", "..", "whisp", "whisper/../vgg"])
 def test_an_unknown_place_is_refused(models, place):
     with pytest.raises(WeightsError, match="is not a known file or folder"):
         get(models, place)
@@ -178,7 +178,7 @@ def test_without_places_all_files_are_listed(models, capsys):
     assert [line.split()[0] for line in lines if " there " in line] == ["whisper/tiny.pt"]
 
 
-def test_a_file_of_a_web_page_is_left_to_the_user(models, capsys):
+def test_the_user_is_told_where_to_get_a_file_that_no_command_can_download(models, capsys):
     get(models, "musetalk/cunet.bin")
     assert "cunet.bin cannot be downloaded by this command: get it from https://drive." in capsys.readouterr().out
 

@@ -232,12 +232,12 @@ def test_memory_grows_little_with_the_length_of_the_audio(tmp_path, mini, voice)
     """Reads VmHWM, since getrusage includes the memory of the parent process before it started the child."""
     if not Path("/proc/self/status").exists():
         pytest.skip("needs Linux, which reports the peak memory of a process")
-    paths = [str(tmp_path / f"{minutes}.wav") for minutes in (2, 4)]
-    for path, minutes in zip(paths, (2, 4), strict=True):
+    paths = [str(tmp_path / f"{minutes}.wav") for minutes in (1, 6)]
+    for path, minutes in zip(paths, (1, 6), strict=True):
         wavfile.write(path, AUDIO_SAMPLE_RATE, np.tile(voice(60), minutes))
     command = [sys.executable, "-c", MEASURE, str(mini), *paths]
     peaks = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert int(peaks[1]) - int(peaks[0]) <= 2 * MAX_GROWTH
+    assert int(peaks[1]) - int(peaks[0]) <= 5 * MAX_GROWTH
 
 
 # Corruption.

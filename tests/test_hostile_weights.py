@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -75,18 +74,6 @@ def test_ignored_globals_do_nothing(tmp_path):
 
 
 # Corruption.
-
-
-def test_a_compressed_archive_is_refused(tmp_path):
-    """torch does not decompress LZMA."""
-    path = tmp_path / "unet.pth"
-    with (
-        zipfile.ZipFile(io.BytesIO(torch_file({"a": torch.ones(9)}))) as stored,
-        zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as compressed,
-    ):
-        for name in stored.namelist():
-            compressed.writestr(name, stored.read(name))
-    refusal(lambda: read_tensors(path), str(path))
 
 
 @pytest.mark.parametrize("as_zip", FORMATS.values(), ids=FORMATS)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from hostile import refusal
-from seeded import random_tensor, random_weights
 
 from musetalk.models.lpips import LPIPS, VGG16, Heads, load_lpips
 
@@ -50,18 +49,6 @@ def test_lpips_by_hand(hand_lpips):
     assert hand_lpips(painted(1e-4, -1), painted(-1, -1)).item() == pytest.approx(15 * share, rel=1e-6)
     both = hand_lpips(torch.cat([painted(3, 4), painted(1, 1)]), torch.cat([painted(4, 3), painted(1, 1)]))
     assert both.tolist() == pytest.approx([1.0, 0.0])
-
-
-def test_lpips_is_a_distance():
-    lpips = LPIPS(random_weights(VGG16((4, 4, 8, 8, 8))), random_weights(Heads((4, 4, 8, 8, 8))))
-    for head in lpips.heads.parameters():
-        head.abs_()
-    first, second = random_tensor(2, 2, 3, 32, 48).clamp(-1, 1)
-    assert torch.equal(lpips(first, first), torch.zeros(2))
-    torch.testing.assert_close(lpips(first, second), lpips(second, first))
-    assert (lpips(first, second) > 1e-3).all()
-    assert (lpips(first, 0.9 * first + 0.1 * second) < lpips(first, 0.5 * first + 0.5 * second)).all()
-    torch.testing.assert_close(lpips(first, second)[1:], lpips(first[1:], second[1:]))
 
 
 def test_gradients_of_lpips_are_finite_and_reach_no_weights(hand_lpips):

@@ -1,11 +1,9 @@
-"""The committed small VAE: its files, its reconstruction of held-out people, and the formulas of tools/make_mini.py."""
+"""The committed small VAE: its files, and its reconstruction of people outside its training set."""
 
 from __future__ import annotations
 
-import copy
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,19 +11,9 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from musetalk.contract import IMAGE_SIZE, VAE_FACTOR
 from musetalk.data.crop import crop_face, face_box
 from musetalk.data.sample import render_frames
-from musetalk.images import to_tensor
-from tools.make_mini import (
-    HELD_OUT,
-    SCALING_FACTOR,
-    Config,
-    evaluate,
-    held_out_crops,
-    in_crop,
-    normalise_latents,
-)
+from tools.make_mini import HELD_OUT, Config, evaluate, held_out_crops, in_crop
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "models" / "mini" / "sd-vae-ft-mse"
@@ -63,48 +51,11 @@ def test_the_file_holds_fp16_weights_of_this_network(vae):
         assert torch.equal(tensor, weights[name].float()), name
 
 
-@torch.no_grad()
-def test_normalising_latents_keeps_the_images(vae, portrait):
-    """Corrects the mean and deviation of badly scaled latents, without changing images and relative noise."""
-    image = to_tensor(portrait[0])
-    off = copy.deepcopy(vae)
-    off.quant_conv.weight *= torch.tensor([0.5, 2, 3, 4] * 2).reshape(8, 1, 1, 1)
-    off.quant_conv.bias += 0.7
-    right = copy.deepcopy(off)
-    normalise_latents(right, portrait[0])
-    before, after = off.encode(image).latent_dist, right.encode(image).latent_dist
-    scaled = after.mode() * SCALING_FACTOR
-    torch.testing.assert_close(scaled.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-3)
-    torch.testing.assert_close(scaled.std((0, 2, 3)), torch.ones(4), rtol=1e-3, atol=0)
-    pictures = off.decode(before.mode()).sample, right.decode(after.mode()).sample
-    torch.testing.assert_close(*pictures, rtol=0, atol=1e-3)
-    noise = [d.std / d.mode().std((0, 2, 3), keepdim=True) for d in (before, after)]
-    torch.testing.assert_close(*noise, rtol=1e-3, atol=1e-6)
-
-
 def test_the_sample_is_reconstructed(vae, portrait):
     figures = evaluate(vae, *portrait)
     assert figures["psnr"] >= figures["psnr_bilinear"] + 2
     assert figures["psnr_mouth"] >= figures["psnr_mouth_bilinear"] + 1.5
     assert figures["colour"] <= 0.03 and figures["colour_lips"] <= 0.03 and figures["colour_eyes"] <= 0.03
-
-
-def test_metrics_of_a_grey_reconstruction_by_formula(vae, portrait):
-    """The colour error is the pooled crop's distance from grey."""
-
-    class Grey:
-        encode = vae.encode
-
-        @staticmethod
-        def decode(latents):
-            return SimpleNamespace(sample=torch.zeros(len(latents), 3, IMAGE_SIZE, IMAGE_SIZE))
-
-    figures = evaluate(Grey, *portrait)
-    image = to_tensor(portrait[0]) / 2  # error in [0, 1]
-    pooled = torch.nn.functional.avg_pool2d(image, VAE_FACTOR).abs().mean()
-    assert figures["colour"] == pytest.approx(pooled.item(), rel=1e-4)
-    assert figures["psnr"] == pytest.approx(-10 * torch.log10(image.square().mean()).item(), rel=1e-4)
-    assert figures["psnr"] < figures["psnr_bilinear"]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from seeded import random_tensor, random_weights
 from torch import nn
 from torch.nn import functional
 
+from musetalk.contract import SYNC_MEL_BINS
 from musetalk.models.syncnet import (
     STABLE_SYNCNET_16,
     STABLE_SYNCNET_16_ATTENTION,
@@ -63,11 +64,9 @@ def network(request) -> SyncNet:
             16_435_072,
             {
                 "face_encoder.0.conv_block.0.weight": (32, 15, 7, 7),
-                "face_encoder.1.conv_block.0.weight": (64, 32, 5, 5),
                 "face_encoder.16.conv_block.0.weight": (512, 512, 1, 1),
                 "face_encoder.13.conv_block.1.num_batches_tracked": (),
                 "audio_encoder.0.conv_block.0.bias": (32,),
-                "audio_encoder.12.conv_block.0.weight": (512, 256, 3, 3),
                 "audio_encoder.13.conv_block.1.running_var": (512,),
             },
         ),
@@ -99,28 +98,18 @@ def network(request) -> SyncNet:
     ],
     ids=["Wav2Lip", "stable", "stable with attention"],
 )
-def test_a_network_has_the_published_size_names_and_shapes(build, entries, parameters, shapes):
-    with torch.device("meta"):
-        network = build()
-    own = network.state_dict()
-    assert len(own) == entries and sum(weight.numel() for weight in network.parameters()) == parameters
-    assert shapes.items() <= {name: tuple(tensor.shape) for name, tensor in own.items()}.items()
-
-
-@pytest.mark.parametrize(
-    "build, frames, mel_frames, size, width",
-    [
-        (Wav2LipSyncNet, 5, 16, 96, 512),
-        (lambda: StableSyncNet(STABLE_SYNCNET_16), 16, 52, 256, 2048),
-    ],
-    ids=["Wav2Lip", "stable"],
-)
-def test_a_network_has_the_published_window_and_embedding(build, frames, mel_frames, size, width):
+def test_a_network_has_the_published_size_names_shapes_and_window(build, entries, parameters, shapes):
     with torch.device("meta"), torch.no_grad():
         network = build()
-        assert (network.frames, network.mel_frames, network.image_size) == (frames, mel_frames, size)
-        output = network(torch.empty(3, frames, 3, 256, 256), torch.empty(3, mel_frames, 80))
-    assert [tuple(x.shape) for x in output] == [(3, width)] * 2
+        embeddings = network(
+            torch.empty(3, network.frames, 3, 256, 256), torch.empty(3, network.mel_frames, SYNC_MEL_BINS)
+        )
+    tensors = network.state_dict()
+    assert len(tensors) == entries and sum(weight.numel() for weight in network.parameters()) == parameters
+    assert shapes.items() <= {name: tuple(tensor.shape) for name, tensor in tensors.items()}.items()
+    window = (5, 16, 96, 512) if build is Wav2LipSyncNet else (16, 52, 256, 2048)
+    assert (network.frames, network.mel_frames, network.image_size, embeddings[0].shape[1]) == window
+    assert embeddings[0].shape == embeddings[1].shape
 
 
 # Formulas.
@@ -149,21 +138,6 @@ def test_wav2lips_expert_layer_by_layer(wav2lip):
             y = (functional.batch_norm(z, mean, var, *affine) + (0 if block else y)).clamp(min=0)
         y = y.reshape(2, 512)
         torch.testing.assert_close(embedding, y / y.square().sum(1, keepdim=True).sqrt())
-
-
-@pytest.mark.parametrize("inputs", [32, 64])
-def test_a_residual_block_by_its_formula(inputs):
-    block = random_weights(ResnetBlock(inputs, 64, 1))
-    tensors = block.state_dict()
-    assert ("conv_shortcut.weight" in tensors) == (inputs != 64)
-    x = 1e-3 * random_tensor(2, inputs, 6, 10)  # so small that the epsilon of the norms matters
-    y = x
-    for layer in "12":
-        norm, conv = ([tensors[f"{kind}{layer}.{name}"] for name in ("weight", "bias")] for kind in ("norm", "conv"))
-        y = functional.conv2d(functional.silu(functional.group_norm(y, 32, *norm, 1e-6)), *conv, padding=1)
-    shortcut = functional.conv2d(x, *block.conv_shortcut.parameters()) if inputs != 64 else x
-    with torch.no_grad():
-        torch.testing.assert_close(block(x), y + shortcut)
 
 
 @pytest.mark.parametrize(
@@ -302,12 +276,11 @@ def test_a_stable_syncnet_with_or_without_attention_is_recognised(tmp_path, stab
         lambda c: c.update(audio_encoder={}),
         lambda c: c["visual_encoder"].update(block_out_channels=[10] * 5),
         lambda c: c["visual_encoder"].update(attn_blocks=[0]),
-        lambda c: c["visual_encoder"].update(in_channels=2),
         lambda c: c["audio_encoder"].update(in_channels=2),
         lambda c: c["audio_encoder"].update(downsample_factors=[16] * 5),
         lambda c: c.update(resolution=32),
     ],
-    ids=["missing field", "groups", "lengths", "channels of faces", "channels of mel", "reduced to nothing", "widths"],
+    ids=["missing field", "groups", "lengths", "channels", "reduced to nothing", "widths"],
 )
 def test_an_unsuitable_configuration_is_refused_by_name(tmp_path, change):
     config = asdict(SMALL)

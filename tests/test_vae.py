@@ -154,10 +154,6 @@ def test_the_fingerprint_does_not_depend_on_dtype_or_memory_format(small_models,
     assert other.fingerprint == vae.fingerprint and other.autoencoder.dtype == torch.bfloat16
 
 
-def test_a_missing_vae_is_reported(tmp_path):
-    assert "is missing" in refusal(lambda: load_vae(tmp_path, CPU, torch.float32), "sd-vae-ft-mse/")
-
-
 def test_the_full_vae_has_the_published_size_and_names():
     """Stable Diffusion's AutoencoderKL has 83,653,863 parameters."""
     config = json.loads((FULL / "sd-vae-ft-mse" / "config.json").read_text())

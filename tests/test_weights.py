@@ -87,19 +87,13 @@ def test_an_unreadable_file_is_refused_by_name(tmp_path, name):
     else:
         safetensors.torch.save_file(copied(network()), path)
     content = path.read_bytes()
-    for broken in (b"", b"version https://git-lfs.github.com/spec/v1\n", b"<html></html>", content[:50], content[:-30]):
+    pickles = b"\x80\x02.", b"\x80\x02N.", b"\x80\x02h\x05.", b"\x80\x02}q\x00."  # not written by torch
+    for broken in (b"", b"version https://git-lfs.github.com/spec/v1\n", content[:50], content[:-30], *pickles):
         path.write_bytes(broken)
         refusal(lambda: read_tensors(path), str(path))
     path.unlink()
     refusal(lambda: read_tensors(path), str(path))
     path.mkdir()
-    refusal(lambda: read_tensors(path), str(path))
-
-
-@pytest.mark.parametrize("content", [b"\x80\x02.", b"\x80\x02N.", b"\x80\x02h\x05.", b"\x80\x02}q\x00."])
-def test_a_pickle_that_torch_did_not_write_is_refused_by_name(tmp_path, content):
-    path = tmp_path / "a.bin"
-    path.write_bytes(content)
     refusal(lambda: read_tensors(path), str(path))
 
 
@@ -164,19 +158,6 @@ def test_all_mismatches_are_reported_and_nothing_is_loaded():
     assert "1 wrongly shaped: 2.weight (2, 5) instead of (2, 4)" in message
     assert "1 not floating point: 0.bias torch.int64" in message
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
-
-
-def test_only_the_kind_of_mismatch_that_occurs_is_reported():
-    for kind, change in (
-        ("missing", lambda tensors: tensors.pop("2.bias")),
-        ("unexpected", lambda tensors: tensors.update({"3.bias": torch.zeros(7)})),
-        ("wrongly shaped", lambda tensors: tensors.update({"2.bias": torch.zeros(7)})),
-    ):
-        module, tensors = network(0), copied(network(1))
-        change(tensors)
-        message = refusal(lambda module=module, tensors=tensors: load_strictly(module, tensors, Path("a.bin")), "a.bin")
-        assert [word for word in ("missing", "unexpected", "wrongly shaped") if word in message] == [kind]
-        assert same(module, network(0))
 
 
 def test_objects_other_than_tensors_are_skipped(tmp_path):

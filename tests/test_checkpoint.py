@@ -247,7 +247,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_weights_of_other_projects_are_loaded_exactly_under_the_contract_named(tmp_path, small_models, unet, name):
+def test_weights_of_other_projects_are_loaded_exactly_under_the_given_contract(tmp_path, small_models, unet, name):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     PUBLISHED[name](unet.model.state_dict(), path)

@@ -31,39 +31,29 @@ class Served:
     """A file of the server."""
 
     content: bytes = CONTENT
-    statuses: list[int] = field(default_factory=list)  # of the next answers
-    cuts: list[int] = field(default_factory=list)  # bytes after which the next answers break off
+    statuses: list[int] = field(default_factory=list)  # of the next responses
+    cuts: list[int] = field(default_factory=list)  # bytes after which the next responses break off
     ranges: list[str | None] = field(default_factory=list)  # Range headers of all GET requests
 
 
 class Handler(BaseHTTPRequestHandler):
-    def do_HEAD(self) -> None:
-        if served := self.server.files.get(self.path):
-            headers = {"ETag": f'"{hashlib.sha256(served.content).hexdigest()}"', "X-Repo-Commit": "c" * 40}
-            self.answer(served.statuses.pop(0) if served.statuses else 200, len(served.content), headers)
-        else:
-            self.answer(404, 0, {})
-
     def do_GET(self) -> None:
-        served = self.server.files.get(self.path)
-        if not served:
-            self.answer(404, 0, {})
-            return
-        served.ranges.append(self.headers["Range"])
-        if served.statuses:
-            self.answer(served.statuses.pop(0), 0, {})
-            return
-        start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")) if self.headers["Range"] else 0
-        body, size = served.content[start:], len(served.content)
-        headers = {"Content-Range": f"bytes {start}-{size - 1}/{size}"} if start else {}
-        self.answer(206 if start else 200, len(body), headers)
-        self.wfile.write(body[: served.cuts.pop(0)] if served.cuts else body)
-
-    def answer(self, status: int, length: int, headers: dict[str, str]) -> None:
+        served = self.server.files[self.path]
+        size, start = len(served.content), int((self.headers["Range"] or "bytes=0-")[len("bytes=") : -1])
+        status = served.statuses.pop(0) if served.statuses else 206 if start else 200
         self.send_response(status)
-        for key, value in ({"Content-Length": str(length)} | headers).items():
-            self.send_header(key, value)
+        self.send_header("Content-Length", str(size - start if status < 400 else 0))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+        self.send_header("ETag", f'"{hashlib.sha256(served.content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "c" * 40)
         self.end_headers()
+        if self.command == "GET":
+            served.ranges.append(self.headers["Range"])
+            if status < 400:
+                self.wfile.write(served.content[start:][: served.cuts.pop(0) if served.cuts else None])
+
+    do_HEAD = do_GET
 
     def log_message(self, *_) -> None:
         pass
@@ -178,7 +168,7 @@ def test_without_places_all_files_are_listed(models, capsys):
     assert [line.split()[0] for line in lines if " there " in line] == ["whisper/tiny.pt"]
 
 
-def test_the_user_is_told_where_to_get_a_file_that_no_command_can_download(models, capsys):
+def test_the_source_of_a_file_for_the_browser_is_printed(models, capsys):
     get(models, "musetalk/cunet.bin")
     assert "cunet.bin cannot be downloaded by this command: get it from https://drive." in capsys.readouterr().out
 

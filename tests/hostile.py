@@ -27,16 +27,6 @@ def read_or_refuse(read: Callable[[], object], name: str) -> None:
         assert name in str(error) and len(str(error).splitlines()) == 1
 
 
-class Call:
-    """An object whose unpickling calls a function: `torch.save` writes it as the call that `torch.load` would make."""
-
-    def __init__(self, function: Callable, *arguments: object) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> tuple:
-        return self.call
-
-
 # A value of any type to put in place of a value in a JSON file.
 UNUSUAL = (10**9, 2**63, 10**400, -1, 0, 1.5, float("nan"), float("inf"), True, None, "", "x" * 9999, "\n\x00\ud800")
 any_value = st.recursive(

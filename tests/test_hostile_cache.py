@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from musetalk.contract import CACHE_FIELDS, FeatureContract
-from musetalk.data.cache import CLIP_RECORD, TENSORS, Cache, CacheWriter, encode_jpegs, verify
+from musetalk.data.cache import CLIP_RECORD, TENSORS, Cache, CacheWriter, verify
 
 CONTRACT = FeatureContract(margins=(0, 10))
 METADATA = {"source": "a.mp4", "source_bytes": 9, "identity": "somebody", "start": 0, "last": True}
@@ -42,6 +42,10 @@ def read_all(folder: Path) -> None:
     list(verify(folder))
 
 
+def black_jpeg() -> bytes:
+    return cv2.imencode(".jpg", np.zeros((256, 256, 3), np.uint8))[1].tobytes()
+
+
 def replace_images(folder: Path, jpeg: bytes) -> Path:
     """Replaces all images of the clip by a JPEG file. Returns the path of the clip's tensors."""
     path = folder / "clips" / "a.safetensors"
@@ -64,8 +68,7 @@ def test_corrupted_tensors_are_read_or_refused(new_cache, data):
 @given(data=st.data())
 def test_corrupted_images_are_read_or_refused(new_cache, data):
     folder = new_cache()
-    jpeg = encode_jpegs([np.full((256, 256, 3), 7, np.uint8)])[0].tobytes()
-    path = replace_images(folder, data.draw(corrupted(jpeg)))
+    path = replace_images(folder, data.draw(corrupted(black_jpeg())))
     read_or_refuse(lambda: read_all(folder), str(path))
 
 
@@ -97,7 +100,7 @@ def test_a_record_that_could_not_be_written_again_is_refused(new_cache):
 @pytest.mark.parametrize("size", [(65500, 65500), (256, 255)], ids=str)
 def test_an_image_whose_header_claims_another_size_is_refused(new_cache, size):
     """OpenCV raises an error for more than 2**30 pixels."""
-    jpeg = bytearray(cv2.imencode(".jpg", np.zeros((256, 256, 3), np.uint8))[1].tobytes())
+    jpeg = bytearray(black_jpeg())
     start = jpeg.index(b"\xff\xc0") + 5  # of height and width in the frame header
     jpeg[start : start + 4] = struct.pack(">HH", *size)
     path = replace_images(folder := new_cache(), bytes(jpeg))

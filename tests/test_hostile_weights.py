@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from hostile import Call, corrupted, read_or_refuse, refusal
+from hostile import corrupted, read_or_refuse, refusal
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from musetalk.data.face.dwpose import WEIGHTS, load_dwpose
 from musetalk.models.audio_encoder import load_audio_encoder
 from musetalk.models.trained_unet import read_unet_contract
 from musetalk.models.unet import load_unet
@@ -23,6 +25,16 @@ from musetalk.training.checkpoint import load_latest_state
 
 CPU = torch.device("cpu")
 FORMATS = {"zip": True, "before zip": False}
+
+
+class Call:
+    """An object whose unpickling calls a function: `torch.save` writes it as the call that `torch.load` would make."""
+
+    def __init__(self, function: Callable, *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.call
 
 
 def network() -> nn.Module:
@@ -51,6 +63,7 @@ def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path, as_zip):
 def test_no_loader_executes_code(tmp_path, small_models):
     trap = tmp_path / "trap"
     readers = {
+        WEIGHTS: lambda: load_dwpose(tmp_path, CPU),
         "whisper/tiny.pt": lambda: load_audio_encoder(tmp_path, CPU),
         "training-state-0000001.pt": lambda: load_latest_state(tmp_path),
         "unet.pth": lambda: load_unet(small_models, tmp_path / "unet.pth", True),

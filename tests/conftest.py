@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL
 from hypothesis import settings
 
 from datasets_process import PrepareConfig
@@ -39,7 +40,7 @@ SHARED = ROOT.parent / "shared"
 SMALL_FRAMES = 30
 
 # The same examples at every run, and no clock.
-settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
+settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=10)
 settings.load_profile("repeatable")
 
 
@@ -79,6 +80,35 @@ def clips() -> Path:
 def mini() -> Path:
     """The models folder of the small networks that are committed."""
     return ROOT / "models" / "mini"
+
+
+@pytest.fixture(scope="session")
+def small_models(tmp_path_factory) -> Path:
+    """A models folder of seeded networks: the configuration of a UNet for audio features of width 16, and a VAE."""
+    folder = tmp_path_factory.mktemp("small_models")
+    unet = {
+        "in_channels": 2 * LATENT_CHANNELS,
+        "out_channels": LATENT_CHANNELS,
+        "block_out_channels": [8, 16],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 16,
+    }
+    (folder / "musetalk").mkdir()
+    (folder / "musetalk" / "musetalk.json").write_text(json.dumps(unet))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            block_out_channels=(4, 8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            norm_num_groups=4,
+        )
+    vae.save_pretrained(folder / "sd-vae-ft-mse")
+    return folder
 
 
 @pytest.fixture(scope="session")

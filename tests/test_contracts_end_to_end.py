@@ -1,7 +1,7 @@
 """The contracts of MuseTalk v1.0 and v1.5 from files to UNet inputs, each against its official inference.
 
-Single steps are tested elsewhere: mels, states and windows in test_audio.py, box and crop in test_crop.py, posterior,
-scale and positions in test_models.py.
+Single steps are tested elsewhere: mels, states and windows in test_audio.py, box and crop in test_crop.py, posterior
+and scale in test_vae.py, positions in test_unet.py.
 """
 
 from __future__ import annotations

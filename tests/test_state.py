@@ -220,8 +220,10 @@ STEPS = 8
 
 
 def command_line(cache: Path, folder: Path) -> list[str]:
-    """A few small steps of the demo, with a state of each fourth."""
+    """A few small steps of stage 1 without LPIPS, with a state of each fourth."""
     options = {
+        "--models-dir": "models/mini",
+        "--loss-weights.lpips": 0.0,
         "--hdtf-samples-dir": cache,
         "--checkpoint-dir": folder / "checkpoints",
         "--log-dir": folder / "log",
@@ -234,7 +236,7 @@ def command_line(cache: Path, folder: Path) -> list[str]:
         "--batch-size": 2,
         "--pixel-every": 2,
     }
-    return ["demo", *(str(part) for option in options.items() for part in option)]
+    return ["stage1", *(str(part) for option in options.items() for part in option)]
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
@@ -250,15 +252,15 @@ def test_the_script_stopped_by_ctrl_c_and_run_again_equals_a_run_without_interru
 ):
     """As people do it, with workers; the other run has none."""
     lines = [command_line(sample_cache.folder, tmp_path / name) for name in ("whole", "stopped")]
-    stats = tmp_path / "stopped/log/demo/stats.jsonl"
+    stats = tmp_path / "stopped/log/stage1/stats.jsonl"
     script = [ROOT / "musetalk_trainer.py", *lines[1], "--num-workers", "2"]
     code, printed = interrupt(script, lambda: stats.exists() and stats.read_text().endswith("\n"))
     assert code == 130 and "Traceback" not in printed
     step = int(re.search(r"\nstopped at step (\d+), .* run the same command again to resume\n$", printed)[1])
-    assert 0 < step < STEPS and load_latest_state(tmp_path / "stopped/checkpoints/demo")[1]["step"] == step
+    assert 0 < step < STEPS and load_latest_state(tmp_path / "stopped/checkpoints/stage1")[1]["step"] == step
     for line in lines:
         AcceleratorState._reset_state(reset_partial_state=True)
         train(*parse(line))
     assert outputs(tmp_path / "whole") == outputs(tmp_path / "stopped")
-    states = [load_latest_state(tmp_path / name / "checkpoints/demo")[1] for name in ("whole", "stopped")]
+    states = [load_latest_state(tmp_path / name / "checkpoints/stage1")[1] for name in ("whole", "stopped")]
     assert_equal(*states)

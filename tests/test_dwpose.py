@@ -112,9 +112,6 @@ def test_names_and_shapes_are_those_of_mmpose():
         network = RTMPose()
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     assert len(shapes) == 470 and sum(parameter.numel() for parameter in network.parameters()) == 33_610_919
-    assert shapes["backbone.stage4.1.conv2.conv.weight"] == (1024, 2048, 1, 1)
-    assert shapes["backbone.stage3.1.blocks.5.conv2.depthwise_conv.conv.weight"] == (256, 1, 5, 5)
-    assert shapes["head.final_layer.weight"] == (133, 1024, 7, 7) and shapes["head.gau.uv.weight"] == (1152, 256)
     listed = "".join(f"{name} {shape}\n" for name, shape in sorted(shapes.items()))
     expected = "69506a37d4855fdf906417fe8d97068db7cc41b66fa774b8bf3a600fd76b2cc3"
     assert hashlib.sha256(listed.encode()).hexdigest() == expected
@@ -132,7 +129,7 @@ def test_mirroring_swaps_left_and_right_points():
 
 def test_a_checkpoint_of_mmengines_trainer_is_loaded_bit_for_bit(published, backend):
     folder, tensors = published
-    referenced = set(torch.serialization.get_unsafe_referencedin_checkpoint(folder / WEIGHTS))
+    referenced = set(torch.serialization.get_unsafe_globals_in_checkpoint(folder / WEIGHTS))
     names = {name.rpartition(".")[2] for name in referenced}
     assert referenced <= set(IGNORED_GLOBALS)
     assert names == {"_reconstruct", "scalar", "ndarray", "dtype", "getattr", "HistoryBuffer"}
@@ -166,30 +163,18 @@ def test_the_mmpose_backend_without_mmpose_says_how_to_install_it(monkeypatch, t
 class FixedPose(nn.Module):
     """Places all points at one pixel of the input with given scores, mirrored in the mirrored view."""
 
-    def __init__(self, column: int, row: int, scores: np.ndarray, row_scores: np.ndarray | None = None) -> None:
+    def __init__(self, column: int, row: int, scores: np.ndarray) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
         self.columns, self.rows = torch.full((133, 576), -1.0), torch.full((133, 768), -1.0)
         self.columns[:, 2 * column] = torch.from_numpy(scores).float()
-        self.rows[:, 2 * row] = torch.from_numpy(scores if row_scores is None else row_scores).float()
+        self.rows[:, 2 * row] = torch.from_numpy(scores).float()
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert images.shape[1:] == (3, 384, 288) and torch.equal(images.chunk(2)[0], images.chunk(2)[1].flip(-1))
         columns = torch.stack([self.columns, self.columns[MIRRORED].flip(-1)])
         rows = torch.stack([self.rows, self.rows[MIRRORED]])
         return columns.repeat_interleave(len(images) // 2, 0), rows.repeat_interleave(len(images) // 2, 0)
-
-
-class Brightest(nn.Module):
-    """Places all points where the picture is brightest."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        bright = images.sum(dim=1)
-        return tuple(bright.amax(dim=d).repeat_interleave(2, -1)[:, None].expand(-1, 133, -1) for d in (1, 2))
 
 
 def black(width: int, height: int) -> np.ndarray:
@@ -219,18 +204,6 @@ def test_a_coordinate_just_below_a_whole_pixel_is_not_rounded_up():
     assert (points[..., 1].astype(np.int32) == 409).all() and (points[..., 1].astype(np.float32) == 410).all()
 
 
-@pytest.mark.parametrize(("width", "height"), [(1000, 400), (101, 177)])
-def test_a_bright_dot_is_found_at_its_place(width, height):
-    frames, places = [], np.random.default_rng(0).uniform(0.1, 0.9, (5, 2)) * (width, height)
-    pixel = max(width / 288, height / 384) * 1.25  # of the input, in pixels of the frame
-    radius = int(np.ceil(pixel))
-    for x, y in places.astype(int):
-        frames.append(black(width, height))
-        frames[-1][max(0, y - radius) : y + radius + 1, max(0, x - radius) : x + radius + 1] = 255
-    points, _ = DWPose(Brightest()).points(frames)
-    assert np.abs(points[:, 0] - places).max() < radius + pixel + 1
-
-
 def test_a_score_is_the_smaller_maximum_and_a_point_without_one_is_outside():
     columns, rows = np.zeros((1, 3, 576), np.float32), np.zeros((1, 3, 768), np.float32)
     columns[0, :, 11], rows[0, :, 700] = (0.9, 0.4, 0.5), (0.4, 0.9, -0.1)
@@ -254,9 +227,8 @@ def test_the_box_bounds_the_68_landmarks():
     network.columns[:], network.rows[:] = 0, 0
     for point in range(133):
         network.columns[point, 2 * point] = network.rows[point, 4 * point] = 1
-    ((face,),) = DWPose(network).detect(
-        [black(288 * 4 // 5, 384 * 4 // 5)]
-    )  # one pixel of the input is one of the frame
+    frame = black(288 * 4 // 5, 384 * 4 // 5)  # one pixel of the input is one of the frame
+    ((face,),) = DWPose(network).detect([frame])
     assert face.landmarks.shape == (68, 2) and face.landmarks.dtype == face.box.dtype == np.float64
     np.testing.assert_allclose(face.landmarks[0], (23 - 28.8, 46 - 38.4), atol=1)
     np.testing.assert_allclose(face.landmarks[67] - face.landmarks[0], (67, 134), atol=1)
@@ -273,10 +245,15 @@ def test_the_input_is_rgb_normalised_by_the_statistics_of_imagenet():
     np.testing.assert_allclose(inputs[0][0, :, 192, 144], expected, rtol=1e-6)
 
 
-def test_the_view_is_black_outside_the_frame():
-    view = warp(np.full((400, 400, 3), 255, np.uint8))
-    assert view.shape == (384, 288, 3) and view[192, 144].min() == 255
+def test_the_view_shows_the_frame_where_points_are_mapped_from_and_black_around_it():
+    """The view of 400 x 400 is 500 wide and 666.7 high around the same centre."""
+    frame = np.full((400, 400, 3), 100, np.uint8)
+    frame[290:310, 90:110] = 255
+    view = warp(frame)
+    assert view.shape == (384, 288, 3) and view[192, 144].min() == 100
     assert view[:60].max() == 0 == view[-60:].max() and view[192, 2].max() == 0 == view[192, -3].max()
+    y, x = np.argwhere(view[..., 0] > 200).mean(axis=0)
+    np.testing.assert_allclose((x * 500 / 288 - 50, y * 500 / 288 - 400 / 3), (99.5, 299.5), atol=1)
 
 
 # Batches, with the randomised network.
@@ -286,8 +263,7 @@ def test_the_view_is_black_outside_the_frame():
 def frames() -> list[np.ndarray]:
     """One frame more than a batch, of several sizes."""
     rng = np.random.default_rng(3)
-    sizes = [(120 + 40 * index, 200 - 20 * index) for index in range(BATCH + 1)]
-    return [rng.integers(256, size=(height, width, 3), dtype=np.uint8) for width, height in sizes]
+    return [rng.integers(256, size=(200 - 20 * k, 120 + 40 * k, 3), dtype=np.uint8) for k in range(BATCH + 1)]
 
 
 @pytest.mark.slow
@@ -301,11 +277,10 @@ def test_points_of_a_frame_do_not_depend_on_its_batch(backend, frames):
 
 
 def test_a_mirrored_frame_has_mirrored_points(backend, frames):
-    """Both views of each frame are averaged; results differ by a bin, or where two places have equal scores."""
+    """Up to a bin, or where two places have equal scores."""
     frame = frames[2]
     ((points, mirrored), _) = backend.points([frame, np.ascontiguousarray(frame[:, ::-1])])
-    mirrored_back = np.array([frame.shape[1], 0]) + mirrored[MIRRORED] * [-1, 1]
-    distance = np.abs(mirrored_back - points).max(axis=-1)
+    distance = np.abs(np.array([frame.shape[1], 0]) + mirrored[MIRRORED] * [-1, 1] - points).max(axis=-1)
     pixel = max(frame.shape[1] / 288, frame.shape[0] / 384) * 1.25
     assert np.mean(distance <= pixel) > 0.9
 

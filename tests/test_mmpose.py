@@ -161,7 +161,7 @@ def test_a_checkpoint_of_mmengines_runner_is_read(data_set, tmp_path):
     runner.message_hub.update_info("best_score", np.float64(0.5))
     runner.train()
     path = tmp_path / "epoch_1.pth"
-    referenced = set(torch.serialization.get_unsafe_referencedin_checkpoint(path))
+    referenced = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     assert "mmengine.logging.history_buffer.HistoryBuffer" in referenced and referenced <= set(IGNORED_GLOBALS)
     values = read_tensors(path)
     assert {"meta", "state_dict", "message_hub", "optimizer", "param_schedulers"} <= values.keys()

@@ -113,15 +113,15 @@ def refusal(config: Config, accelerator: Accelerator, *, seed: int, step: int, l
     return "no error"
 
 
-def averaged_step(config: Config, gradient: list[float]) -> tuple[list[float], str]:
-    """Updates zeros by SGD with a gradient of this process. Returns them, and why no update was made."""
+def averaged_step(config: Config, gradient: list[float]) -> tuple[list[float], float, str]:
+    """Updates zeros by SGD with a gradient of this process. Returns them, the norm, and why no update was made."""
     parameter = nn.Parameter(torch.zeros(2))
     parameter.grad = torch.tensor(gradient)
     step = OptimizerStep(0, replace(config, on_nonfinite="skip", max_grad_norm=1.0, learning_rate=1.0))
     step.sample_ids = [f"sample {os.environ['RANK']}"]
     step.add({"loss": torch.tensor(gradient[0])})
     result = step.update([torch.optim.SGD([parameter], 1.0)])
-    return parameter.tolist(), result.skipped
+    return parameter.tolist(), result.grad_norm.item(), result.skipped
 
 
 def save_slowly(*arguments: object) -> None:

@@ -42,12 +42,12 @@ def test_processes_that_differ_are_refused_with_what_differs(seen):
 
 def test_an_update_is_by_the_clipped_mean_of_all_gradients(seen):
     """The mean of (2, 0) and (4, 8) is (3, 4), whose norm is 5."""
-    updated, skipped = seen["step"]
-    assert updated == pytest.approx([-0.6, -0.8], abs=1e-6) and skipped == ""
+    updated, norm, skipped = seen["step"]
+    assert norm == 5 and updated == pytest.approx([-0.6, -0.8], abs=1e-6) and skipped == ""
 
 
 def test_a_gradient_that_is_not_finite_in_one_process_skips_the_step_in_all(seen):
-    unchanged, skipped = seen["skipped"]
+    unchanged, _, skipped = seen["skipped"]
     assert unchanged == [0, 0]
     assert "terms not finite: loss" in skipped and "sample 0; sample 1" in skipped
 

@@ -44,6 +44,14 @@ settings.register_profile("repeatable", deadline=None, derandomize=True, max_exa
 settings.load_profile("repeatable")
 
 
+def assert_equal(x: dict, y: dict) -> None:
+    """Asserts that nested values are equal, tensors bit for bit."""
+    leaves = [torch.utils._pytree.tree_flatten_with_path(values)[0] for values in (x, y)]
+    assert [path for path, _ in leaves[0]] == [path for path, _ in leaves[1]]
+    for (path, a), (_, b) in zip(*leaves, strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
+
+
 @pytest.fixture(autouse=True)
 def begin_as_a_new_process() -> None:
     """The precision of a training holds for its process; here each test begins without one."""

@@ -25,8 +25,8 @@ from musetalk_trainer import PRESETS, TrainConfig, build_objective, build_state,
 
 pytestmark = pytest.mark.slow
 
-# A minimal UNet with each kind of part: attention to audio, downsampling, upsampling.
-LEAST = {
+# A minimal UNet with audio attention, downsampling and upsampling.
+MINIMAL_UNET = {
     "block_out_channels": [8, 16],
     "norm_num_groups": 2,
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
@@ -41,14 +41,14 @@ needs_a_compiler = pytest.mark.skipif(
 
 @pytest.fixture
 def config(mini, tmp_path, monkeypatch) -> TrainConfig:
-    """A training of a UNet that compiles fast, with an adaptive weight every other step and updates close to 0."""
+    """Trains a UNet that compiles fast, with an adaptive weight every other step and learning rates close to 0."""
     monkeypatch.setattr(musetalk_trainer, "PatchDiscriminator", partial(PatchDiscriminator, width=4))
-    planned = json.loads((mini / "musetalk/musetalk.json").read_text()) | LEAST
+    unet_config = json.loads((mini / "musetalk/musetalk.json").read_text()) | MINIMAL_UNET
     (tmp_path / "musetalk").mkdir()
-    (tmp_path / "musetalk/musetalk.json").write_text(json.dumps(planned))
+    (tmp_path / "musetalk/musetalk.json").write_text(json.dumps(unet_config))
     losses = weights(latent_l1=1.0, pixel_l1=1.0, adv_g=1.0)
-    still = {"learning_rate": 1e-12, "discriminator_learning_rate": 1e-12, "max_grad_norm": 1e9}
-    return replace(PRESETS["demo"], models_dir=tmp_path, loss_weights=losses, pixel_every=1, adaptive_every=2, **still)
+    rates = {"learning_rate": 1e-12, "discriminator_learning_rate": 1e-12, "max_grad_norm": 1e9}
+    return replace(PRESETS["demo"], models_dir=tmp_path, loss_weights=losses, pixel_every=1, adaptive_every=2, **rates)
 
 
 def results(config: TrainConfig, mini: Path, precision: str = "no") -> dict[str, torch.Tensor]:
@@ -78,7 +78,7 @@ def results(config: TrainConfig, mini: Path, precision: str = "no") -> dict[str,
     return {"adaptive_weight": state.adaptive_weights["face"]} | terms | gradients
 
 
-def test_compiling_without_a_compiler_is_refused_at_once(config, monkeypatch):
+def test_compile_is_refused_without_a_compiler(config, monkeypatch):
     monkeypatch.setenv("CXX", "no such compiler")
     with pytest.raises(TrainError, match="compile must be False here: torch.compile needs a C.. compiler"):
         check_config(replace(config, compile=True))
@@ -97,7 +97,7 @@ def test_a_compiled_unet_gives_the_same_loss_and_gradients(config, mini):
 
 
 @needs_a_compiler
-def test_a_compiled_unet_in_bfloat16_is_as_near_to_float32_as_its_rounding(config, mini):
+def test_a_compiled_unet_in_bfloat16_differs_from_float32_only_by_rounding(config, mini):
     plain, compiled = results(config, mini), results(replace(config, compile=True), mini, "bf16")
-    away = {name: ((compiled[name] - value).norm() / value.norm()).item() for name, value in plain.items()}
-    assert all(share < 0.25 for share in away.values()), away
+    differences = {name: ((compiled[name] - value).norm() / value.norm()).item() for name, value in plain.items()}
+    assert all(difference < 0.25 for difference in differences.values()), differences

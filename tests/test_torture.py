@@ -1,4 +1,4 @@
-"""A short form of `make torture`, and a test that it detects losses. In separate processes, because it forks."""
+"""A short run of fault injection, and a test that it detects losses. In separate processes, because it forks."""
 
 import os
 import re
@@ -20,7 +20,7 @@ from tools.torture import KillAtWrite, RefuseWrite, inject, run_without_faults
 
 def main():
     for name in "abc":
-        with open(name, "a") as file:  # writes twice if it is restarted
+        with open(name, "a") as file:  # writes again after a restart
             file.write(name)
 
 folder = Path(sys.argv[1])

@@ -102,7 +102,6 @@ def test_detect_in_crops_returns_the_largest_face_in_pixels_of_the_crop():
     assert (inputs[0][CROP_BORDER:-CROP_BORDER, CROP_BORDER:-CROP_BORDER] == 7).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("contract", ["rigid", "musetalk_v15"])
 def test_landmarks_detected_in_real_crops_are_those_of_the_frames(clips, face_backend, contract):
     names = ("talking_a", "talking_b", "talking_c", "people/person_3", "people/person_7", "people/person_l4")

@@ -179,7 +179,6 @@ def test_the_notebook_uses_clips_that_the_demo_holds_out(random_tensors, tmp_pat
     assert set(re.findall(r"sample_\d\d", NOTEBOOK.cells[1].source)) == set(held_out)
 
 
-@pytest.mark.slow
 def test_the_notebook_runs(small_clips, tmp_path):
     """With short clips, an untrained UNet, and no training code."""
     shutil.copytree(ROOT / "musetalk", tmp_path / "musetalk", ignore=shutil.ignore_patterns("training"))

@@ -16,7 +16,9 @@ CARELESS = """
 import sys
 from pathlib import Path
 import numpy as np
-from tools.torture import KillAtWrite, RefuseWrite, inject, run_without_faults
+from tools.torture.faults import KillAtWrite, RefuseWrite
+from tools.torture.inject import inject
+from tools.torture.scripts import run_without_faults
 
 def main():
     for name in "abc":

@@ -56,13 +56,6 @@ def test_alpha_covers_mouth_and_chin_and_fades_at_the_other_edges(recipe, eyes, 
     assert (alpha[: len(alpha) // 3] == 0).all() and (alpha[:, [0, -1]] == 0).all()
 
 
-def test_alpha_of_a_face_at_the_edge_of_the_frame_fades_at_the_sides():
-    points = head(x=20, y=400)
-    box = face_box(points, FRAME)
-    assert box[0] == 0 and box[3] == FRAME[0]
-    assert (face_alpha(points, box)[:, [0, -1]] == 0).all()
-
-
 def test_alpha_falls_monotonically_to_zero_below_the_chin():
     points = head()
     box = face_box(points, FRAME, crop="rigid")

@@ -129,12 +129,6 @@ def exit_of(main: Callable, capsys) -> tuple[int, str]:
     return exited.value.code, printed.err
 
 
-def test_a_script_gets_its_config_and_returns():
-    configs = []
-    run_script(configs.append, "config")
-    assert configs == ["config"]
-
-
 @pytest.mark.parametrize(
     "error",
     [

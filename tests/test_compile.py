@@ -51,10 +51,10 @@ def config(mini, tmp_path, monkeypatch) -> TrainConfig:
     return replace(PRESETS["demo"], models_dir=tmp_path, loss_weights=losses, pixel_every=1, adaptive_every=2, **rates)
 
 
-def results(config: TrainConfig, mini: Path, precision: str = "no") -> dict[str, torch.Tensor]:
+def results(config: TrainConfig, mini: Path) -> dict[str, torch.Tensor]:
     """Adaptive weight, losses and gradients of the trainer's step 2, the first with an adaptive weight."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
     state = build_state(config, RIGID, accelerator)
     vae = load_vae(mini, accelerator.device, torch.float32)
     objective, _ = build_objective(config, state, vae, accelerator)
@@ -94,10 +94,3 @@ def test_a_compiled_unet_gives_the_same_loss_and_gradients(config, mini):
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     assert all(value.abs().max() > 0 for value in plain.values()) and plain["adaptive_weight"] < 1
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-7)
-
-
-@needs_a_compiler
-def test_a_compiled_unet_in_bfloat16_differs_from_float32_only_by_rounding(config, mini):
-    plain, compiled = results(config, mini), results(replace(config, compile=True), mini, "bf16")
-    differences = {name: ((compiled[name] - value).norm() / value.norm()).item() for name, value in plain.items()}
-    assert all(difference < 0.25 for difference in differences.values()), differences

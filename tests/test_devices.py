@@ -82,14 +82,12 @@ def test_a_cpu_build_of_torch_beside_a_gpu_is_refused(unusable, monkeypatch):
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
-def test_a_hidden_gpu_is_ignored(unusable, monkeypatch, hidden):
+def test_a_cuda_build_without_a_visible_gpu_uses_the_cpu(unusable, monkeypatch, hidden):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     assert choose_device("auto").type == "cpu"
     with pytest.raises(DeviceError):
         choose_device("cuda")
-
-
-def test_a_cuda_build_without_a_gpu_uses_the_cpu(unusable, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(devices, "NVIDIA_DEVICES", ())
     assert choose_device("auto").type == "cpu"
 
@@ -102,12 +100,6 @@ def test_a_working_gpu_is_chosen_and_described(usable):
     version = torch.__version__.partition("+")[0]
     expected = f"NVIDIA H100 80GB HBM3, 79.2 GiB, driver 535.104.05, torch {version} (CUDA 13.0)"
     assert describe(torch.device("cuda")) == expected
-
-
-def test_an_unreadable_driver_version_is_omitted(usable, monkeypatch, tmp_path):
-    monkeypatch.setattr(devices, "NVIDIA_DRIVER", tmp_path / "none")
-    assert "driver" not in describe(torch.device("cuda"))
-    assert describe(torch.device("cpu")).startswith("CPU, ")
 
 
 @pytest.mark.parametrize("name", ["gpu", "meta", "cuda:256", "cpu\n"])

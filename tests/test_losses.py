@@ -39,13 +39,8 @@ def test_l1_and_its_gradient_by_hand(loss):
     assert value.item() == (1 + 3 + 0.5 + 0.5) / 4
     value.backward()
     assert (4 * pred.grad).flatten().tolist() == [1, -1, -1, 1]
-
-
-@pytest.mark.parametrize("loss", [latent_l1, pixel_l1])
-def test_l1_of_half_precision_is_computed_in_float32(loss):
-    """In float16 this sum would overflow."""
-    pred, target = torch.full((2, 4, 64, 64), 300.0, dtype=torch.float16), torch.zeros(2, 4, 64, 64)
-    assert loss(pred, target).item() == 300.0
+    overflow = torch.full((2, 4, 64, 64), 300.0, dtype=torch.float16)  # if its sum were in float16
+    assert loss(overflow, torch.zeros(2, 4, 64, 64)).item() == 300.0
 
 
 # LPIPS.
@@ -133,19 +128,13 @@ def test_sync_of_equal_vectors_is_finite_though_rounding_makes_their_cosine_exce
     assert sync_bce(vectors, vectors, torch.zeros(64)).item() == pytest.approx(-math.log(CLAMP), rel=1e-3)
 
 
-@pytest.mark.parametrize("cosine", [0.0, -1.0, 1e-5])
-def test_clamped_pairs_keep_the_gradient_at_the_clamp(cosine):
-    face, audio = unit_vectors(0.0).requires_grad_(), unit_vectors(math.acos(cosine))
+def test_clamped_pairs_keep_the_gradient_at_the_clamp():
+    face, audio = unit_vectors(0.0).requires_grad_(), unit_vectors(math.pi)
     loss = sync_loss(face, audio)
     assert loss.item() == pytest.approx(-math.log(CLAMP))
-    loss.backward()
-    torch.testing.assert_close(face.grad, -audio / CLAMP)
-
-
-def test_a_clamped_negative_pair_keeps_the_gradient_at_the_clamp():
-    face, audio = unit_vectors(0.0).requires_grad_(), unit_vectors(0.0)
-    sync_bce(face, audio, torch.zeros(1)).backward()
-    torch.testing.assert_close(face.grad, audio / CLAMP)
+    torch.testing.assert_close(torch.autograd.grad(loss, face)[0], -audio / CLAMP)
+    loss = sync_bce(face, -audio, torch.zeros(1))  # a pair that should not match
+    torch.testing.assert_close(torch.autograd.grad(loss, face)[0], -audio / CLAMP)
 
 
 def test_sync_has_the_gradient_of_finite_differences():

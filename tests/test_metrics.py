@@ -34,16 +34,12 @@ def face(gaps: tuple[float, float, float], eyes: float, shift: float = 0, box: t
 
 
 def test_mouth_opening_by_hand():
-    assert mouth_opening(face((6, 9, 3), eyes=60)) == pytest.approx(0.1)
-    assert np.isnan(mouth_opening(None))
-    assert np.isfinite(mouth_opening(face((1, 1, 1), eyes=0)))
-
-
-def test_mouth_opening_is_invariant_to_position_size_and_rotation():
     x = face((6, 9, 3), eyes=60)
     rotation = np.array([[0.8, -0.6], [0.6, 0.8]], np.float32)
-    y = Face(x.box, 3.5 * x.landmarks @ rotation + 11, x.score)
-    assert mouth_opening(y) == pytest.approx(mouth_opening(x), rel=1e-5)
+    moved = Face(x.box, 3.5 * x.landmarks @ rotation + 11, x.score)
+    assert mouth_opening(x) == pytest.approx(0.1) == mouth_opening(moved)
+    assert np.isnan(mouth_opening(None))
+    assert np.isfinite(mouth_opening(face((1, 1, 1), eyes=0)))
 
 
 def test_mouth_openings_are_those_of_one_person():
@@ -67,16 +63,12 @@ def test_correlation_by_hand():
     assert correlation(np.array([1.0, 2, 3]), np.array([1.0, 3, 2])) == pytest.approx(0.5)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_correlation_uses_the_common_length_and_finite_pairs():
     a = np.array([1, np.nan, 3, 4, 9, np.inf, 5, -90])
     b = np.array([2, 7, np.nan, 8, 18, 1, 10])
     assert correlation(a, b) == correlation(b, a) == pytest.approx(1)
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("a", [[], [1.0], [2.0, 2.0, 2.0]])
-def test_correlation_of_empty_or_constant_series_is_nan(a):
-    assert np.isnan(correlation(np.array(a), np.array([1.0, 2.0, 3.0])))
+    assert np.isnan(correlation(a[:1], b)) and np.isnan(correlation(np.full(3, 2.0), b))
 
 
 # Faces in crops.

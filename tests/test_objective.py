@@ -129,18 +129,10 @@ def test_disabled_terms_are_not_computed():
     assert terms.keys() == {"latent_l1", "pixel_l1", "lpips", "sync"} and images.shape == (6, 3, 16, 16)
 
 
-@pytest.mark.parametrize(
-    ("names", "alone", "with_discriminators"),
-    [
-        (["latent_l1"], False, False),
-        (["latent_l1", "adv_g_mouth"], False, True),
-        (["latent_l1", "sync"], True, True),
-        (["pixel_l1", "adv_g"], True, True),
-    ],
-)
-def test_images_are_decoded_only_for_terms_that_need_them(names, alone, with_discriminators):
-    objective = Setup(dict.fromkeys(names, 1.0), 2).objective
-    assert (objective.has_pixel_terms(False), objective.has_pixel_terms(True)) == (alone, with_discriminators)
+def test_images_are_decoded_only_for_terms_that_need_them():
+    for name, alone, with_discriminators in (("latent_l1", 0, 0), ("adv_g_mouth", 0, 1), ("sync", 1, 1)):
+        objective = Setup({"latent_l1": 1.0, name: 1.0}, 2).objective
+        assert (objective.has_pixel_terms(False), objective.has_pixel_terms(True)) == (alone, with_discriminators)
 
 
 def test_adaptive_weights_equalise_the_gradient_norms_of_the_first_chunk():

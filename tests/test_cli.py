@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,11 +28,8 @@ from musetalk.cli import (
     run_script,
     stop_requests,
 )
-from musetalk.contract import ContractError
-from musetalk.data.cache import CacheError
 from musetalk.data.video import MediaError
 from musetalk.errors import UserError, printable
-from musetalk.models.weights import WeightsError
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,18 +101,14 @@ def test_constants_within_their_bounds_are_accepted():
         ("share", 1.0),
         ("decay", -0.001),
         ("decay", "0.5"),
+        ("pair", 0.5),
+        ("pair", (0.5, 1.0)),
     ],
 )
 def test_an_invalid_constant_is_refused_by_name_and_value(name, value):
-    with pytest.raises(UserError) as error:
+    start = "pair.1 cannot be 1.0" if value == (0.5, 1.0) else f"{name} cannot be {value!r}"
+    with pytest.raises(UserError, match=f"^{re.escape(start)}: "):
         check_constants(replace(Constants(), **{name: value}))
-    assert str(error.value).startswith(f"{name} cannot be {value!r}: ")
-
-
-@pytest.mark.parametrize(("pair", "name"), [((0.5,), "pair.1"), ((0.5, 1.0), "pair.1"), (0.5, "pair")])
-def test_an_invalid_tuple_is_refused_by_name_and_index(pair, name):
-    with pytest.raises(UserError, match=f"^{name} cannot be "):
-        check_constants(Constants(pair=pair))
 
 
 # Exit codes.
@@ -130,15 +124,7 @@ def exit_of(main: Callable, capsys) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    "error",
-    [
-        UserError("a\n\x1b\udcff.mp4: is too short"),
-        CacheError("a.json cannot be read"),
-        ContractError("crop must be one of two"),
-        WeightsError("tiny.pt is missing"),
-        MediaError("no audio", "a.mp4: has no audio track"),
-    ],
-    ids=lambda error: type(error).__name__,
+    "error", [UserError("a\n\x1b\udcff.mp4: is too short"), MediaError("no audio", "a.mp4: has no audio track")]
 )
 def test_user_errors_are_one_line_and_exit_code_2(capsys, error):
     assert exit_of(failing(error), capsys) == (2, f"\n{error}\n")
@@ -166,11 +152,10 @@ def test_system_errors_say_what_to_do(capsys, number, advice, file):
     assert printed.startswith(f"\n{'a: ' if file else ''}{os.strerror(number)}{advice}")
 
 
-@pytest.mark.parametrize("message", ["", "stopped at step 3, which is saved"])
+@pytest.mark.parametrize("message", [(), ("stopped at step 3",)])
 def test_an_interruption_says_how_to_resume_and_exits_with_130(capsys, message):
-    interruption = KeyboardInterrupt(message) if message else KeyboardInterrupt()
-    expected = message or "interrupted; run the same command again to resume"
-    assert exit_of(failing(interruption), capsys) == (130, f"\n{expected}\n")
+    (expected,) = message or ("interrupted; run the same command again to resume",)
+    assert exit_of(failing(KeyboardInterrupt(*message)), capsys) == (130, f"\n{expected}\n")
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), OSError("x"), SystemExit(7)])

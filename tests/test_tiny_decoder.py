@@ -17,8 +17,7 @@ from accelerate.state import AcceleratorState
 from losses.objective import Objective
 from musetalk.contract import CONTRACTS, ContractError, FeatureContract
 from musetalk.data.cache import Cache, CacheWriter
-from musetalk.errors import UserError
-from musetalk.models.tiny_decoder import TAESD_WIDTH, TinyDecoder, load_tiny_decoder, save_tiny_decoder
+from musetalk.models.tiny_decoder import TinyDecoder, load_tiny_decoder, save_tiny_decoder
 from musetalk.models.vae import VAE, load_vae
 from musetalk.models.weights import WeightsError
 from musetalk.training.checkpoint import save_state
@@ -107,9 +106,8 @@ def test_samples_do_not_mix(tiny, vae):
     torch.testing.assert_close(decoder.decode(latents), alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("width", [5, TAESD_WIDTH])
-def test_a_saved_decoder_is_loaded(width, vae, tmp_path):
-    decoder = TinyDecoder(width)
+def test_a_saved_decoder_is_loaded(vae, tmp_path):
+    decoder = TinyDecoder(5)
     save_tiny_decoder(tmp_path / "tiny.safetensors", decoder, vae)
     loaded = load_tiny_decoder(tmp_path / "tiny.safetensors", vae).state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in decoder.state_dict().items())
@@ -133,9 +131,7 @@ def test_a_decoder_of_another_vae_is_refused(tiny, vae):
     ("metadata", "message"),
     [
         (None, "is not a tiny decoder"),
-        ({"contract": "{}"}, "is not a tiny decoder"),
         ({"tiny_decoder": "[" * 10_000}, "is not a tiny decoder"),
-        ({"tiny_decoder": '{"vae": "VAE"}'}, "is not a tiny decoder"),
         ({"tiny_decoder": '{"vae": "VAE", "width": 65}'}, "is not a tiny decoder"),
         ({"tiny_decoder": '{"vae": "VAE", "width": 4}'}, "does not fit TinyDecoder: .* missing: layers.0.bias"),
     ],
@@ -148,11 +144,10 @@ def test_a_file_that_is_not_a_tiny_decoder_is_refused(metadata, message, vae, tm
         load_tiny_decoder(tmp_path / "a.safetensors", vae)
 
 
-def test_a_missing_or_malformed_file_is_refused(vae, tmp_path):
+def test_a_malformed_file_is_refused(vae, tmp_path):
     (tmp_path / "text").write_text("text")
-    for name, reason in (("nowhere", "No such file"), ("text", "")):
-        with pytest.raises(WeightsError, match=f"{name} cannot be read as a tiny decoder: {reason}"):
-            load_tiny_decoder(tmp_path / name, vae)
+    with pytest.raises(WeightsError, match="text cannot be read as a tiny decoder: "):
+        load_tiny_decoder(tmp_path / "text", vae)
 
 
 # Distillation.
@@ -172,22 +167,17 @@ def records(config: DistilConfig) -> list[dict]:
     return [json.loads(line) for line in (config.log_dir / "tiny_decoder/stats.jsonl").read_text().splitlines()]
 
 
-def test_distillation_improves_the_decoder_and_writes_its_files(cache, mini, vae, tmp_path, capsys):
+def test_distillation_improves_the_decoder_and_writes_its_files(cache, mini, vae, tmp_path):
     psnr = []
     for num_steps in (1, 12):
-        config = distil(cache, mini, tmp_path / str(num_steps), num_steps)
-        assert "held out 1 of 2 clips" in capsys.readouterr().out
-        *steps, measured = records(config)
+        *steps, measured = records(distil(cache, mini, tmp_path / str(num_steps), num_steps))
         assert [record["step"] for record in steps] == list(range(1, num_steps + 1)) and "loss" in steps[0]
         assert measured.keys() == {"step", "psnr_own", "psnr_tiny", "psnr", "gradient_cosine"}
         assert -1 <= measured["gradient_cosine"] <= 1
         psnr.append(measured["psnr"])
     assert psnr[1] > psnr[0] + 1
-    assert sorted(path.name for path in (tmp_path / "12").rglob("*.*t*") if "tfevents" not in path.name) == [
-        "tiny_decoder.safetensors",
-        "training-state-0000010.pt",
-        "training-state-0000012.pt",
-    ]
+    files = {path.name for path in (tmp_path / "12").rglob("*.*t*") if "tfevents" not in path.name}
+    assert files == {"tiny_decoder.safetensors", "training-state-0000010.pt", "training-state-0000012.pt"}
     faces = cv2.imread(str(tmp_path / "12/log/tiny_decoder/faces/0000012.png"))
     assert faces.shape == (3 * 256, 2 * 256, 3)
     assert load_tiny_decoder(tmp_path / "12/tiny_decoder.safetensors", vae).width == 4
@@ -210,13 +200,6 @@ def test_a_resumed_distillation_equals_an_uninterrupted_one(cache, mini, tmp_pat
         assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     with pytest.raises(WeightsError, match="width = 4, not 5"):
         distil_decoder.main(replace(resumed, width=5))
-
-
-def test_invalid_constants_are_refused_before_anything_is_written(cache, mini, tmp_path):
-    config = DistilConfig(cache.folder, mini, tmp_path / "output", tmp_path / "output")
-    with pytest.raises(UserError, match="^width cannot be 65"):
-        distil_decoder.main(replace(config, width=TAESD_WIDTH + 1))
-    assert not (tmp_path / "output").exists()
 
 
 def test_a_cache_of_another_vae_is_refused(write_cache, mini, tmp_path):

@@ -11,14 +11,16 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from musetalk.data.crop import crop_face, face_box
+from musetalk.data.crop import crop_face, face_box, in_crop
 from musetalk.data.sample import render_frames
-from tools.make_mini import HELD_OUT, Config, evaluate, held_out_crops, in_crop
+from tools.make_mini.config import Config
+from tools.make_mini.crops import HELD_OUT, held_out_crops
+from tools.make_mini.figures import evaluate
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "models" / "mini" / "sd-vae-ft-mse"
 MAX_BYTES = 8_000_000  # of everything in models/mini
-FRAME_STEP = 40  # of the held-out clips; the table of tools/make_mini.py is on every 25th
+FRAME_STEP = 40  # of the held-out clips; the table of models/mini/README.md is on every 25th
 
 
 @pytest.fixture(scope="module")

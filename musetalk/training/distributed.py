@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
@@ -41,7 +42,7 @@ class Ranks:
         """Raises UserError in all processes if `describe` returns different values in some of them."""
         if self.group is None:
             return
-        descriptions = [None] * torch.distributed.get_world_size()
+        descriptions: list[Any] = [None] * torch.distributed.get_world_size()  # (host, values) by rank
         torch.distributed.all_gather_object(descriptions, (socket.gethostname(), describe()), self.group)
         faults = []
         for name in descriptions[0][1]:

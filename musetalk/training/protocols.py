@@ -30,7 +30,9 @@ class State(Protocol):
     """The state of a training."""
 
     step: int  # optimizer updates made
-    optimizers: list[torch.optim.Optimizer]
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]: ...
 
     def as_dict(self) -> dict: ...
 

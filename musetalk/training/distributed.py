@@ -13,6 +13,7 @@ from torch import nn
 
 from musetalk.devices import choose_device, supports_bf16
 from musetalk.errors import TrainError, UserError
+from musetalk.models.weights import Network
 
 # Of every collective, also on GPUs: other processes wait while the main one validates or saves to a slow disk.
 TIMEOUT = timedelta(hours=2)
@@ -83,7 +84,7 @@ def precision(device: torch.device) -> str:
     return "bf16" if supports_bf16(device) else "no"
 
 
-def prepare_model(network: nn.Module, accelerator: Accelerator) -> nn.Module:
+def prepare_model(network: Network, accelerator: Accelerator) -> Network:
     """Moves a network to its device with the training's autocast; `average_gradients` replaces DDP."""
     return accelerator.prepare_model(network, evaluation_mode=True)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import nn
 
 
 class RunConfig(Protocol):
@@ -37,10 +36,3 @@ class State(Protocol):
     def as_dict(self) -> dict: ...
 
     def restore(self, saved: dict, path: Path) -> None: ...
-
-
-class Trainable(Protocol):
-    """A network with its optimizer, such as a discriminator."""
-
-    network: nn.Module
-    optimizer: torch.optim.Optimizer

@@ -38,7 +38,7 @@ from musetalk.inference.metrics import (
 )
 from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.syncnet import SyncNet
-from musetalk.training.log import RunLog, rendered
+from musetalk.training.log import RunLog, SilentLog, rendered
 from musetalk.training.sync_check import offset_sweep, sync_confidence, sync_offset
 
 BATCH = 8  # frames generated at once
@@ -100,7 +100,7 @@ class Validation:
         probes = self.figures.keys() - {name + column for name in metrics for column in COLUMNS}
         return "\n".join(lines + [f"{name:<28}{self.figures[name]:>12.4g}" for name in self.figures if name in probes])
 
-    def report(self, step: int, log: RunLog) -> None:
+    def report(self, step: int, log: RunLog | SilentLog) -> None:
         """Writes a table, the figures and images to the log."""
         log.line(f"step {step}, on held-out clips\n{self}")
         log.store(step, {f"val_{name}": value for name, value in self.figures.items() if math.isfinite(value)})

@@ -28,7 +28,7 @@ from musetalk.data.video import write_video
 from musetalk.files import atomic_write_bytes, folder_lock
 
 # One seed per clip, found by search: mouths open wide, and no two tracks correlate by 0.1 or more.
-SEEDS = (93, 94, 278, 732, 1533, 1890, 3203, 3826)
+SEEDS: tuple[int, ...] = (93, 94, 278, 732, 1533, 1890, 3203, 3826)
 NUM_FRAMES = 260  # 10.4 s
 FRAME_SIZE = 384  # px, frames are square
 ZOOM = 1.75  # frame px per portrait px: a face of about 160 px

@@ -69,7 +69,7 @@ class UNet(nn.Module):
         layer, inputs = self.model.conv_out, self.last_input[: len(gradient)].to(gradient.dtype)
         return conv2d_weight(inputs, layer.weight.shape, gradient, layer.stride, layer.padding)
 
-    def check_features(self, shape: tuple[int, int], source: str, known_encoder: bool = True) -> None:
+    def check_features(self, shape: tuple[int, ...], source: str, known_encoder: bool = True) -> None:
         """Checks that audio features fit the UNet. Raises WeightsError if not.
 
         shape: (S, D). source: the origin of the features, for the error message. known_encoder: whether the feature

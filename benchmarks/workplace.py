@@ -82,8 +82,8 @@ class Workplace:
                 name: np.concatenate([clip.tensor(name)] * repeats) for name in TENSORS.keys() - OPTIONAL_TENSORS
             }
             offsets, size = clip.tensor("face_jpeg_offsets")[:-1], clip.rows("face_jpeg")
-            offsets = [offsets + index * size for index in range(repeats)]
-            tensors["face_jpeg_offsets"] = np.concatenate([*offsets, [repeats * size]])
+            repeated = [offsets + index * size for index in range(repeats)]
+            tensors["face_jpeg_offsets"] = np.concatenate([*repeated, [repeats * size]])
             writer.write(clip.name, tensors, clip.metadata)
         return Cache(folder)
 

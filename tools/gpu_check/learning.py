@@ -23,9 +23,10 @@ from musetalk.data.loader import loader
 from musetalk.images import to_uint8
 from musetalk.inference.metrics import correlation
 from musetalk.models.vae import VAE
-from musetalk.training.checkpoint import load_latest_state, save_state
+from musetalk.training.checkpoint import save_state
 from musetalk.training.log import rendered
 from musetalk.training.preflight import workers_that_fit
+from musetalk.training.run import resume as restore_latest
 from musetalk.training.state import TrainState, load_pixel_vae, training_contract
 from musetalk.training.step import StepResult
 from musetalk.training.validation import true_openings
@@ -120,7 +121,8 @@ def train(training: FromScratch, probe: Probe, seconds: float, evaluations: int)
     records, faces, trained = [], [], 0.0
     batches, bar = training.batches(), tqdm(unit="step", desc=f"rate {training.constants.learning_rate:g}")
     for index in range(evaluations):
-        start, terms = time.perf_counter(), []
+        start = time.perf_counter()
+        terms: list[dict[str, torch.Tensor]] = []
         while trained + time.perf_counter() - start < seconds * (index + 1) / evaluations or not terms:
             terms.append(training.step(batches).terms)
             bar.update()
@@ -221,7 +223,7 @@ def resume(training: FromScratch, config: GpuCheckConfig, report: Callable) -> N
     saved, size = time.perf_counter(), path.stat().st_size
     first = training.step(training.batches())
     loading = time.perf_counter()
-    state.restore(load_latest_state(folder)[1], path)
+    restore_latest(state, folder)
     restored = time.perf_counter()
     second = training.step(training.batches())
     shutil.rmtree(folder)

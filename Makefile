@@ -3,13 +3,13 @@
 # make test-slow: the slow tests
 # make test-mmpose: the tests that need mmpose, in a separate environment
 # make bench: benchmarks of training, the cache and inference against targets, about 10 minutes on 2 cores
-# make evidence: ablations of the training recipe, hours on 2 cores; resumes after an interruption
+# make ablations: comparisons of variants of the training recipe, hours on 2 cores; resumes after an interruption
 # make torture: fault injection by kills, full disks and denied writes, about an hour on 2 cores
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-slow test-mmpose bench evidence torture clean
+.PHONY: demo test test-slow test-mmpose bench ablations torture clean
 
 demo: .venv/installed
 	$(BIN)/python datasets_process.py
@@ -30,8 +30,8 @@ test-mmpose: .venv-mmpose/installed
 bench: .venv/installed
 	$(BIN)/python -m benchmarks
 
-evidence: .venv/installed
-	$(BIN)/python -m benchmarks.evidence
+ablations: .venv/installed
+	$(BIN)/python -m ablations
 
 torture: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.torture

@@ -38,17 +38,17 @@ from musetalk.contract import (
     WINDOW_STEPS,
     FeatureContract,
 )
-from musetalk.data.audio import audio_features, sync_mel, window_start
+from musetalk.data.audio import audio_features, clip_audio, sync_mel, window_start
 from musetalk.data.cache import (
     MAX_CLIP_FRAMES,
     Cache,
     CacheError,
     CacheWriter,
+    JpegBuffer,
     clip_name,
-    encode_jpegs,
     verify,
 )
-from musetalk.data.crop import MIN_FACE, CroppedClip, crop_clips
+from musetalk.data.crop import MIN_FACE, Person, crop_clips
 from musetalk.data.face import FACE_BACKENDS, load_face_backend
 from musetalk.data.face.face import FaceBackend
 from musetalk.data.sample import make_sample
@@ -62,7 +62,7 @@ from musetalk.models.audio_encoder import AudioEncoder, load_audio_encoder
 from musetalk.models.vae import VAE, load_vae
 
 SAMPLE_DIR = Path("data/sample")  # of the built-in sample
-PASSES = 2  # over every frame: detection, then encoding
+PASSES = 2  # over every frame: to find the person, then to crop and encode
 MIN_FRAMES_PER_PROCESS = 500  # starting a process takes as long as about 200 frames
 CONTACT_SHEET = (8, 24, 128)  # columns, maximum rows, pixels of a face
 
@@ -198,19 +198,20 @@ def prepare_source(source: Path, metadata: dict, writer: CacheWriter, models: Mo
     mel = sync_mel(audio)
     features = audio_features(audio, models.audio_encoder, models.contract)
     first_part = len(finished)
-    frames = counted(read_frames(source, first_part * MAX_CLIP_FRAMES), bar)
-    clips = crop_clips(relative, frames, models.backend, models.contract, first_part)
-    for part, (name, cropped, last) in enumerate(clips, first_part):
+    first_pass, second_pass = (read_frames(source, first_part * MAX_CLIP_FRAMES) for _ in range(PASSES))
+    clips = crop_clips(relative, (counted(first_pass, bar), second_pass), models.backend, models.contract, first_part)
+    for part, (name, person, crops, last) in enumerate(clips, first_part):
         start = part * MAX_CLIP_FRAMES
         clip_metadata = metadata | {"start": start, "last": last}
-        has_face = np.array([face is not None for face in cropped.faces])
+        has_face = np.array([face is not None for face in person.faces])
         has_audio = FEATURES_PER_FRAME * (start + np.arange(len(has_face))) < len(features)
         # The windows of the first frames of a later part start before the part: training would see padding where
         # inference sees audio, so these frames are unusable.
         usable = has_face & has_audio & (np.arange(len(has_face)) >= (CONTEXT_FRAMES if part else 0))
         if usable.any():
             audio_inputs = features[FEATURES_PER_FRAME * start :], mel[SYNC_MEL_RATE * start // VIDEO_FPS :]
-            tensors = clip_tensors(name, cropped, usable, audio_inputs, models=models, bar=bar)
+            tensors = clip_tensors(name, person, counted(crops, bar), usable, audio_inputs, models)
+            tensors["audio"] = clip_audio(audio, start, len(usable))
             yield writer.write(name, tensors, clip_metadata)
             continue
         second = start // VIDEO_FPS
@@ -234,37 +235,34 @@ def counted(items: Iterable, bar: Bar) -> Iterator:
 
 def clip_tensors(
     name: str,
-    cropped: CroppedClip,
+    person: Person,
+    crops: Iterable[list[np.ndarray] | None],
     usable: np.ndarray,
     audio_inputs: tuple[np.ndarray, np.ndarray],
-    *,
     models: Models,
-    bar: Bar,
 ) -> dict[str, np.ndarray]:
     """Builds the tensors of a clip, see TENSORS in musetalk/data/cache.py.
 
+    crops: K images of each of T frames, as `crop_person` yields them; only those of usable frames are stored.
     audio_inputs: features and mel from the first frame of the clip to the end of the source.
     """
     features, mel = audio_inputs
-    count = len(usable)
-    no_images = [None] * len(models.contract.margins)
-
-    def crops() -> Iterator[np.ndarray | None]:
-        return (images if is_usable else None for images, is_usable in zip(cropped.crops, usable, strict=True))
-
-    masked_latents, latents = models.vae.encode_clip(name, counted(crops(), bar), models.contract)
-    jpegs, offsets = encode_jpegs(image for images in crops() for image in (no_images if images is None else images))
+    count, jpegs = len(usable), JpegBuffer()
+    usable_crops = (images if is_usable else None for images, is_usable in zip(crops, usable, strict=True))
+    stored_crops = jpegs.passing(usable_crops, len(models.contract.margins))
+    masked_latents, latents = models.vae.encode_clip(name, stored_crops, models.contract)
+    face_jpeg, face_jpeg_offsets = jpegs.tensors()
     no_landmarks = np.zeros((68, 2))
-    landmarks = np.stack([no_landmarks if face is None else face.landmarks for face in cropped.faces])
+    landmarks = np.stack([no_landmarks if face is None else face.landmarks for face in person.faces])
     return {
-        "face_jpeg": jpegs,
-        "face_jpeg_offsets": offsets,
+        "face_jpeg": face_jpeg,
+        "face_jpeg_offsets": face_jpeg_offsets,
         "latents": latents,
         "masked_latents": masked_latents,
         "audio_features": features[: window_start(count - 1) + WINDOW_STEPS],
         "mel": mel[: SYNC_MEL_RATE * count // VIDEO_FPS + 1],
         "landmarks": landmarks.astype(np.float32),
-        "boxes": cropped.boxes,
+        "boxes": person.boxes,
         "usable": usable,
     }
 

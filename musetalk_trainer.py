@@ -106,8 +106,9 @@ class TrainConfig:
     contract: Literal["rigid", "musetalk_v15", "musetalk_v1"] = "rigid"  # whose audio window the UNet learns
     positional_encoding: bool = True  # of audio tokens; MuseTalk adds it at inference but not in training
     held_out: Share = 0.1  # share of identities (of clips, if there is one identity) for samples and validation
-    references: Literal["random", "pose_and_mouth"] = "pose_and_mouth"  # the latter: similar pose, different mouth
-    min_reference_gap: Count = 5  # frames between a frame and its reference
+    held_out_identities: tuple[str, ...] = ()  # names of those (of clips, if there is one identity) to hold out instead
+    references: Literal["random", "pose_and_mouth", "adjacent"] = "pose_and_mouth"  # similar pose, different mouth
+    min_reference_gap: Count = 5  # frames between a frame and its reference, unless that is adjacent
     frames: Count = 1  # consecutive ones in a sample; with a sync loss, the window of its expert
     num_workers: Workers | None = None  # processes that read the cache; None: one per core, at most 8
     prefetch: Count = 2  # batches that each worker has ready
@@ -124,6 +125,7 @@ class TrainConfig:
     full_decoder_every: CountOrZero = 0  # pixel steps from one with the VAE decoder to the next; 0: none
     adversarial_start: CountOrZero = 0  # first step with adversarial losses
     adaptive_every: CountOrZero = 0  # pixel steps between updates of the adaptive GAN weight; 0: fixed
+    discriminator_width: Count = 64  # channels of the first layer
     discriminator_learning_rate: Positive = 1e-4
     discriminator_betas: tuple[Decay, Decay] = (0.5, 0.999)
     sync_expert: str = "syncnet/latentsync_syncnet.pt"  # in models_dir, or from syncnet_trainer.py
@@ -162,7 +164,7 @@ class TrainConfig:
 PRESETS = {
     "demo": TrainConfig(
         models_dir=Path("models/mini"),
-        held_out=0.25,
+        held_out_identities=("sample_05", "sample_06"),  # clips of the built-in sample
         references="random",
         num_workers=0,
         batch_size=8,
@@ -233,7 +235,7 @@ def train(preset: str, config: TrainConfig) -> None:
     accelerator = start_processes(config.device)
     cache = Cache(config.hdtf_samples_dir)
     contract = training_contract(config.contract, cache, config.positional_encoding)
-    train_clips, held_clips, split_note = split_clips(cache, config.held_out, config.seed)
+    train_clips, held_clips, split_note = split_clips(cache, config.held_out, config.held_out_identities)
     open_train_set = partial(open_dataset, config, cache, train_clips, contract, world_size=accelerator.num_processes)
     dataset = open_train_set(sync_offset=0)
     held_clips = held_clips or train_clips
@@ -247,7 +249,6 @@ def train(preset: str, config: TrainConfig) -> None:
     pipeline = LipSyncPipeline(state.unet, vae, contract, config.models_dir)
     validator = None
     if config.val_every:
-        _ = pipeline.audio_encoder  # loaded now: if its weights are missing, this is the time to say so
         judges = {"distance": objective.distance, "expert": expert}
         validator = Validator(pipeline, cache, held_clips, config.val_frames, **judges)
     run_sync_check = expert and partial(check_expert, expert, cache, held_clips, config.seed)
@@ -281,10 +282,8 @@ def train(preset: str, config: TrainConfig) -> None:
             if result.skipped:
                 run.log.line(f"skipped: {result.skipped}")
             if run.due(config.log_every):
-                values = accelerator.reduce(result.terms, "mean") | {"grad_norm": result.grad_norm}
-                values |= {term_name("adaptive_weight", region): x for region, x in state.adaptive_weights.items()}
-                record = {name: value.item() for name, value in values.items()}
-                run.log.record(state.step, record | {"learning_rate": result.learning_rate})
+                adaptive = {term_name("adaptive_weight", name): x.item() for name, x in state.adaptive_weights.items()}
+                run.log.record(state.step, run.figures(result) | adaptive)
 
             # Sample.
             if accelerator.is_main_process and run.due(config.sample_every):
@@ -467,7 +466,7 @@ def build_state(config: TrainConfig, contract: FeatureContract, accelerator: Acc
     for region in DISC_CROPS:
         if any(term_name(name, region) in active for name in ADVERSARIAL):
             torch.manual_seed(config.seed)
-            network = PatchDiscriminator().to(accelerator.device)
+            network = PatchDiscriminator(config.discriminator_width).to(accelerator.device)
             rate, betas = config.discriminator_learning_rate, config.discriminator_betas
             gan_losses[region] = GANLoss(network, make_optimizer(network.parameters(), rate, betas))
         if config.adaptive_every and term_name("adv_g", region) in active:

@@ -75,6 +75,7 @@ class SyncConfig:
 
     # Data
     held_out: Share = 0.1  # share of identities (of clips, if there is one identity) for the check
+    held_out_identities: tuple[str, ...] = ()  # names of those (of clips, if there is one identity) to hold out instead
     num_workers: Workers | None = None  # processes that read the cache; None: one per core, at most 8
     prefetch: Count = 2  # batches that each worker has ready
     batch_size: Count = 32  # windows of faces in one micro step, each paired with its own and with other mel
@@ -110,7 +111,7 @@ PRESETS = {
     "demo": SyncConfig(
         models_dir=Path("models/mini"),
         architecture="wav2lip_narrow",
-        held_out=0.25,
+        held_out_identities=("sample_05", "sample_06"),  # those of the UNet's demo
         num_workers=0,
         batch_size=16,
         learning_rate=2e-3,
@@ -144,7 +145,7 @@ def train(preset: str, config: SyncConfig) -> None:
     if config.batch_size * world_size == 1 and config.architecture.startswith("wav2lip"):
         raise TrainError(f"batch_size must be 2 or more for {config.architecture}, which has batch norms")
     cache = Cache(config.hdtf_samples_dir)
-    train_clips, held_clips, split_note = split_clips(cache, config.held_out, config.seed)
+    train_clips, held_clips, split_note = split_clips(cache, config.held_out, config.held_out_identities)
     held_clips = held_clips or train_clips
     name = f"syncnet_{preset}"
     if config.check_only:
@@ -175,9 +176,7 @@ def train(preset: str, config: SyncConfig) -> None:
             if result.skipped:
                 run.log.line(f"skipped: {result.skipped}")
             if run.due(config.log_every):
-                values = accelerator.reduce(result.terms, "mean") | {"grad_norm": result.grad_norm}
-                values = {name: value.item() for name, value in values.items()}
-                record = values | {"learning_rate": result.learning_rate} | record
+                record = run.figures(result) | record
             if record:
                 run.log.record(state.step, record)
 

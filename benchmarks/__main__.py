@@ -50,7 +50,7 @@ def main(config: BenchmarkConfig) -> None:
 
 def show(figure: Figure, workplace: Workplace) -> str:
     """Measures a figure and prints its row. Returns its JSON, with a null value if it cannot be measured here."""
-    record = {"name": figure.name, "value": None, "unit": figure.unit, "target": figure.target, "ok": None}
+    record: dict = {"name": figure.name, "value": None, "unit": figure.unit, "target": figure.target, "ok": None}
     note = ""
     try:
         value, note = figure.measure(workplace)

@@ -19,7 +19,7 @@ class Figure:
 
     name: str
     unit: str
-    relation: Literal[*RELATIONS]
+    relation: Literal["<=", ">=", "=="]
     bound: float
     measure: Callable[[Workplace], Measured]
 

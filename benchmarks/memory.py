@@ -7,6 +7,7 @@ import weakref
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -63,7 +64,7 @@ class LiveStorages(TorchDispatchMode):
 
 def _creator() -> str:
     """The innermost running function of the project, except private functions of this package."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame:
         path, name = _below_root(frame.f_code.co_filename), frame.f_code.co_name
         if path and not (name.startswith("_") and Path(path).parts[0] == HERE.name):

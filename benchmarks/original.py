@@ -10,6 +10,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -48,7 +49,7 @@ def _dump(path: Path, value: object) -> None:
         pickle.dump(value, file)
 
 
-def _load(path: str) -> object:
+def _load(path: str) -> Any:
     with open(path, "rb") as file:
         return pickle.load(file)  # as the original does; only loads files of `_dump`
 

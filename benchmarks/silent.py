@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
@@ -20,8 +22,8 @@ from musetalk.models.vae import VAE
 def silent_pipeline() -> LipSyncPipeline:
     """The inference pipeline with stub networks."""
     unet = Silent(LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
-    pipeline = LipSyncPipeline(unet, silent_vae(), RIGID, ROOT / "models")
-    pipeline.backend, pipeline.audio_encoder = silent_backend(), SilentAudioEncoder()
+    pipeline = LipSyncPipeline(unet, silent_vae(), RIGID, ROOT / "models")  # type: ignore[arg-type]  # a stub
+    pipeline.backend, pipeline.audio_encoder = silent_backend(), SilentAudioEncoder()  # type: ignore[assignment]  # stubs
     return pipeline
 
 
@@ -58,7 +60,7 @@ def silent_vae() -> VAE:
 class Cached:
     """A MediaPipe network that runs once and then always returns its first result."""
 
-    def __init__(self, network: object) -> None:
+    def __init__(self, network: Any) -> None:
         self.network, self.result = network, None
 
     def process(self, image: np.ndarray) -> object:

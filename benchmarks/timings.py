@@ -18,9 +18,10 @@ from benchmarks.silent import silent_backend, silent_vae
 from benchmarks.workplace import Measured, UnavailableError, Workplace, cut, prepare_quietly
 from datasets_process import PrepareConfig
 from musetalk.contract import IMAGE_SIZE, RIGID
-from musetalk.data.cache import encode_jpegs
+from musetalk.data.cache import JpegBuffer
 from musetalk.data.crop import crop_clips, face_box
 from musetalk.data.dataset import FaceDataset
+from musetalk.data.face.face import FaceBackend
 from musetalk.data.face.mediapipe import MediapipeFaceMesh
 from musetalk.data.video import read_frames
 from musetalk.devices import supports_bf16
@@ -69,15 +70,15 @@ def loader_ratio(workplace: Workplace) -> Measured:
 def preprocess_nonmodel_ratio(workplace: Workplace) -> Measured:
     """CPU time of preparing the frames of a 720p video without the networks, the original's divided by ours."""
     video, backend, vae = workplace.video, silent_backend(), silent_vae()
-    first = next(read_frames(video))
-    box = face_box(backend.detect([first])[0][0].landmarks, first.shape)
+    _, box = first_face(video, backend)
     folder = workplace.folder / "crops"
     folder.mkdir()
 
     def ours() -> None:
-        for name, cropped, _ in crop_clips(PurePath(video.name), read_frames(video), backend, RIGID):
-            vae.encode_clip(name, cropped.crops, RIGID)
-            encode_jpegs(image for images in cropped.crops for image in images)
+        readers = read_frames(video), read_frames(video)
+        for name, _, crops, _ in crop_clips(PurePath(video.name), readers, backend, RIGID):
+            jpegs = JpegBuffer()
+            vae.encode_clip(name, jpegs.passing(crops, 1), RIGID)
 
     return ratio(lambda: list(original.crop_frames(video, box, folder)), ours)
 
@@ -103,13 +104,12 @@ def preprocess_ratio(workplace: Workplace) -> Measured:
     short, long = (cut(workplace.clips[-2:], workplace.folder / f"{x} s", x) for x in PREPARED_SECONDS)
     vae = load_vae(models, torch.device("cpu"), torch.float32, torch.contiguous_format)
     backend, video = MediapipeFaceMesh(), next(long.iterdir())
-    frame = next(read_frames(video))
-    box = face_box(backend.detect([frame])[0][0].landmarks, frame.shape)
+    frame, box = first_face(video, backend)
     folder.mkdir()
 
     @torch.no_grad()
     def theirs() -> float:
-        torch.set_num_threads(os.cpu_count())
+        torch.set_num_threads(os.cpu_count() or 1)
         start = time.perf_counter()
         for images in islice(original.crop_frames(video, box, folder), PREPARED_FRAMES):
             backend.detect([frame])
@@ -126,6 +126,14 @@ def preprocess_ratio(workplace: Workplace) -> Measured:
     before, (short_frames, short_s), (long_frames, long_s), after = theirs(), ours(short), ours(long), theirs()
     their_s, our_s = (before + after) / 2, (long_s - short_s) / (long_frames - short_frames)
     return Measured(their_s / our_s, f"{their_s:.2f} s over {our_s:.2f} s")
+
+
+def first_face(video: Path, backend: FaceBackend) -> tuple[np.ndarray, np.ndarray]:
+    """The first frame of a video, BGR uint8 (H, W, 3), and the box of its face, int32 (4,)."""
+    frame = next(read_frames(video))
+    box = face_box(backend.detect([frame])[0][0].landmarks, frame.shape)
+    assert box is not None
+    return frame, box
 
 
 def require_bf16() -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import repeat
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -59,7 +60,7 @@ def fake_tensors() -> Iterator[None]:
     """Makes all new tensors fake within the context. Values that the host reads from them are 1."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # Drop its weak references to tensors, which prevent nn.Module from moving to a device or dtype.
-    mode.fake_tensor_converter.set_tensor_memo = lambda *_: None
+    mode.fake_tensor_converter.set_tensor_memo = lambda *_: None  # type: ignore[method-assign]
     with mode, HostReads():
         yield
 
@@ -112,7 +113,7 @@ def untrained_training(config: TrainConfig, accelerator: Accelerator) -> Trainin
     Full-size except for the UNet and the VAE, whose sizes are those of models_dir.
     """
     frozen = accelerator.device, frozen_dtype(accelerator)
-    untrained = {
+    untrained: dict[str, Any] = {
         "load_lpips": lambda _, device, dtype: LPIPS(VGG16().to(device, dtype), Heads().to(device)),
         "load_tiny_decoder": lambda _, vae: freeze(TinyDecoder()).to(*frozen),
         "load_syncnet": lambda _, __, device, dtype: freeze(StableSyncNet(STABLE_SYNCNET_16)).to(device, dtype),
@@ -144,8 +145,8 @@ def cuda_memory() -> Iterator[None]:
 
         return _run
 
-    norms = {name: promoted(getattr(functional, name)) for name in ("group_norm", "layer_norm")}
-    updated = {
+    norms: dict[str, Any] = {name: promoted(getattr(functional, name)) for name in ("group_norm", "layer_norm")}
+    updated: dict[str, Any] = {
         "_get_foreach_kernels_supported_devices": lambda: ["cpu"],
         "_foreach_supported_types": [nn.Parameter, FakeTensor],
     }
@@ -157,7 +158,8 @@ def zero_batch(config: TrainConfig, batch_size: int, width: int) -> dict:
     """A batch of zeros with the tensors of musetalk.data.dataset. width: D."""
     window = batch_size, config.frames
     latents = (*window, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
-    batch = {name: torch.zeros(latents).half() for name in ("masked_latents", "reference_latents", "target_latents")}
+    names = ("masked_latents", "reference_latents", "target_latents")
+    batch: dict = {name: torch.zeros(latents).half() for name in names}
     batch |= {
         "audio_window": torch.zeros(*window, WINDOW_STEPS * STATES, width).half(),
         "target_image": torch.zeros(*window, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8),

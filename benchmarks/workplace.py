@@ -21,7 +21,7 @@ from benchmarks import ROOT
 from datasets_process import PrepareConfig
 from datasets_process import main as prepare
 from musetalk.contract import VIDEO_FPS
-from musetalk.data.cache import MAX_CLIP_FRAMES, TENSORS, Cache, CacheWriter
+from musetalk.data.cache import MAX_CLIP_FRAMES, OPTIONAL_TENSORS, TENSORS, Cache, CacheWriter
 from musetalk.data.sample import make_sample
 from musetalk.data.video import read_frames
 from musetalk.files import read_json
@@ -78,10 +78,12 @@ class Workplace:
         writer = CacheWriter(folder, self.cache.contract)
         for clip in list(self.cache.clips.values())[:2]:
             repeats = MAX_CLIP_FRAMES // len(clip)
-            tensors = {name: np.concatenate([clip.tensor(name)] * repeats) for name in TENSORS}
+            tensors = {
+                name: np.concatenate([clip.tensor(name)] * repeats) for name in TENSORS.keys() - OPTIONAL_TENSORS
+            }
             offsets, size = clip.tensor("face_jpeg_offsets")[:-1], clip.rows("face_jpeg")
-            offsets = [offsets + index * size for index in range(repeats)]
-            tensors["face_jpeg_offsets"] = np.concatenate([*offsets, [repeats * size]])
+            repeated = [offsets + index * size for index in range(repeats)]
+            tensors["face_jpeg_offsets"] = np.concatenate([*repeated, [repeats * size]])
             writer.write(clip.name, tensors, clip.metadata)
         return Cache(folder)
 

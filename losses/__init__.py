@@ -7,12 +7,14 @@ adv_g_mouth, feat_match_mouth, adv_d_mouth (the same for a second discriminator,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 
-def weighted_sum(terms: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
+def weighted_sum(terms: dict[str, torch.Tensor], weights: Mapping[str, float | torch.Tensor]) -> torch.Tensor:
     """Sum of the terms, each times its weight."""
-    return sum(weights[name] * value for name, value in terms.items())
+    return sum(weights[name] * value for name, value in terms.items())  # type: ignore[return-value]  # 0 without terms
 
 
 def full_precision(values: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ class PatchDiscriminator(nn.Module):
         Features are (B, width, H / 2, W / 2), (B, 2 width, H / 4, W / 4), ...
         """
         *hidden, last = self.convolutions
-        x, features = images.to(last.bias.dtype), []
+        x, features = images.to(next(self.parameters()).dtype), []
         for convolution in hidden:
             x = functional.leaky_relu(convolution(x), 0.2, inplace=True)
             features.append(x)
@@ -50,5 +50,5 @@ class PatchDiscriminator(nn.Module):
         """Runs one power iteration for the current weights; call it once after each update."""
         self.train()
         for convolution in self.convolutions:
-            convolution.parametrizations.weight()
+            convolution.get_submodule("parametrizations.weight")()
         self.eval()

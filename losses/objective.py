@@ -129,17 +129,19 @@ class Objective:
         if "pixel_l1" in self.weights:
             terms["pixel_l1"] = pixel_l1(images, target)
         if "lpips" in self.weights:
+            assert self.distance is not None
             terms["lpips"] = lpips(self.distance, images, target)
         for region, gan_loss in self.gan_losses.items() if adversarial else ():
             match = term_name("feat_match", region) in self.weights
             real = self._crop(region, target, batch, chunk) if match else None
             adv_terms = gan_loss.generator_loss(real, self._crop(region, images, batch, chunk))
             for name, value in zip(ADVERSARIAL, adv_terms, strict=True):
-                if term_name(name, region) in self.weights:
+                if value is not None and term_name(name, region) in self.weights:
                     terms[term_name(name, region)] = value
         return terms
 
     def _window_terms(self, batch: Batch, images: torch.Tensor) -> Terms:
         """Terms of whole windows of T images."""
+        assert self.embed is not None
         mel = batch["mel"]
         return {"sync": sync_loss(*self.embed(images.unflatten(0, (len(mel), -1)), mel))}

@@ -8,7 +8,7 @@ decoded without a graph, and the loss's gradient with respect to the images is p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ def pixel_branch(
     pred_latents: torch.Tensor,
     decode: Callable[[torch.Tensor], torch.Tensor],
     image_terms: Callable[[torch.Tensor, slice], Terms],
-    weights: dict[str, float],
+    weights: Mapping[str, float | torch.Tensor],
     chunk_size: int,
     *,
     window_terms: Callable[[torch.Tensor], Terms] | None = None,
@@ -52,7 +52,8 @@ def pixel_branch(
         terms = {name: value.detach() for name, value in values.items()}
         del all_images, values
 
-    gradients, images = [], []
+    gradients: list[torch.Tensor] = []
+    images = []
     for chunk in chunks:
         leaf = pred_latents[chunk].detach().requires_grad_()
         image = decode(leaf)

@@ -21,7 +21,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import psutil
@@ -40,7 +40,7 @@ from musetalk.models.face_parser import WEIGHTS as FACE_PARSER
 from musetalk.models.face_parser import load_face_parser
 from musetalk.models.lpips import load_lpips
 from musetalk.models.sources import SOURCES
-from musetalk.models.syncnet import PUBLISHED, load_syncnet
+from musetalk.models.syncnet import PUBLISHED, SyncNet, load_syncnet
 from musetalk.models.unet import UNet, build_unet, load_unet
 from musetalk.models.vae import VAE, load_vae
 from musetalk.training.preflight import SHARED_MEMORY
@@ -49,6 +49,8 @@ PACKAGES = ("torch", "diffusers", "accelerate", "numpy", "av", "safetensors")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 CPU = torch.device("cpu")
 GIB = 2**30
+
+Network = TypeVar("Network")
 
 
 @dataclass
@@ -137,7 +139,7 @@ def optional_networks(models_dir: Path, states: int) -> Iterator[tuple[str, Call
     for name in PUBLISHED:
         if (models_dir / name).is_file():
             yield name, partial(load_syncnet, models_dir, name, CPU), run_syncnet
-    others = {
+    others: dict[str, tuple[str, Callable, Callable]] = {
         "LPIPS": ("vgg/lpips.pth", load_lpips, lambda lpips: lpips(fixed_image(), -fixed_image())),
         "face parser": (FACE_PARSER, load_face_parser, lambda parser: parser(fixed_image())),
         "DWPose": (DWPOSE, load_dwpose, run_dwpose),
@@ -147,7 +149,7 @@ def optional_networks(models_dir: Path, states: int) -> Iterator[tuple[str, Call
             yield name, partial(load, models_dir, CPU), run
 
 
-def trial(name: str, load: Callable, run: Callable) -> tuple[object | None, Finding]:
+def trial(name: str, load: Callable[[], Network], run: Callable) -> tuple[Network | None, Finding]:
     """Loads and runs a network. Returns it, None if it cannot be loaded, and the finding."""
     try:
         network = load()
@@ -167,9 +169,10 @@ def check_cache(config: CheckConfig, vae: VAE | None, encoder: AudioEncoder | No
         people = len({clip.identity for clip in cache.clips.values()})
         yield Finding(f"cache {where}: {len(cache.clips)} clips of {people} identities, {usable} usable frames")
         yield Finding(f"contract: {', '.join(f'{k} {v}' for k, v in vars(contract).items())}")
-        for field, network in {"vae": vae, "audio_encoder": encoder}.items():
-            if network:
-                contract.require(replace(contract, **{field: network.fingerprint}), (field,), where)
+        if vae:
+            contract.require(replace(contract, vae=vae.fingerprint), ("vae",), where)
+        if encoder:
+            contract.require(replace(contract, audio_encoder=encoder.fingerprint), ("audio_encoder",), where)
     except UserError as error:
         yield Finding(f"cache: {error}", fault=True)
 
@@ -197,7 +200,7 @@ def run_unet(states: int, unet: UNet) -> torch.Tensor:
     return unet(fixed(1, 2 * LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE), window)
 
 
-def run_syncnet(expert: torch.nn.Module) -> torch.Tensor:
+def run_syncnet(expert: SyncNet) -> torch.Tensor:
     images = fixed_image()[:, None].expand(-1, expert.frames, -1, -1, -1)
     return torch.stack(expert.embed(images, fixed(1, expert.mel_frames, SYNC_MEL_BINS)))
 

@@ -73,7 +73,8 @@ def parse_preset(arguments: list[str], presets: dict[str, Config], manual: str) 
 def run_script(main: Callable[[Config], None], config: Config) -> None:
     """Runs a script's main. Exits with code 2 after an error that the user can fix, 130 after an interruption."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # file names may be undecodable
+        # File names may be undecodable.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # both are TextIOWrapper
     threading.excepthook = _thread_excepthook
     try:
         main(config)

@@ -19,6 +19,7 @@ SAMPLES_PER_FRAME = AUDIO_SAMPLE_RATE // VIDEO_FPS  # 640 samples
 SAMPLES_PER_FEATURE = AUDIO_SAMPLE_RATE // FEATURE_RATE  # 320 samples
 FEATURES_PER_FRAME = FEATURE_RATE // VIDEO_FPS  # 2
 CONTEXT_FRAMES = 2  # video frames of audio context on either side
+AUDIO_MARGIN = 15  # video frames of audio that a cached clip has on either side
 WINDOW_STEPS = FEATURES_PER_FRAME * (2 * CONTEXT_FRAMES + 1)  # 10 features; x S states = W tokens
 
 SYNC_MEL_RATE = 80  # mel frames a second for the sync expert
@@ -48,6 +49,9 @@ class FeatureContract:
     """The settings that preparation, training and inference must share.
 
     The fields down to `face_backend` are fixed when a cache is made, the others when training starts.
+
+    A stored contract that lacks a field was written before the field existed and has its default. Therefore the default
+    of a new field is the behaviour until then, and a default never changes: new behaviour is set in `CONTRACTS`.
     """
 
     crop: str = "nose_centred"  # MuseTalk's box, or "rigid"; see crop.face_box
@@ -92,12 +96,20 @@ class FeatureContract:
 
     @classmethod
     def from_dict(cls, values: object, names: tuple[str, ...], source: str) -> FeatureContract:
-        """The contract that `as_dict` returned for `names`. Raises ContractError naming `source` for anything else."""
+        """Returns a stored contract, `values`, which has fields of `names`. Missing fields have their defaults.
+
+        Raises ContractError naming `source` for an unknown field, an invalid value or a missing fingerprint, since an
+        empty one matches any network.
+        """
         if not isinstance(values, dict):
             raise ContractError(f"{source}: contains no feature contract")
-        if set(values) != set(names):
-            mismatched = ", ".join(sorted(str(name)[:40] for name in set(names).symmetric_difference(values))[:5])
-            raise ContractError(f"{source}: its feature contract has unknown or missing fields: {mismatched}")
+        if unknown := sorted(str(name)[:40] for name in set(values).difference(names)):
+            unknown = ", ".join(unknown[:5])
+            raise ContractError(
+                f"{source}: its feature contract has unknown fields: {unknown}; use the version that wrote it, or newer"
+            )
+        if missing := [name for name in FINGERPRINTS if name in names and name not in values]:
+            raise ContractError(f"{source}: its feature contract lacks {', '.join(missing)}; recreate it")
         try:
             return cls(**values)
         except ContractError as error:
@@ -129,6 +141,7 @@ class FeatureContract:
 
 ALL_FIELDS = tuple(field.name for field in fields(FeatureContract))
 MODEL_FIELDS = ("window_edge", "positional_encoding")
+FINGERPRINTS = ("vae", "audio_encoder")
 CACHE_FIELDS = tuple(name for name in ALL_FIELDS if name not in MODEL_FIELDS)
 # Fields that users set by constants of the same name; the others follow from the contract's name and the models.
 OWN_CONSTANTS = ("bbox_shift", "margins", "encode_dtype", "face_backend", "positional_encoding")

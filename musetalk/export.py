@@ -58,12 +58,13 @@ def main(config: ExportConfig) -> None:
         write_unet(config.output / weights, unet.model.state_dict(), contract)
     else:
         # Sampling and rounding of the cached latents do not matter for inference.
-        own = {"posterior": contract.posterior, "encode_dtype": contract.encode_dtype}
+        needed = replace(CONTRACTS[contract_name], posterior=contract.posterior, encode_dtype=contract.encode_dtype)
         try:
-            contract.require(replace(CONTRACTS[contract_name], **own), ALL_FIELDS, str(path))
+            contract.require(needed, ALL_FIELDS, str(path))
         except ContractError as error:
-            needed = f"{config.layout} needs the contract {contract_name}"
-            raise ContractError(f"{error}, or export it for diffusers; {needed}") from None
+            raise ContractError(
+                f"{error}, or export it for diffusers; {config.layout} needs the contract {contract_name}"
+            ) from None
         with atomic_write(config.output / weights) as partial:
             torch.save(unet.model.state_dict(), partial)
     with atomic_write(config.output / description) as partial:

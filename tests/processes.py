@@ -1,6 +1,6 @@
-"""Run by test_processes.py as one or several processes: a small training whose first process is asked to stop.
+"""Run by test_processes.py in one or several processes: a small training that the first process stops.
 
-python -m tests.processes <unet | name of a sync expert> <cache> <folder> <batch size> <steps until then> <precision>
+python -m tests.processes <unet | architecture of a sync expert> <cache> <folder> <batch size> <steps> <dtype>
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ CONFIG = TrainConfig(
     loss_weights=weights(**LOSS_WEIGHTS),
     adaptive_every=1,
     chunk_size=1,
+    discriminator_width=4,
     discriminator_learning_rate=1e-3,
 )
 SYNC_CONFIG = SyncConfig(**COMMON, held_out=0.25, gaps=(9, 3), other_clips=0.5)
 
 
 def small_unet(width: int) -> UNet:
-    """The same network in every process."""
+    """A seeded UNet. width: of the audio features."""
     torch.manual_seed(0)
     model = UNet2DConditionModel(
         sample_size=32,
@@ -63,7 +64,7 @@ def small_unet(width: int) -> UNet:
 
 @contextmanager
 def stop_after(steps: int, *, patient: bool) -> Iterator[StopRequests]:
-    """Replaces `stop_requests`: only the first process is asked to stop, after some steps."""
+    """Repaths `stop_requests`: the first process alone is requested to stop after some steps."""
     calls = iter(range(1, 10**9))
 
     class StopAfter(StopRequests):
@@ -74,10 +75,10 @@ def stop_after(steps: int, *, patient: bool) -> Iterator[StopRequests]:
 
 
 def train_unet(cache: Cache, config: TrainConfig) -> None:
-    """Trains as the trainer does, with small networks and without validation."""
+    """The loop of musetalk_trainer.py with small networks, without validation."""
     width = next(iter(cache.clips.values())).tensor("audio_features", 0, 1).shape[-1]
     musetalk_trainer.build_unet = lambda *_: small_unet(width)
-    musetalk_trainer.PatchDiscriminator = partial(PatchDiscriminator, width=4, layers=2)
+    musetalk_trainer.PatchDiscriminator = partial(PatchDiscriminator, layers=2)
     accelerator = start_processes("cpu")
     dataset = open_dataset(
         config, cache, sorted(cache.clips), cache.contract, world_size=accelerator.num_processes, sync_offset=0
@@ -106,19 +107,19 @@ def train_unet(cache: Cache, config: TrainConfig) -> None:
         run.finish()
 
 
-def main(what: str, cache: str, folder: str, batch_size: str, steps: str, dtype: str) -> None:
+def main(model: str, cache: str, folder: str, batch_size: str, steps: str, dtype: str) -> None:
     distributed.precision = lambda _: "no"
     run.stop_requests = partial(stop_after, int(steps))
     torch.set_default_dtype(getattr(torch, dtype))
-    torch.Tensor.float = lambda tensor: tensor.to(torch.get_default_dtype())  # where the code converts to float32
+    torch.Tensor.float = lambda tensor: tensor.to(torch.get_default_dtype())  # where a trainer converts to float32
     torch.set_num_threads(1)
-    places = {"checkpoint_dir": Path(folder), "log_dir": Path(folder) / "log", "batch_size": int(batch_size)}
+    paths = {"checkpoint_dir": Path(folder), "log_dir": Path(folder) / "log", "batch_size": int(batch_size)}
     with suppress(KeyboardInterrupt):
-        if what == "unet":
-            train_unet(Cache(Path(cache)), replace(CONFIG, **places))
+        if model == "unet":
+            train_unet(Cache(Path(cache)), replace(CONFIG, **paths))
         else:
-            places |= {"hdtf_samples_dir": Path(cache), "architecture": what}
-            syncnet_trainer.train("demo", replace(SYNC_CONFIG, **places))
+            paths |= {"hdtf_samples_dir": Path(cache), "architecture": model}
+            syncnet_trainer.train("demo", replace(SYNC_CONFIG, **paths))
 
 
 if __name__ == "__main__":

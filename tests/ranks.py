@@ -1,18 +1,19 @@
-"""Run by test_distributed.py as one of two processes: a tiny training that is stopped while it saves.
+"""Run by test_distributed.py as one of two processes: refused starts, one averaged step, a run stopped while it saves.
 
     torchrun --nproc-per-node 2 -m tests.ranks <folder>
 
-Each process first resumes from a state of its own, which must be refused; <folder>/<rank>.txt has the messages.
+Each process writes what it saw to <folder>/<rank>.json.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,12 +26,12 @@ from musetalk.cli import run_script
 from musetalk.errors import UserError
 from musetalk.training import checkpoint, distributed
 from musetalk.training.checkpoint import save_state
-from musetalk.training.distributed import TIMEOUT, start_processes
+from musetalk.training.distributed import start_processes
 from musetalk.training.run import Run, open_run
 from musetalk.training.state import NetworkState
 from musetalk.training.step import OptimizerStep
 
-SAVING = 2.0  # seconds
+SAVE_SECONDS = 2.0
 
 
 @dataclass
@@ -73,14 +74,14 @@ class Numbers(Dataset):
 
 
 def make_state(seed: int = 0) -> NetworkState:
-    """A network of four parameters."""
+    """Builds a network of four parameters."""
     torch.manual_seed(seed)
     network = nn.Linear(3, 1)
     return NetworkState(network, torch.optim.Adam(network.parameters(), 0.1), {"kind": "linear"})
 
 
 def train(run: Run) -> Iterator[int]:
-    """Makes the remaining steps, with random numbers of their own, and yields their numbers before saves."""
+    """Makes the remaining steps, each with random numbers, and yields the step before it is saved."""
     state, config = run.state, run.config
     batches = run.batches(Numbers())
     for _ in run.steps():
@@ -100,8 +101,8 @@ def train(run: Run) -> Iterator[int]:
     run.finish()
 
 
-def differing(config: Config, accelerator: Accelerator, *, seed: int, step: int, listing: str) -> str:
-    """Resumes from a state of this process alone and returns the error."""
+def refusal(config: Config, accelerator: Accelerator, *, seed: int, step: int, listing: str) -> str:
+    """Resumes from a state that only this process has. Returns the error."""
     state = make_state(seed)
     save_state(config.checkpoint_dir / "unlike", step, state.as_dict(), keep=1)
     try:
@@ -112,32 +113,47 @@ def differing(config: Config, accelerator: Accelerator, *, seed: int, step: int,
     return "no error"
 
 
+def averaged_step(config: Config, gradient: list[float]) -> tuple[list[float], float, str]:
+    """Updates zeros by SGD with a gradient of this process. Returns them, the norm, and why no update was made."""
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor(gradient)
+    step = OptimizerStep(0, replace(config, on_nonfinite="skip", max_grad_norm=1.0, learning_rate=1.0))
+    step.sample_ids = [f"sample {os.environ['RANK']}"]
+    step.add({"loss": torch.tensor(gradient[0])})
+    result = step.update([torch.optim.SGD([parameter], 1.0)])
+    return parameter.tolist(), result.grad_norm.item(), result.skipped
+
+
+def save_slowly(*arguments: object) -> None:
+    """Replaces `torch.save` in a process that a cluster and a launcher signal meanwhile."""
+    for number in (signal.SIGTERM, signal.SIGINT) * 2:
+        os.kill(os.getpid(), number)
+    time.sleep(SAVE_SECONDS)
+    torch.save(*arguments)
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     distributed.precision = lambda _: "no"
     rank = int(os.environ["RANK"])
     accelerator = start_processes("cpu")
     own = Config(folder / str(rank), folder / str(rank), batch_size=1)
-    errors = differing(own, accelerator, seed=rank, step=4, listing="abc")
-    errors += "\n" + differing(own, accelerator, seed=7, step=5 + rank, listing="xyz" if rank else "abc")
-
-    def save_slowly(*arguments: object) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT) * 2:  # from the cluster, then from the launcher
-            os.kill(os.getpid(), number)
-        time.sleep(SAVING)
-        torch.save(*arguments)
+    seen = {
+        "other weights": refusal(own, accelerator, seed=rank, step=4, listing="abc"),
+        "other step and cache": refusal(own, accelerator, seed=7, step=5 + rank, listing="xyz" if rank else "abc"),
+        "step": averaged_step(own, [[2.0, 0.0], [4.0, 8.0]][rank]),
+        "skipped": averaged_step(own, [[1.0, 1.0], [float("nan"), 1.0]][rank]),
+    }
 
     checkpoint.torch = SimpleNamespace(save=save_slowly)
     with open_run("tiny", Config(folder, folder, batch_size=1), make_state(), accelerator) as run:
-        groups = [torch.distributed.group.WORLD, run.ranks.group]
-        waits = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
         try:
             for step in train(run):
                 if rank == 1 and step == 2:
                     os.kill(os.getpid(), signal.SIGTERM)
-        except KeyboardInterrupt:  # only now may a process exit
-            saved = len(list(run.folder.glob("training-state-0000002.pt")))
-            (folder / f"{rank}.txt").write_text(f"{errors}\n{waits == [TIMEOUT] * 2}\n{saved}")
+        except KeyboardInterrupt:
+            seen["saved before exit"] = [path.name for path in run.folder.glob("training-state-*.pt")]
+            (folder / f"{rank}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":

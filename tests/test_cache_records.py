@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from musetalk.contract import FeatureContract
 from musetalk.data.cache import (
     CLIP_RECORD,
-    REJECTED_RECORD,
     TENSORS,
     Cache,
     CacheError,
@@ -26,6 +26,7 @@ from musetalk.data.cache import (
 from musetalk.data.video import MediaError
 
 CONTRACT = FeatureContract()
+ABSENT = "absent"
 
 
 def metadata(source: str = "a.mp4", **changes) -> dict:
@@ -71,7 +72,7 @@ def files(folder: Path) -> set[str]:
         ("n" * 200 + ".mp4", None, "n" * 200),
     ],
 )
-def test_the_name_of_a_clip(source, part, name):
+def test_clip_names(source, part, name):
     assert clip_name(PurePath(source), part) == name
 
 
@@ -84,22 +85,13 @@ def test_a_very_long_name_is_shortened_to_its_hash_and_end():
 any_name = st.text(st.characters(exclude_characters="/\0"), min_size=1).filter(lambda name: name not in (".", ".."))
 
 
-@given(folders=st.lists(any_name, max_size=5), name=any_name, times=st.integers(1, 40), parts=st.sets(st.integers(0)))
-@settings(max_examples=50)
-def test_any_video_name_gives_a_valid_clip_name(tmp_path_factory, folders, name, times, parts):
-    folder = tmp_path_factory.getbasetemp() / "names"
-    folder.mkdir(exist_ok=True)
+@given(folders=st.lists(any_name, max_size=5), name=any_name, times=st.integers(1, 40), part=st.integers(0, 99_999))
+def test_any_video_name_gives_a_valid_file_name(folders, name, times, part):
     source = PurePath(*folders, name * times + ".mp4")
-    parts = sorted(part % 100_000 for part in parts)
-    names = [clip_name(source), *(clip_name(source, part) for part in parts)]
-    assert len(set(names)) == 1 + len(set(parts))
-    for clip in names:
-        path = folder / f"{clip}.safetensors.1234567.partial"
-        assert path.parent == folder and path.name == f"{clip}.safetensors.1234567.partial"
-        assert len(os.fsencode(path.name)) <= 255 and len(f"{clip}.".splitlines()) == 1
-        path.touch()
-        path.unlink()
-        assert Path(f"{clip}.json").stem == clip  # as it is read
+    for clip in (clip_name(source), clip_name(source, part)):
+        file = f"{clip}.safetensors.1234567.partial"
+        assert PurePath(file).name == file and len(os.fsencode(file)) <= 255 and len(f"{clip}.".splitlines()) == 1
+        assert Path(f"{clip}.json").stem == clip
 
 
 @pytest.mark.parametrize(
@@ -107,32 +99,27 @@ def test_any_video_name_gives_a_valid_clip_name(tmp_path_factory, folders, name,
     [
         ("WDA_BernieSanders_000.mp4", "WDA_BernieSanders"),
         ("RD_Radio1_000.mp4", "RD_Radio1"),
-        ("WRA_A_B_C_123.mp4", "WRA_A_B_C"),
-        ("hdtf/train/WDA_BernieSanders_001.mp4", "WDA_BernieSanders"),
+        ("hdtf/train/WRA_A_B_C_123.mp4", "WRA_A_B_C"),
         ("WDA_BernieSanders.mp4", "WDA_BernieSanders"),
         ("WDA_BernieSanders_0000.mp4", "WDA_BernieSanders_0000"),
-        ("WDA_BernieSanders_00.mp4", "WDA_BernieSanders_00"),
         ("XWDA_Bernie_000.mp4", "XWDA_Bernie_000"),
-        ("my_own_000.mp4", "my_own_000"),
         ("people/a.mp4", "people/a"),
-        ("others/a.mp4", "others/a"),
         ("talks/talk.1.mp4", "talks/talk.1"),
     ],
 )
-def test_who_is_in_a_source_by_its_name(source, identity):
-    assert identity_of(PurePath(source), {}) == identity
+def test_identities_from_file_names(source, identity):
     assert identity_of(PurePath(source), {"elsewhere": "x"}) == identity
 
 
-def test_identities_json_comes_first():
+def test_identities_json_overrides_file_names():
     identities = {"WDA_BernieSanders_000": "Bernie", "people/a": "Anna"}
     assert identity_of(PurePath("WDA_BernieSanders_000.mp4"), identities) == "Bernie"
     assert identity_of(PurePath("people/a.mp4"), identities) == "Anna"
     assert identity_of(PurePath("a.mp4"), identities) == "a"
 
 
-@pytest.mark.parametrize("odd", ["J\u00fcrgen", "a\nb", "\udcff", "\u4f60\u597d", "\U0001f642" * 40, "\x1b[2J"])
-def test_odd_names_come_back_from_records_as_they_are(writer, write, odd):
+@pytest.mark.parametrize("odd", ["J\u00fcrgen", "a\nb", "\udcff", "\U0001f642" * 40, "\x1b[2J"])
+def test_unusual_names_in_records_are_read_unchanged(writer, write, odd):
     source = f"{odd}/{odd}.mp4"
     clip = clip_name(PurePath(source))
     written = write(clip, source, identity=odd)
@@ -172,8 +159,8 @@ def test_a_rejected_source_is_complete_and_not_a_clip(writer, write):
     assert files(writer.folder) == {"clips/b.json", "clips/b.safetensors", "rejected/a.json"}
 
 
-@pytest.mark.parametrize("changed", ["another.mp4", "A.mp4", "a.mov", "x/../a.mp4"])
-def test_the_clip_name_of_another_source_is_not_overwritten(writer, write, changed):
+@pytest.mark.parametrize("changed", ["another.mp4", "a.mov"])
+def test_a_clip_of_another_source_is_not_overwritten(writer, write, changed):
     write("a")
     before = (writer.folder / "clips" / "a.json").read_bytes()
     with pytest.raises(MediaError, match=f"{changed}: .*a.json belongs to a.mp4; rename one of them") as caught:
@@ -187,10 +174,8 @@ def test_the_clip_name_of_another_source_is_not_overwritten(writer, write, chang
     [
         ("a__b", "a/b.mp4", "a__b.mp4"),
         ("a__b", "a__b.mp4", "a/b.mp4"),
-        ("x-0000", "x.mp4", "x-0000.mp4"),  # the part of a long one, and a short one of that name
-        ("x-0000", "x-0000.mp4", "x.mp4"),
+        ("x-0000", "x.mp4", "x-0000.mp4"),  # a part of a long video, and a video of that name
         ("x-0000-0001", "x-0000.mp4", "x-0000-0001.mp4"),
-        (r"a\n", "a\n.mp4", r"a\n.mp4"),
         ("a", "a.mp4", "a.mov"),
     ],
 )
@@ -252,25 +237,27 @@ def test_an_interrupted_deletion_is_completed_by_the_next_run(writer, write, mon
 def test_a_changed_identity_is_written_to_every_record(writer, write):
     write("a-0000", last=False)
     writer.reject("a-0001", metadata(last=False), "no face", "none")
-    write("a-0002", identity="her already")
+    write("a-0002", identity="somebody else")
     tensors = (writer.folder / "clips" / "a-0000.safetensors").read_bytes()
-    found = writer.finished(metadata(identity="her already"))
-    assert [record["identity"] for record in found] == ["her already"] * 3
-    assert found == writer.finished(metadata(identity="her already"))
-    assert {clip.identity for clip in Cache(writer.folder).clips.values()} == {"her already"}
+    found = writer.finished(metadata(identity="somebody else"))
+    assert [record["identity"] for record in found] == ["somebody else"] * 3
+    assert found == writer.finished(metadata(identity="somebody else"))
+    assert {clip.identity for clip in Cache(writer.folder).clips.values()} == {"somebody else"}
     assert (writer.folder / "clips" / "a-0000.safetensors").read_bytes() == tensors
 
 
-# Records that cannot be read.
+# Invalid records.
 
-ABSENT = "absent"
-WRONG = {str: [ABSENT, None, 3, []], int: [ABSENT, None, "9", 9.0, True, -1], bool: [ABSENT, None, 1, "true"]}
+INVALID = {str: [None, 3], int: ["9", 9.0, True, -1], bool: [None, 1]}
+INVALID_SCORES = [[0.5], {"sharpness": "high"}, {"sharpness": math.nan}]
 
 
 @pytest.mark.parametrize(
     ("place", "name", "value"),
-    [("clips", name, value) for name, kind in CLIP_RECORD.items() for value in WRONG[kind]]
-    + [("rejected", name, value) for name, kind in REJECTED_RECORD.items() for value in WRONG[kind]],
+    [("clips", name, value) for name, kind in CLIP_RECORD.items() for value in [ABSENT, *INVALID[kind]]]
+    + [("rejected", name, value) for name in ("kind", "reason") for value in [ABSENT, 3]]
+    + [("clips", "scores", value) for value in INVALID_SCORES]
+    + [("clips", "audio_offset", 0.5)],
 )
 def test_a_record_with_an_invalid_field_is_named(writer, write, place, name, value):
     if place == "clips":
@@ -287,15 +274,6 @@ def test_a_record_with_an_invalid_field_is_named(writer, write, place, name, val
     if place == "clips":
         with pytest.raises(CacheError, match=f"a.json has no valid {name}"):
             Cache(writer.folder)
-        assert [str(fault) for fault in verify(writer.folder)] == [str(caught.value)]
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
-def test_a_record_that_is_no_json_is_named_when_going_on(writer, write, content):
-    write("a")
-    (writer.folder / "clips" / "a.json").write_bytes(content)
-    with pytest.raises(CacheError, match="a.json .*; delete it and run datasets_process.py again"):
-        writer.finished(metadata())
 
 
 # Verification.
@@ -314,18 +292,17 @@ def test_an_intact_cache_has_no_errors(faults):
 
 
 @pytest.mark.parametrize("name", TENSORS)
-@pytest.mark.parametrize("bit", [0, 7])
-def test_a_bit_changed_in_any_tensor_is_found(writer, faults, name, bit):
+def test_a_flipped_bit_in_any_tensor_is_found(writer, faults, name):
     path = writer.folder / "clips" / "b.safetensors"
     content = bytearray(path.read_bytes())
     data = 8 + int.from_bytes(content[:8], "little")  # after the header's length and the header
     begin, end = json.loads(content[8:data])[name]["data_offsets"]
-    content[data + (begin + end) // 2] ^= 1 << bit
+    content[data + (begin + end) // 2] ^= 1
     path.write_bytes(content)
     found = faults()
     assert [fault is None for fault in found] == [True, False, True]
     assert found[1].startswith(str(path)) and "delete b.json" in found[1]
-    if name not in ("usable", "face_jpeg_offsets"):  # which are read when a clip is opened
+    if name not in ("usable", "face_jpeg_offsets"):  # read when a clip is opened
         assert found[1].startswith(f"{path} is corrupted")
         assert list(Cache(writer.folder).clips) == ["a", "b", "c"]
 
@@ -342,7 +319,7 @@ def test_a_replaced_tensor_file_is_found(writer, faults, change):
     assert found[:2] == [None, None] and found[2].startswith(str(path)) and "delete c.json" in found[2]
 
 
-def test_a_clip_in_place_of_another_is_found(writer, faults):
+def test_swapped_tensor_files_are_found(writer, faults):
     path = writer.folder / "clips" / "a.safetensors"
     path.write_bytes((writer.folder / "clips" / "b.safetensors").read_bytes())
     assert Cache(writer.folder).clips["a"].usable.all()
@@ -355,7 +332,7 @@ def test_a_folder_that_is_not_a_cache_cannot_be_verified(tmp_path):
         list(verify(tmp_path))
 
 
-def test_a_clip_can_be_written_again_over_one_that_was_broken(writer, write, faults, random_tensors):
+def test_a_corrupted_clip_can_be_written_again(writer, write, faults, random_tensors):
     (writer.folder / "clips" / "a.safetensors").write_bytes(b"broken")
     (writer.folder / "clips" / "a.json").unlink()
     assert writer.finished(metadata()) == []

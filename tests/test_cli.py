@@ -1,28 +1,25 @@
-"""Checks of constants, exit codes, error messages and stop signals of a script."""
+"""Checks of constants, error messages, exit codes and stop signals of a script."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from musetalk.cli import (
     Count,
-    CountOrZero,
     Decay,
-    Pixels,
     Positive,
-    PositiveOrZero,
     Seed,
     Share,
     Shift,
@@ -31,19 +28,15 @@ from musetalk.cli import (
     run_script,
     stop_requests,
 )
-from musetalk.contract import ContractError
-from musetalk.data.cache import CacheError
 from musetalk.data.video import MediaError
 from musetalk.errors import UserError, printable
-from musetalk.models.weights import WeightsError
 
 ROOT = Path(__file__).parents[1]
-NAN, INFINITY = float("nan"), float("inf")
 
 
 @pytest.fixture(autouse=True)
 def thread_excepthook(monkeypatch):
-    """Restores the hook that a script sets for its whole process, which is that of the tests here."""
+    """Restores the hook for exceptions of threads, which a script sets for its whole process."""
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
 
 
@@ -57,24 +50,13 @@ def failing(error: BaseException):
 # Printable messages.
 
 
-@given(text=st.text(st.characters(categories=["Cc", "Cs", "Zl", "Zp", "L", "So"]) | st.sampled_from("\\n\x1b")))
-def test_a_message_is_one_line_that_can_be_encoded(text):
-    line = printable(text)
-    assert len(f"{line}.".splitlines()) == 1 and line.isprintable()
-    assert line.encode() and line or not text
-    assert printable(line) == line
-    assert all(char in line for char in text if char.isprintable())
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("a\nb\r\tc", r"a\nb\r\tc"),
+        ("a\nb\r\tc\u2028", r"a\nb\r\tc\u2028"),
         ("\x1b[2J\x07", r"\x1b[2J\x07"),
-        ("\udcff\x85", r"\udcff\x85"),
-        ("\u2028\u2029", r"\u2028\u2029"),
+        ("\udcff\x85", r"\udcff\x85"),  # an undecodable file name
         (r"J\u00fcrgen 你好 🙂 C:\new", r"J\u00fcrgen 你好 🙂 C:\new"),
-        ("Jürgen", "Jürgen"),
     ],
 )
 def test_unprintable_characters_become_escapes(text, expected):
@@ -86,142 +68,97 @@ def test_unprintable_characters_become_escapes(text, expected):
 
 @dataclass
 class Constants:
-    """One of each type."""
-
     count: Count = 1
-    count_or_zero: CountOrZero = 0
     seed: Seed = 0
     positive: Positive = 0.5
-    positive_or_zero: PositiveOrZero = 0.0
     workers: Workers = 0
     share: Share = 0.5
     decay: Decay = 0.0
-    pixels: Pixels = 0
     shift: Shift = -1
     pair: tuple[Decay, Decay] = (0.0, 0.5)
 
 
-def test_each_type_accepts_values_within_its_bounds():
+def test_constants_within_their_bounds_are_accepted():
     check_constants(Constants())
-    check_constants(Constants(10**12, 10**12, 2**32 - 1, 1e30, 1e30, 512, 0.999, 0.999, 1000, 1000))
-    check_constants(Constants(positive=3, positive_or_zero=0, decay=0))  # int is accepted for float
-    check_constants(Constants(shift=-1000, share=1e-9))
-
-
-INTEGERS = {"count": 1, "count_or_zero": 0, "seed": 0, "workers": 0, "pixels": 0, "shift": -1000}
-FLOATS = ("positive", "positive_or_zero", "share", "decay")
-ABOVE = {"count": 10**12 + 1, "seed": 2**32, "workers": 513, "pixels": 1001, "shift": 1001, "share": 1.0, "decay": 1.0}
-BELOW = {name: least - 1 for name, least in INTEGERS.items()} | dict.fromkeys(FLOATS, -0.001)
+    check_constants(Constants(10**12, 2**32 - 1, 1e30, 512, 0.999, 0.999, 1000))
+    check_constants(Constants(positive=3, decay=0, shift=-1000))  # int is accepted for float
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [*BELOW.items(), *ABOVE.items(), ("positive", 0.0), ("share", 0.0)]
-    + [(name, value) for name in INTEGERS for value in (True, 1.0, "1", None)]
-    + [(name, value) for name in FLOATS for value in (True, "1", None, NAN)]
-    + [(name, INFINITY) for name in ("positive", "positive_or_zero")],
-)
-def test_an_invalid_number_is_refused_by_name_and_value(name, value):
-    with pytest.raises(UserError) as caught:
-        check_constants(replace(Constants(), **{name: value}))
-    assert str(caught.value).startswith(f"{name} cannot be {value!r}: ")
-
-
-@pytest.mark.parametrize(
-    ("value", "start"),
     [
-        ((0.5,), "pair.1 cannot be (0.5,): "),
-        ((0.5, 0.5, 0.5), "pair cannot be (0.5, 0.5, 0.5): "),
-        ((0.5, 1.0), "pair.1 cannot be 1.0: "),
-        ((False, 0.5), "pair.0 cannot be False: "),
-        (0.5, "pair cannot be 0.5: "),
+        ("count", 0),
+        ("count", True),
+        ("count", 1.0),
+        ("count", "1"),
+        ("count", None),
+        ("seed", 2**32),
+        ("workers", 513),
+        ("shift", -1001),
+        ("positive", 0.0),
+        ("positive", float("nan")),
+        ("positive", float("inf")),
+        ("share", 1.0),
+        ("decay", -0.001),
+        ("decay", "0.5"),
+        ("pair", 0.5),
+        ("pair", (0.5, 1.0)),
     ],
 )
-def test_an_invalid_tuple_is_refused_by_name_and_index(value, start):
-    with pytest.raises(UserError) as caught:
-        check_constants(Constants(pair=value))
-    assert str(caught.value).startswith(start)
-
-
-def test_the_first_invalid_constant_is_named():
-    with pytest.raises(UserError, match="^seed "):
-        check_constants(Constants(seed=-1, workers=-1))
+def test_an_invalid_constant_is_refused_by_name_and_value(name, value):
+    start = "pair.1 cannot be 1.0" if value == (0.5, 1.0) else f"{name} cannot be {value!r}"
+    with pytest.raises(UserError, match=f"^{re.escape(start)}: "):
+        check_constants(replace(Constants(), **{name: value}))
 
 
 # Exit codes.
 
 
-def test_a_script_gets_its_config_and_returns():
-    calls = []
-    assert run_script(calls.append, "config") is None
-    assert calls == ["config"]
+def exit_of(main: Callable, capsys) -> tuple[int, str]:
+    """Exit code and stderr of a script that fails; it prints nothing to stdout."""
+    with pytest.raises(SystemExit) as exited:
+        run_script(main, None)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return exited.value.code, printed.err
 
 
 @pytest.mark.parametrize(
-    "error",
-    [
-        UserError("a.mp4: is too short; take a longer one"),
-        UserError("a\n\x1b\udcff.mp4: is too short"),
-        CacheError("a.json cannot be read"),
-        ContractError("crop must be one of two"),
-        WeightsError("tiny.pt is missing"),
-        MediaError("no audio", "a.mp4: has no audio track"),
-    ],
-    ids=lambda error: type(error).__name__,
+    "error", [UserError("a\n\x1b\udcff.mp4: is too short"), MediaError("no audio", "a.mp4: has no audio track")]
 )
-def test_user_errors_are_one_sentence_and_exit_code_2(capsys, error):
-    with pytest.raises(SystemExit) as exited:
-        run_script(failing(error), None)
-    assert exited.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err == f"\n{error}\n" and "Traceback" not in printed.err
+def test_user_errors_are_one_line_and_exit_code_2(capsys, error):
+    assert exit_of(failing(error), capsys) == (2, f"\n{error}\n")
 
 
 def test_system_errors_name_the_file(capsys, tmp_path):
-    def main(config):
-        open(tmp_path / "none\n.txt")
-
-    with pytest.raises(SystemExit) as exited:
-        run_script(main, None)
-    assert exited.value.code == 2
-    assert capsys.readouterr().err == f"\n{tmp_path}/none\\n.txt: No such file or directory\n"
-
-
-FULL = "No space left on device: free some space and run the same command again"
+    code, printed = exit_of(lambda _: open(tmp_path / "none\n.txt"), capsys)
+    assert code == 2 and printed == f"\n{tmp_path}/none\\n.txt: No such file or directory\n"
 
 
 @pytest.mark.parametrize(
-    ("error", "start"),
+    ("number", "advice"),
     [
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a\n.json"), rf"a\n.json: {FULL}"),
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), FULL),
-        (OSError(errno.EIO, os.strerror(errno.EIO), "disk"), "disk: Input/output error"),
-        (OSError(errno.EIO, os.strerror(errno.EIO)), "Input/output error"),
-        (PermissionError(errno.EACCES, "Permission denied", "a"), "a: Permission denied: grant this user"),
-        (FileExistsError(errno.EEXIST, "File exists", "a"), "a: File exists: a file is in the place of a folder"),
-        (
-            IsADirectoryError(errno.EISDIR, "Is a directory", "a"),
-            "a: Is a directory: a folder is in the place",
-        ),
+        (errno.ENOSPC, ": free some space and run the same command again"),
+        (errno.EACCES, ": grant this user read and write access"),
+        (errno.EEXIST, ": a file is in the place of a folder"),
+        (errno.EISDIR, ": a folder is in the place of a file"),
+        (errno.EIO, "\n"),
     ],
 )
-def test_system_errors_say_what_to_do(capsys, error, start):
-    with pytest.raises(SystemExit) as exited:
-        run_script(failing(error), None)
-    assert exited.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and lines[1].startswith(start)
+@pytest.mark.parametrize("file", ["a", None])
+def test_system_errors_say_what_to_do(capsys, number, advice, file):
+    code, printed = exit_of(failing(OSError(number, os.strerror(number), file)), capsys)
+    assert code == 2 and len(printed.splitlines()) == 2
+    assert printed.startswith(f"\n{'a: ' if file else ''}{os.strerror(number)}{advice}")
 
 
-@pytest.mark.parametrize("message", ["", "stopped at step 3, which is saved"])
+@pytest.mark.parametrize("message", [(), ("stopped at step 3",)])
 def test_an_interruption_says_how_to_resume_and_exits_with_130(capsys, message):
-    with pytest.raises(SystemExit) as exited:
-        run_script(failing(KeyboardInterrupt(*filter(None, [message]))), None)
-    assert exited.value.code == 130
-    assert capsys.readouterr().err == f"\n{message or 'interrupted; run the same command again to resume'}\n"
+    (expected,) = message or ("interrupted; run the same command again to resume",)
+    assert exit_of(failing(KeyboardInterrupt(*message)), capsys) == (130, f"\n{expected}\n")
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), KeyError("x"), AssertionError("x"), OSError("x"), SystemExit(7)])
+@pytest.mark.parametrize("error", [ValueError("x"), OSError("x"), SystemExit(7)])
 def test_other_errors_are_raised(capsys, error):
     with pytest.raises(type(error)) as raised:
         run_script(failing(error), None)
@@ -247,8 +184,8 @@ def test_threads_print_no_traceback_of_system_errors(capsys, error, printed):
 
 
 @pytest.fixture
-def handlers(monkeypatch):
-    """The SIGTERMs that reach the default handlers of this test; that of Ctrl-C is Python's."""
+def handlers():
+    """Installs a handler of SIGTERM; returns the signals that reach it. The handler of Ctrl-C is Python's."""
     received = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -260,13 +197,12 @@ def handlers(monkeypatch):
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("patient", [False, True])
-def test_signals_are_requests_and_a_second_ctrl_c_interrupts_if_not_patient(capsys, handlers, first, patient):
+def test_signals_request_a_stop_and_a_second_ctrl_c_interrupts_unless_patient(capsys, handlers, first, patient):
     with stop_requests(patient=patient) as stopping:
         assert stopping() is False
         os.kill(os.getpid(), first)
         assert stopping() is True
-        again = "" if patient else "; Ctrl-C again to stop at once"
-        assert capsys.readouterr().err == f"\nstopping after this step{again}\n"
+        assert ("Ctrl-C again to stop at once" in capsys.readouterr().err) != patient
         os.kill(os.getpid(), signal.SIGTERM)
         with stopping.patience():
             os.kill(os.getpid(), signal.SIGINT)
@@ -275,22 +211,18 @@ def test_signals_are_requests_and_a_second_ctrl_c_interrupts_if_not_patient(caps
         assert stopping() is True and handlers == [] and capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("error", [None, UserError("x"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
 def test_the_handlers_are_restored(handlers, error):
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    try:
-        with stop_requests():
-            assert signal.getsignal(signal.SIGTERM) is not before[1]
-            if error:
-                raise error
-    except (UserError, KeyboardInterrupt) as caught:
-        assert caught is error
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) if error else nullcontext(), stop_requests():
+        if error:
+            raise error
+    assert signal.getsignal(signal.SIGINT) is before
     os.kill(os.getpid(), signal.SIGTERM)
     assert handlers == [signal.SIGTERM]
 
 
 def test_missing_system_libraries_of_opencv_are_reported():
-    code = "import sys; sys.modules['cv2'] = None; import musetalk"  # raises ImportError, like a missing libGL
+    code = "import sys; sys.modules['cv2'] = None; import musetalk"  # the import fails, as without libGL
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode != 0 and "apt-get install libgl1" in ran.stderr.splitlines()[-1]

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from dataclasses import replace
-from functools import partial
 from itertools import repeat
 from pathlib import Path
 
@@ -16,8 +15,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch._dynamo.utils import counters
 
-import musetalk_trainer
-from losses.discriminator import PatchDiscriminator
 from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, LATENT_SIZE, RIGID, WINDOW_STEPS
 from musetalk.errors import TrainError
 from musetalk.models.vae import load_vae
@@ -25,8 +22,8 @@ from musetalk_trainer import PRESETS, TrainConfig, build_objective, build_state,
 
 pytestmark = pytest.mark.slow
 
-# A minimal UNet with each kind of part: attention to audio, downsampling, upsampling.
-LEAST = {
+# A minimal UNet with audio attention, downsampling and upsampling.
+MINIMAL_UNET = {
     "block_out_channels": [8, 16],
     "norm_num_groups": 2,
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
@@ -40,21 +37,21 @@ needs_a_compiler = pytest.mark.skipif(
 
 
 @pytest.fixture
-def config(mini, tmp_path, monkeypatch) -> TrainConfig:
-    """A training of a UNet that compiles fast, with an adaptive weight every other step and updates close to 0."""
-    monkeypatch.setattr(musetalk_trainer, "PatchDiscriminator", partial(PatchDiscriminator, width=4))
-    planned = json.loads((mini / "musetalk/musetalk.json").read_text()) | LEAST
+def config(mini, tmp_path) -> TrainConfig:
+    """Trains a UNet that compiles fast, with an adaptive weight every other step and learning rates close to 0."""
+    unet_config = json.loads((mini / "musetalk/musetalk.json").read_text()) | MINIMAL_UNET
     (tmp_path / "musetalk").mkdir()
-    (tmp_path / "musetalk/musetalk.json").write_text(json.dumps(planned))
+    (tmp_path / "musetalk/musetalk.json").write_text(json.dumps(unet_config))
     losses = weights(latent_l1=1.0, pixel_l1=1.0, adv_g=1.0)
-    still = {"learning_rate": 1e-12, "discriminator_learning_rate": 1e-12, "max_grad_norm": 1e9}
-    return replace(PRESETS["demo"], models_dir=tmp_path, loss_weights=losses, pixel_every=1, adaptive_every=2, **still)
+    small = {"models_dir": tmp_path, "discriminator_width": 4}
+    rates = {"learning_rate": 1e-12, "discriminator_learning_rate": 1e-12, "max_grad_norm": 1e9}
+    return replace(PRESETS["demo"], **small, loss_weights=losses, pixel_every=1, adaptive_every=2, **rates)
 
 
-def results(config: TrainConfig, mini: Path, precision: str = "no") -> dict[str, torch.Tensor]:
+def results(config: TrainConfig, mini: Path) -> dict[str, torch.Tensor]:
     """Adaptive weight, losses and gradients of the trainer's step 2, the first with an adaptive weight."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
     state = build_state(config, RIGID, accelerator)
     vae = load_vae(mini, accelerator.device, torch.float32)
     objective, _ = build_objective(config, state, vae, accelerator)
@@ -78,7 +75,7 @@ def results(config: TrainConfig, mini: Path, precision: str = "no") -> dict[str,
     return {"adaptive_weight": state.adaptive_weights["face"]} | terms | gradients
 
 
-def test_compiling_without_a_compiler_is_refused_at_once(config, monkeypatch):
+def test_compile_is_refused_without_a_compiler(config, monkeypatch):
     monkeypatch.setenv("CXX", "no such compiler")
     with pytest.raises(TrainError, match="compile must be False here: torch.compile needs a C.. compiler"):
         check_config(replace(config, compile=True))
@@ -94,10 +91,3 @@ def test_a_compiled_unet_gives_the_same_loss_and_gradients(config, mini):
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     assert all(value.abs().max() > 0 for value in plain.values()) and plain["adaptive_weight"] < 1
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-7)
-
-
-@needs_a_compiler
-def test_a_compiled_unet_in_bfloat16_is_as_near_to_float32_as_its_rounding(config, mini):
-    plain, compiled = results(config, mini), results(replace(config, compile=True), mini, "bf16")
-    away = {name: ((compiled[name] - value).norm() / value.norm()).item() for name, value in plain.items()}
-    assert all(share < 0.25 for share in away.values()), away

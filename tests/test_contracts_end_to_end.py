@@ -1,7 +1,7 @@
 """The contracts of MuseTalk v1.0 and v1.5 from files to UNet inputs, each against its official inference.
 
-Single steps are tested elsewhere: mels, states and windows in test_audio.py, box and crop in test_crop.py, posterior,
-scale and positions in test_models.py.
+Single steps are tested elsewhere: mels, states and windows in test_audio.py, box and crop in test_crop.py, posterior
+and scale in test_vae.py, positions in test_unet.py.
 """
 
 from __future__ import annotations
@@ -174,6 +174,7 @@ def test_training_feeds_masked_then_reference_latents(mini, tmp_path, random_ten
     config = replace(
         PRESETS["demo"],
         hdtf_samples_dir=tmp_path / "cache",
+        held_out_identities=(),
         checkpoint_dir=tmp_path / "checkpoints",
         log_dir=tmp_path / "log",
         contract="musetalk_v15",

@@ -24,6 +24,7 @@ from musetalk.data.crop import (
     crop_mouth,
     crop_person,
     face_box,
+    find_person,
     in_crop,
     mouth_box,
     paste_back,
@@ -78,9 +79,9 @@ def frame_of(k: int) -> np.ndarray:
     return frame
 
 
-def face_at(x: float = 300, **size) -> Face:
+def face_at(x: float = 300, score: float = 0.9, **size) -> Face:
     points = head(x, **size)
-    return Face(np.array([*points.min(axis=0), *points.max(axis=0)], np.float32), points, 0.9)
+    return Face(np.array([*points.min(axis=0), *points.max(axis=0)], np.float32), points, score)
 
 
 # The box.
@@ -382,106 +383,130 @@ def test_where_alpha_is_zero_the_bytes_of_the_frame_stay(picture):
     np.testing.assert_allclose(inside[alpha == 0.25], quarter, atol=0.51)
 
 
-# A person through a clip.
+# The person in a clip.
 
 
-def test_a_person_is_cropped_in_every_variant():
+def numbered_frames(numbers) -> list[np.ndarray]:
+    return [frame_of(k) for k in numbers]
+
+
+def test_the_largest_person_is_cropped_in_every_variant():
     contract = FeatureContract(margins=(0, 10), bbox_shift=2)
-    backend = Planted({0: [face_at(eyes=40), face_at(100, eyes=15)], 1: []})
-    frames = [frame_of(k) for k in (0, 0, 1, 0)]
-    clip = crop_person(iter(frames), backend, contract)
-    assert (
-        [face is None for face in clip.faces] == [crops is None for crops in clip.crops] == [False, False, True, False]
-    )
-    assert clip.boxes.shape == (4, 2, 4) and clip.boxes.dtype == np.int32 and (clip.boxes[2] == 0).all()
+    backend = Planted({0: [face_at(100, eyes=15), face_at(eyes=40)], 1: []})
+    frames = numbered_frames([0, 0, 1, 0])
+    person = find_person(iter(frames), backend, contract)
+    crops = list(crop_person(iter(frames), person))
+    for values in (person.faces, crops):
+        assert [value is None for value in values] == [False, False, True, False]
+    assert person.boxes.shape == (4, 2, 4) and person.boxes.dtype == np.int32 and (person.boxes[2] == 0).all()
     for variant, margin in enumerate(contract.margins):
         box = face_box(face_at(eyes=40).landmarks, FRAME, 2, margin)
-        np.testing.assert_array_equal(clip.boxes[3, variant], box)
-        np.testing.assert_array_equal(clip.crops[3][variant], crop_face(frames[3], box))
+        np.testing.assert_array_equal(person.boxes[3, variant], box)
+        np.testing.assert_array_equal(crops[3][variant], crop_face(frames[3], box))
 
 
-def test_a_face_that_cannot_be_cropped_is_no_face():
-    gone = face_at(x=1500)
-    clip = crop_person([frame_of(0)] * 2, Planted({0: [gone]}), FeatureContract())
-    assert clip.faces == [None, None] and list(clip.crops) == [None, None]
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_faces_found_equal_the_detected_ones(dtype):
+    faces = [face_at(300 + k / 3, score=1 / 3) for k in range(20)]
+    faces = [Face(face.box.astype(dtype), face.landmarks.astype(dtype) / 3, face.score) for face in faces]
+    person = find_person(numbered_frames(range(20)), Planted(dict(enumerate([face] for face in faces))), RIGID)
+    for found, face in zip(person.faces, faces, strict=True):
+        assert found.score == face.score and found.landmarks.dtype == found.box.dtype == dtype
+        np.testing.assert_array_equal(found.landmarks, face.landmarks)
+        np.testing.assert_array_equal(found.box, face.box)
 
 
-@pytest.mark.parametrize("count", [1, 15, 16, 17, 40])
-def test_the_detector_sees_every_frame_once_in_small_batches(count):
+def test_a_face_that_cannot_be_cropped_is_ignored():
+    frames = numbered_frames([0, 0])
+    person = find_person(frames, Planted({0: [face_at(x=1500)]}), FeatureContract())
+    assert person.faces == [None, None] and list(crop_person(frames, person)) == [None, None]
+
+
+@pytest.mark.parametrize("count", [1, 16, 40])
+def test_the_detector_gets_every_frame_once_in_small_batches(count):
     backend = Planted({0: []})
-    crop_person((frame_of(0) for _ in range(count)), backend, FeatureContract())
+    find_person(numbered_frames([0] * count), backend, FeatureContract())
     assert sum(backend.batches) == count and max(backend.batches) <= crop.DETECT_BATCH
 
 
+@pytest.mark.parametrize("consume", [True, False], ids=["cropped", "not cropped"])
 @pytest.mark.parametrize(
-    ("count", "part", "wanted"),
+    ("count", "part", "expected"),
     [
         (0, 0, []),
         (1, 0, [("a__b", 1, True)]),
         (5, 0, [("a__b", 5, True)]),
         (6, 0, [("a__b-0000", 5, False), ("a__b-0001", 1, True)]),
-        (10, 0, [("a__b-0000", 5, False), ("a__b-0001", 5, True)]),
         (12, 0, [("a__b-0000", 5, False), ("a__b-0001", 5, False), ("a__b-0002", 2, True)]),
-        (7, 1, [("a__b-0001", 5, False), ("a__b-0002", 2, True)]),
         (2, 3, [("a__b-0003", 2, True)]),
     ],
 )
-def test_a_long_source_is_cut_into_clips_with_numbers(monkeypatch, count, part, wanted):
+def test_a_long_source_is_split_into_numbered_clips(monkeypatch, count, part, expected, consume):
     monkeypatch.setattr(crop, "MAX_CLIP_FRAMES", 5)
     backend = Planted({k: [face_at(300 + k)] for k in range(count)})
-    frames = (frame_of(k) for k in range(count))
-    found = list(crop_clips(PurePath("a/b.mp4"), frames, backend, FeatureContract(), part))
-    assert [(name, len(clip.faces), last) for name, clip, last in found] == wanted
-    seen = [face.landmarks[29, 0] for _, clip, _ in found for face in clip.faces]
-    assert seen == [300 + k for k in range(count)]  # none lost, none twice
+    frames = numbered_frames(range(count))
+    found, nose_positions = [], []
+    for name, person, crops, last in crop_clips(PurePath("a/b.mp4"), (frames, frames), backend, RIGID, part):
+        start = len(nose_positions)
+        found.append((name, len(person.faces), last))
+        nose_positions += [face.landmarks[29, 0] for face in person.faces]
+        if consume or last:  # the crops of the last clip are right even if those of earlier clips were not read
+            for frame, boxes, images in zip(frames[start:], person.boxes, crops, strict=False):
+                np.testing.assert_array_equal(images[0], crop_face(frame, boxes[0]))
+    assert found == expected
+    assert nose_positions == [300 + k for k in range(count)]  # no frame is lost or repeated
 
 
-def test_a_clip_is_handed_out_before_the_next_one_is_read(monkeypatch):
+def test_a_clip_is_complete_before_the_next_one_is_read(monkeypatch):
     monkeypatch.setattr(crop, "MAX_CLIP_FRAMES", 5)
-    read = []
+    read = {"find": 0, "crop": 0}
 
-    def frames():
-        for k in range(20):
-            read.append(k)
+    def frames(purpose):
+        for _ in range(20):
+            read[purpose] += 1
             yield frame_of(0)
 
-    next(crop_clips(PurePath("a.mp4"), frames(), Planted({0: []}), FeatureContract()))
-    assert len(read) == 6  # one ahead, to know whether this is the last
+    readers = frames("find"), frames("crop")
+    _, _, crops, _ = next(crop_clips(PurePath("a.mp4"), readers, Planted({0: [face_at()]}), RIGID))
+    assert read == {"find": 6, "crop": 0}  # one frame ahead tells whether the clip is the last
+    assert len(list(crops)) == 5
+    assert read == {"find": 6, "crop": 5}
 
 
-def frames_grow(count: int) -> int:
-    """Bytes by which this process has grown from the 50th of some frames of 720 lines to the last."""
+def measure_growth(count: int) -> int:
+    """Returns the bytes by which this process grows while it finds a person in frames of 720p, after the first 50."""
 
-    class Finding:
+    class AlwaysFound:
         def detect(self, frames):
             return [[face_at()] for _ in frames]
 
-    def taken() -> int:
+    def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
     def frames():
         for index in range(count):
             yield np.full((720, 1280, 3), index % 256, np.uint8)
-            sizes.append(taken())
+            sizes.append(resident_bytes())
 
     sizes: list[int] = []
-    clip = crop_person(frames(), Finding(), RIGID)
-    assert len(clip.crops) == count and clip.crops[70].mean() == 70
+    assert len(find_person(frames(), AlwaysFound(), RIGID).faces) == count
     return sizes[-1] - sizes[50]
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this system does not say what memory is taken")
-def test_frames_that_are_cropped_are_let_go_of():
-    """250 of 2.8 MB each; a quarter of one is allowed for what is kept of it."""
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_no_frame_is_kept_while_a_person_is_found():
+    """250 frames of 2.8 MB each; a tenth of their size is allowed for batches and numbers."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        assert pool.submit(frames_grow, 300).result() < 250 * 2.8e6 / 4
+        assert pool.submit(measure_growth, 300).result() < 250 * 2.8e6 / 10
 
 
-def test_a_real_clip_gives_crops_with_the_nose_in_their_middle(clips, face_backend):
-    clip = crop_person(islice(read_frames(clips / "talking_b.mp4"), 6), face_backend, RIGID)
-    assert all(face is not None for face in clip.faces)
-    for face, (x1, y1, x2, y2) in zip(clip.faces, clip.boxes[:, 0], strict=True):
+def test_the_nose_is_in_the_middle_of_real_crops(clips, face_backend):
+    frames = list(islice(read_frames(clips / "talking_b.mp4"), 6))
+    person = find_person(frames, face_backend, RIGID)
+    assert all(face is not None for face in person.faces)
+    for face, (x1, y1, x2, y2) in zip(person.faces, person.boxes[:, 0], strict=True):
         assert abs(face.landmarks[29, 1] - (y1 + y2) / 2) <= 1.5
         mouth = face.landmarks[48:68]
         assert (mouth > (x1, (y1 + y2) / 2)).all() and (mouth < (x2, y2)).all()
-    assert cv2.Laplacian(clip.crops[0][0], cv2.CV_64F).var() > 5  # a picture
+    first = next(crop_person(frames, person))
+    assert cv2.Laplacian(first[0], cv2.CV_64F).var() > 5  # a picture

@@ -25,7 +25,7 @@ import musetalk.data.crop
 from datasets_process import PrepareConfig
 from datasets_process import main as prepare
 from musetalk.cli import run_script
-from musetalk.contract import CONTRACTS, RIGID, ContractError
+from musetalk.contract import CONTRACTS, RIGID, SAMPLES_PER_FRAME, ContractError
 from musetalk.data.audio import audio_features, audio_windows
 from musetalk.data.cache import Cache, CacheError, Clip
 from musetalk.data.dataset import read_windows
@@ -74,15 +74,15 @@ def test_two_runs_give_the_same_bytes_and_a_third_does_nothing(small_clips, samp
 
 def test_it_goes_on_after_an_interruption(small_clips, sample_cache, tmp_path, monkeypatch):
     config = PrepareConfig(hdtf_dir=small_clips, hdtf_samples_dir=tmp_path)
-    encode_jpegs, calls = datasets_process.encode_jpegs, []
+    clip_tensors, calls = datasets_process.clip_tensors, []
 
-    def interrupted(images):
+    def interrupted(*args):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return encode_jpegs(images)
+        return clip_tensors(*args)
 
-    monkeypatch.setattr(datasets_process, "encode_jpegs", interrupted)
+    monkeypatch.setattr(datasets_process, "clip_tensors", interrupted)
     with pytest.raises(SystemExit) as leaving:
         run_script(prepare, config)
     assert leaving.value.code == 130
@@ -134,24 +134,27 @@ def test_frames_without_face_or_audio_are_unusable(small_clips, tmp_path):
         clip.image(5)
 
 
-def check_windows(clip: Clip, source: Path, models_dir: Path) -> None:
-    """At each usable frame the cache holds what inference hears of the source, whatever stands beyond its ends."""
+def check_audio(clip: Clip, source: Path, models_dir: Path) -> None:
+    """Checks that a clip has the source's audio, and at each usable frame the audio window that inference computes."""
+    start, samples = SAMPLES_PER_FRAME * clip.metadata["start"], SAMPLES_PER_FRAME * (len(clip) + 30)
+    padded = np.pad(read_audio(source), (SAMPLES_PER_FRAME * 15, samples))
+    np.testing.assert_array_equal(clip.tensor("audio") / np.float32(2**15), padded[start : start + samples])
     features = audio_features(read_audio(source), load_audio_encoder(models_dir, "cpu"), RIGID)
     for edge in ("zero", "clamp"):
         contract = replace(RIGID, window_edge=edge)
         for frame in np.flatnonzero(clip.usable):
-            heard = audio_windows(features, [clip.metadata["start"] + frame], contract)
-            np.testing.assert_array_equal(read_windows(clip, frame, frame + 1, contract), heard)
+            window = audio_windows(features, [clip.metadata["start"] + frame], contract)
+            np.testing.assert_array_equal(read_windows(clip, frame, frame + 1, contract), window)
 
 
-def test_sound_that_outlasts_the_picture_is_heard_at_its_end(small_clips, write_source, voice, mini, tmp_path):
+def test_audio_longer_than_the_video_is_used_at_its_end(small_clips, write_source, voice, mini, tmp_path):
     (tmp_path / "videos").mkdir()
     pictures = list(read_frames(small_clips / "sample_00.mp4"))[:10]
     source = write_source(tmp_path / "videos" / "a.mp4", pictures, audio=voice(0.8))
     prepare(PrepareConfig(hdtf_dir=tmp_path / "videos", hdtf_samples_dir=tmp_path / "cache"))
     clip = Cache(tmp_path / "cache").clips["a"]
     assert len(clip) == 10 and clip.usable.all() and clip.rows("audio_features") == 24
-    check_windows(clip, source, mini)
+    check_audio(clip, source, mini)
 
 
 def test_a_last_part_that_is_all_edge_is_refused(small_clips, tmp_path, monkeypatch):
@@ -189,7 +192,7 @@ def test_a_long_video_becomes_several_clips(small_clips, mini, tmp_path, monkeyp
     assert [clip.rows("audio_features") for clip in clips.values()] == [28, 28, 12]
     assert [np.flatnonzero(~clip.usable).tolist() for clip in clips.values()] == [[], [0, 1], [0, 1]]
     for clip in clips.values():
-        check_windows(clip, videos / "sample_00.mp4", mini)
+        check_audio(clip, videos / "sample_00.mp4", mini)
 
     # A part that is lost is made again, to the same bytes.
     for path in (tmp_path / "cache" / "clips").glob("sample_00-0002.*"):

@@ -1,192 +1,148 @@
-"""Training, preparation and inference do not mix devices or synchronise with the GPU needlessly; tested without a GPU.
-
-Uses fake tensors on a mock device, which torch refuses to mix with CPU tensors as on a GPU. The mock device is "meta",
-because a CPU build of torch has no GPU device.
-"""
+"""The device that a script chooses, and errors for GPUs that cannot be used. Needs no GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-import torch._functorch.config
-import whisper
-from accelerate import Accelerator
-from diffusers import AutoencoderKL
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorDeviceMismatchError
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+import datasets_process
+import musetalk_trainer
 import syncnet_trainer
-from benchmarks import ROOT
-from benchmarks.counts import STAGE2, TINY_DECODER
-from benchmarks.training import fake_tensors, training, zero_batch
-from benchmarks.workplace import WHISPER_TINY
-from musetalk.contract import IMAGE_SIZE, RIGID, SYNC_MEL_BINS
-from musetalk.data.audio import audio_features
-from musetalk.data.face.dwpose import DWPose, RTMPose
-from musetalk.files import read_json
+from musetalk import devices
+from musetalk.contract import RIGID
+from musetalk.devices import DeviceError, choose_device, describe
 from musetalk.inference.pipeline import LipSyncPipeline
-from musetalk.models.audio_encoder import AudioEncoder, build_encoder
-from musetalk.models.face_parser import BiSeNet, FaceParser
-from musetalk.models.tiny_decoder import TinyDecoder
 from musetalk.models.unet import build_unet
-from musetalk.models.vae import VAE
-from musetalk.training.state import OPTIMIZERS, NetworkState
-from musetalk.training.sync_check import offset_sweep
+from musetalk.training.checkpoint import save_unet
+from musetalk.training.distributed import start_processes
 from tools import distil_decoder
 
-MOCK = torch.device("meta")
-MINI = ROOT / "models" / "mini"
+TOO_OLD = (
+    "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver by downloading "
+    "and installing a new version"
+)
 
 
 @pytest.fixture
-def mock_device(monkeypatch) -> Iterator[None]:
-    """The device of accelerate is the mock device within the test."""
-    for name, plain in (("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)):
-        monkeypatch.setitem(OPTIMIZERS, name, plain)  # fused kernels need a real device
-    monkeypatch.setattr(Accelerator, "device", MOCK)
-    # Copies to the host become arrays of the same shape.
-    to_numpy = torch.Tensor.numpy
-    monkeypatch.setattr(torch.Tensor, "numpy", lambda x: empty_array(x) if isinstance(x, FakeTensor) else to_numpy(x))
-    with torch._functorch.config.patch(fake_tensor_allow_meta=True), fake_tensors():
-        yield
-    whisper.audio.mel_filters.cache_clear()  # the cached filters are fake tensors
-
-
-@contextmanager
-def device_synchronizations() -> Iterator[list[str]]:
-    """Records the synchronisations within the context: reads from the device, and copies to it without non_blocking."""
-    records = []
-
-    class Operations(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            output = func(*args, **kwargs or {})
-            if func is torch.ops.aten._local_scalar_dense.default and args[0].device == MOCK:
-                records.append("a number is read")
-            if func is torch.ops.aten._to_copy.default and args[0].device != output.device:
-                if not (kwargs or {}).get("non_blocking"):
-                    records.append(f"{tuple(args[0].shape)} is copied from {args[0].device}")
-            return output
-
-    class Constants(TorchFunctionMode):  # copies by these functions are not dispatched
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            output = func(*args, **kwargs or {})
-            if func in (torch.tensor, torch.Tensor.new_tensor) and output.device == MOCK:
-                records.append(f"a constant is sent by {func.__name__}")
-            return output
-
-    with Operations(), Constants():
-        yield records
-
-
-def empty_array(tensor: torch.Tensor) -> np.ndarray:
-    assert tensor.device.type == "cpu"
-    return np.zeros(tensor.shape, str(tensor.dtype).removeprefix("torch."))
-
-
-def test_mixed_devices_and_synchronizations_are_detected(mock_device):
-    x = torch.zeros(2, device=MOCK)
-    with pytest.raises(FakeTensorDeviceMismatchError):
-        x + torch.zeros(2)
-    with device_synchronizations() as records:
-        torch.zeros(2).to(MOCK, non_blocking=True)
-        assert not records
-        torch.zeros(2).to(MOCK)
-        torch.tensor(1, device=MOCK)
-        x.new_tensor([1.0])
-        x[0].item()
-        x.cpu()
-    assert records == [
-        "(2,) is copied from cpu",
-        "a constant is sent by tensor",
-        "a constant is sent by new_tensor",
-        "a number is read",
-        "(2,) is copied from meta",
-    ]
-
-
-@pytest.mark.parametrize("config", [STAGE2, replace(TINY_DECODER, full_decoder_every=2)], ids=["stage2", "tiny"])
-def test_a_training_step(mock_device, config):
-    """A step with every loss synchronises once. Also updates, saves and evaluates the EMA."""
-    config = replace(config, models_dir=MINI)
-    with training(config) as run:
-        with device_synchronizations() as records:
-            result = run.step(2)
-        state = run.state
-        own = state.unet.model.state_dict()
-        state.ema = {name: torch.zeros_like(value, device="cpu") for name, value in own.items()}
-        state.update_ema(0.9)
-        with state.averaged():
-            saved = state.as_dict()
-    assert records == ["a number is read"]  # whether the gradients are finite
-    assert {value.device for value in (*result.terms.values(), result.grad_norm, *saved["unet"].values())} == {MOCK}
-    assert {value.device.type for value in saved["ema"].values()} == {"cpu"}
-    active = {name for name, weight in config.loss_weights.items() if weight}
-    discriminators = {name.replace("adv_g", "adv_d") for name in active if name.startswith("adv_g")}
-    assert not result.skipped and result.terms.keys() == active | discriminators
-
-
-@pytest.mark.parametrize("architecture", ["wav2lip_narrow", "latentsync_narrow"])
-def test_a_step_and_the_check_of_a_sync_expert(mock_device, architecture):
-    config = syncnet_trainer.SyncConfig(architecture=architecture, grad_accum_steps=2)
-    accelerator = Accelerator(cpu=True, mixed_precision="no")
-    state = syncnet_trainer.build_state(config, accelerator)
-    frames, mel_frames = state.network.frames, state.network.mel_frames
-    mel = torch.zeros(2, mel_frames, SYNC_MEL_BINS).half()
-    images = torch.zeros(2, frames, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8)
-    batch = {"images": images, "mel": mel, "other_mel": mel, "where": ["", ""]}
-    with device_synchronizations() as records:
-        result = syncnet_trainer.optimizer_step(state, iter([batch, batch]), config, accelerator)
-    assert records == ["a number is read"]
-    assert result.terms["sync_bce"].device == result.grad_norm.device == MOCK
-    faces = np.zeros((frames + 1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    assert offset_sweep(state.network, faces, np.zeros((400, SYNC_MEL_BINS), np.float32)).shape == (31,)
+def nvidia(monkeypatch, tmp_path) -> None:
+    """A machine with an NVIDIA device and driver 535.104.05."""
+    (tmp_path / "nvidia0").touch()
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"
+        "GCC version:  gcc version 12.3.0\n"
+    )
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(devices, "NVIDIA_DEVICES", (str(tmp_path / "nvidia[0-9]*"),))
+    monkeypatch.setattr(devices, "NVIDIA_DRIVER", tmp_path / "version")
 
 
 @pytest.fixture
-def vae(mock_device, monkeypatch) -> VAE:
-    monkeypatch.setattr("musetalk.models.vae.fingerprint", lambda _: "")
-    monkeypatch.setattr("musetalk.models.vae.ENCODE_BATCH", {MOCK.type: 2})
-    autoencoder = AutoencoderKL.from_config(read_json(MINI / "sd-vae-ft-mse/config.json"))
-    return VAE(nn.Module.to(autoencoder, MOCK))
+def unusable(nvidia, monkeypatch) -> None:
+    """A CUDA build of torch whose driver is too old."""
+
+    def init() -> None:
+        raise RuntimeError(TOO_OLD)
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
 
 
-def test_a_step_and_the_evaluation_of_a_distillation(vae):
-    accelerator = Accelerator(cpu=True, mixed_precision="no")
-    decoder = TinyDecoder(4).to(accelerator.device)
-    state = NetworkState(decoder, torch.optim.AdamW(decoder.parameters()), {})
-    config = distil_decoder.DistilConfig()
-    batch = zero_batch(replace(TINY_DECODER, frames=1), 1, 4)
-    with device_synchronizations() as records:
-        result = distil_decoder.optimizer_step(state, vae, iter([batch]), config, accelerator)
-    assert result.terms["loss"].device == MOCK and records == ["a number is read"]
-    figures, faces = distil_decoder.compare(decoder, vae, [batch], config.noise)
-    assert "psnr" in figures and faces.shape == (3 * IMAGE_SIZE, IMAGE_SIZE, 3)
+@pytest.fixture
+def usable(nvidia, monkeypatch) -> None:
+    """Working CUDA with two GPUs."""
+    properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=round(79.2 * 2**30))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
 
 
-@pytest.mark.parametrize("posterior", ["mode", "sample"])
-def test_preparation(vae, monkeypatch, posterior):
-    """Landmarks, latents including those of frames without a face, and audio features."""
-    assert DWPose(RTMPose().to(MOCK)).points([np.zeros((60, 80, 3), np.uint8)])[0].shape == (1, 133, 2)
-    crops = [[np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)], None, [np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)]]
-    contract = replace(RIGID, posterior=posterior)
-    assert [latents.shape for latents in vae.encode_clip("clip", crops, contract)] == [(3, 1, 4, 32, 32)] * 2
-    monkeypatch.setattr("musetalk.models.audio_encoder.fingerprint", lambda _: "")
-    encoder = AudioEncoder(build_encoder(WHISPER_TINY).to(MOCK))
-    assert audio_features(np.zeros(32_000, np.float32), encoder, contract).shape == (100, 5, 384)
+@pytest.mark.parametrize("name", ["auto", "cuda:1"])
+def test_a_driver_that_is_too_old_is_refused_with_both_versions(unusable, name):
+    version = torch.__version__.partition("+")[0]
+    with pytest.raises(DeviceError) as error:
+        choose_device(name)
+    for part in (
+        f"torch {version} (CUDA 13.0)",
+        "driver 535.104.05",
+        "too old (found version 12020)",
+        'device = "cpu"',
+    ):
+        assert part in str(error.value)
+    assert choose_device("cpu").type == "cpu"
 
 
-def test_inference(vae):
-    unet = build_unet(MINI, 0, True).to(MOCK)
-    pipeline = LipSyncPipeline(unet, vae, RIGID, MINI)
-    latents = np.zeros((2, 4, 32, 32), np.float16)
-    windows = np.zeros((2, 50, unet.model.config.cross_attention_dim), np.float16)
-    assert pipeline.generate(latents, latents, windows).shape == (2, IMAGE_SIZE, IMAGE_SIZE, 3)
-    classes = FaceParser(BiSeNet().to(MOCK))(torch.zeros(1, 3, 64, 64))
-    assert classes.device == MOCK and classes.shape == (1, 512, 512)
+def test_a_cpu_build_of_torch_beside_a_gpu_is_refused(unusable, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(DeviceError, match=r"\(a CPU build\) with driver 535.104.05"):
+        choose_device("auto")
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_a_cuda_build_without_a_visible_gpu_uses_the_cpu(unusable, monkeypatch, hidden):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(DeviceError):
+        choose_device("cuda")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(devices, "NVIDIA_DEVICES", ())
+    assert choose_device("auto").type == "cpu"
+
+
+def test_a_working_gpu_is_chosen_and_described(usable):
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")
+    assert choose_device("cuda:1") == torch.device("cuda", 1) and choose_device("cpu").type == "cpu"
+    with pytest.raises(DeviceError, match="at most cuda:1, not 'cuda:2'"):
+        choose_device("cuda:2")
+    version = torch.__version__.partition("+")[0]
+    expected = f"NVIDIA H100 80GB HBM3, 79.2 GiB, driver 535.104.05, torch {version} (CUDA 13.0)"
+    assert describe(torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize("name", ["gpu", "meta", "cuda:256", "cpu\n"])
+def test_unknown_devices_are_refused(name):
+    with pytest.raises(DeviceError, match="^device must be "):
+        choose_device(name)
+
+
+@pytest.mark.parametrize(
+    "main",
+    [
+        lambda: datasets_process.main(datasets_process.PrepareConfig(num_workers=1)),
+        lambda: musetalk_trainer.train("demo", musetalk_trainer.PRESETS["demo"]),
+        lambda: syncnet_trainer.train("demo", syncnet_trainer.PRESETS["demo"]),
+        lambda: distil_decoder.main(distil_decoder.DistilConfig()),
+    ],
+    ids=["datasets_process", "musetalk_trainer", "syncnet_trainer", "distil_decoder"],
+)
+def test_every_script_refuses_an_unusable_gpu_before_it_writes(unusable, tmp_path, monkeypatch, main):
+    monkeypatch.chdir(tmp_path)
+    before = list(tmp_path.iterdir())
+    with pytest.raises(DeviceError, match="too old"):
+        main()
+    assert list(tmp_path.iterdir()) == before
+
+
+def test_the_pipeline_refuses_an_unusable_gpu_unless_given_the_cpu(unusable, mini, tmp_path):
+    path = save_unet(tmp_path, 1, build_unet(mini, 0, True).model.state_dict(), RIGID)
+    with pytest.raises(DeviceError, match="too old"):
+        LipSyncPipeline.from_checkpoint(path, mini)
+    pipeline = LipSyncPipeline.from_checkpoint(path, mini, device="cpu")
+    assert pipeline.unet.model.device.type == "cpu"
+
+
+def test_training_uses_bf16_on_gpus_that_support_it_only(usable, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(
+        "musetalk.training.distributed.Accelerator", lambda **kwargs: SimpleNamespace(distributed_type="NO", **kwargs)
+    )
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    matmul_precision = torch.get_float32_matmul_precision()
+    try:
+        on_gpu = start_processes("auto")
+    finally:
+        torch.set_float32_matmul_precision(matmul_precision)
+    assert start_processes("cpu").cpu and not on_gpu.cpu and on_gpu.mixed_precision == "bf16"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tyro
+from hostile import refusal
 from huggingface_hub import constants, file_download
 
 from musetalk.cli import run_script
@@ -30,39 +31,29 @@ class Served:
     """A file of the server."""
 
     content: bytes = CONTENT
-    statuses: list[int] = field(default_factory=list)  # of the next answers
-    cuts: list[int] = field(default_factory=list)  # bytes after which the next answers break off
+    statuses: list[int] = field(default_factory=list)  # of the next responses
+    cuts: list[int] = field(default_factory=list)  # bytes after which the next responses break off
     ranges: list[str | None] = field(default_factory=list)  # Range headers of all GET requests
 
 
 class Handler(BaseHTTPRequestHandler):
-    def do_HEAD(self) -> None:
-        if served := self.server.files.get(self.path):
-            headers = {"ETag": f'"{hashlib.sha256(served.content).hexdigest()}"', "X-Repo-Commit": "c" * 40}
-            self.answer(served.statuses.pop(0) if served.statuses else 200, len(served.content), headers)
-        else:
-            self.answer(404, 0, {})
-
     def do_GET(self) -> None:
-        served = self.server.files.get(self.path)
-        if not served:
-            self.answer(404, 0, {})
-            return
-        served.ranges.append(self.headers["Range"])
-        if served.statuses:
-            self.answer(served.statuses.pop(0), 0, {})
-            return
-        start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")) if self.headers["Range"] else 0
-        body, size = served.content[start:], len(served.content)
-        headers = {"Content-Range": f"bytes {start}-{size - 1}/{size}"} if start else {}
-        self.answer(206 if start else 200, len(body), headers)
-        self.wfile.write(body[: served.cuts.pop(0)] if served.cuts else body)
-
-    def answer(self, status: int, length: int, headers: dict[str, str]) -> None:
+        served = self.server.files[self.path]
+        size, start = len(served.content), int((self.headers["Range"] or "bytes=0-")[len("bytes=") : -1])
+        status = served.statuses.pop(0) if served.statuses else 206 if start else 200
         self.send_response(status)
-        for key, value in ({"Content-Length": str(length)} | headers).items():
-            self.send_header(key, value)
+        self.send_header("Content-Length", str(size - start if status < 400 else 0))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+        self.send_header("ETag", f'"{hashlib.sha256(served.content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "c" * 40)
         self.end_headers()
+        if self.command == "GET":
+            served.ranges.append(self.headers["Range"])
+            if status < 400:
+                self.wfile.write(served.content[start:][: served.cuts.pop(0) if served.cuts else None])
+
+    do_HEAD = do_GET
 
     def log_message(self, *_) -> None:
         pass
@@ -79,7 +70,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
 
 @pytest.fixture(params=["hub", "http"])
 def serve(request, server, monkeypatch) -> Callable[..., Served]:
-    """Returns a function that puts a file on the server and among the sources, as one of the Hub or of another site."""
+    """Returns a function that puts a file on the server and into `SOURCES`, as a file of the Hub or of another site."""
     url = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -141,8 +132,8 @@ def test_a_broken_transfer_from_the_hub_is_resumed(serve, models, monkeypatch):
     assert served.ranges == [None, "bytes=150000-"]
 
 
-@pytest.mark.parametrize("fault", [{"statuses": [404] * 9}, {"statuses": [403] * 9}, {"cuts": [1000] * 99}], ids=repr)
-def test_a_failed_transfer_is_one_sentence_and_leaves_nothing(serve, models, capsys, fault):
+@pytest.mark.parametrize("fault", [{"statuses": [404] * 9}, {"cuts": [1000] * 99}], ids=repr)
+def test_a_failed_transfer_is_reported_in_one_sentence_and_leaves_no_file(serve, models, capsys, fault):
     serve(**fault)
     with pytest.raises(SystemExit) as ended:
         run_script(main, DownloadConfig(places=(NAME,), models_dir=models))
@@ -151,17 +142,16 @@ def test_a_failed_transfer_is_one_sentence_and_leaves_nothing(serve, models, cap
     assert files(models) == {} and not (models / ".download").exists()
 
 
-def test_a_missing_server_is_one_sentence(serve, models, monkeypatch):
+def test_an_unreachable_server_is_reported_in_one_sentence(serve, models, monkeypatch):
     serve()
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:1/{repo_id}{revision}{filename}")
     if not SOURCES[NAME].repo:
         monkeypatch.setitem(SOURCES, NAME, Source("http://127.0.0.1:1/a.bin"))
-    with pytest.raises(WeightsError, match="a.bin cannot be downloaded: "):
-        get(models)
+    refusal(lambda: get(models), "a.bin cannot be downloaded: ")
     assert files(models) == {}
 
 
-@pytest.mark.parametrize("place", ["", "..", "/", "whisp", "whisper/../vgg", "vgg/lpips.pth/x"])
+@pytest.mark.parametrize("place", ["", "..", "whisp", "whisper/../vgg"])
 def test_an_unknown_place_is_refused(models, place):
     with pytest.raises(WeightsError, match="is not a known file or folder"):
         get(models, place)
@@ -178,7 +168,7 @@ def test_without_places_all_files_are_listed(models, capsys):
     assert [line.split()[0] for line in lines if " there " in line] == ["whisper/tiny.pt"]
 
 
-def test_a_file_of_a_web_page_is_left_to_the_user(models, capsys):
+def test_the_source_of_a_file_for_the_browser_is_printed(models, capsys):
     get(models, "musetalk/cunet.bin")
     assert "cunet.bin cannot be downloaded by this command: get it from https://drive." in capsys.readouterr().out
 

@@ -1,9 +1,8 @@
-"""Atomic writes, JSON and folder locks, tested with real failures of the system."""
+"""Atomic writes, JSON and folder locks, tested with real failures of the operating system."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import resource
 import signal
@@ -15,19 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hostile import refusal
 
-from musetalk.errors import UserError
 from musetalk.files import append_line, atomic_write, atomic_write_bytes, folder_lock, read_json
 
 ROOT = Path(__file__).parents[1]
-TOO_LARGE = os.strerror(errno.EFBIG)
 
 
 @contextmanager
 def disk_full_after(size: int) -> Iterator[None]:
-    """Within it the system lets no file grow beyond this size, as a full disk would: a write fails half way."""
+    """Limits the size of files in bytes, so that a write fails half way, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # Python ignores the signal that comes with it
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # Python ignores SIGXFSZ
     try:
         yield
     finally:
@@ -38,10 +36,10 @@ def names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-# Whole files.
+# Atomic writes.
 
 
-def test_a_file_gets_its_name_when_it_is_whole(tmp_path):
+def test_a_file_appears_when_it_is_complete(tmp_path):
     path = tmp_path / "new" / "deeper" / "file"
     with atomic_write(path) as partial:
         partial.write_text("half")
@@ -50,8 +48,8 @@ def test_a_file_gets_its_name_when_it_is_whole(tmp_path):
     assert path.read_text() == "whole" and names(tmp_path) == ["new/deeper/file"]
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("x"), KeyboardInterrupt(), OSError("no number")])
-def test_an_error_within_passes_through_and_leaves_the_old_file(tmp_path, error):
+@pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt(), OSError("no number")], ids=repr)
+def test_an_error_in_the_block_passes_through_and_leaves_the_old_file(tmp_path, error):
     atomic_write_bytes(tmp_path / "file", b"old")
     with pytest.raises(type(error)) as caught, atomic_write(tmp_path / "file") as partial:
         partial.write_text("half")
@@ -60,21 +58,15 @@ def test_an_error_within_passes_through_and_leaves_the_old_file(tmp_path, error)
     assert (tmp_path / "file").read_text() == "old" and names(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize(
-    "write", [atomic_write_bytes, lambda path, content: torch.save(torch.zeros(len(content)), path)]
-)
-def test_a_full_disk_is_reported_with_the_final_file_name(tmp_path, write):
+@pytest.mark.parametrize("save", [None, torch.save], ids=["bytes", "torch"])
+def test_a_full_disk_is_reported_with_the_final_name_and_leaves_the_old_file(tmp_path, save):
     """torch.save hides the system's error behind a RuntimeError when it closes its archive."""
     path = tmp_path / "file"
     atomic_write_bytes(path, b"old")
-    with disk_full_after(5000), pytest.raises(OSError) as caught:
-        if write is atomic_write_bytes:
-            write(path, bytes(20_000))
-        else:
-            with atomic_write(path) as partial, open(partial, "wb") as file:
-                torch.save(torch.zeros(20_000), file)
+    with disk_full_after(5000), pytest.raises(OSError) as caught, atomic_write(path) as partial:
+        with open(partial, "wb") as file:
+            save(torch.zeros(20_000), file) if save else file.write(bytes(20_000))
     assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
-    assert str(caught.value) == f"[Errno {errno.EFBIG}] {TOO_LARGE}: '{path}'"
     assert path.read_bytes() == b"old" and names(tmp_path) == ["file"]
 
 
@@ -84,22 +76,10 @@ def test_an_error_about_another_file_keeps_its_name(tmp_path):
     assert caught.value.filename == str(tmp_path / "source") and names(tmp_path) == []
 
 
-def test_an_error_of_torch_that_is_none_of_the_system_stays_one(tmp_path):
-    with pytest.raises(RuntimeError, match="size"), atomic_write(tmp_path / "file"):
-        torch.ones(2) + torch.ones(3)
-    assert names(tmp_path) == []
-
-
 @pytest.mark.parametrize(
-    ("place", "number", "named"),
-    [
-        ("file/new", errno.EEXIST, "file"),
-        ("file/deeper/new", errno.ENOTDIR, "file/deeper"),
-        ("folder", errno.EISDIR, "folder"),
-        ("n" * 250, errno.ENAMETOOLONG, "n" * 250),
-    ],
+    ("place", "number", "named"), [("file/new", errno.EEXIST, "file"), ("folder", errno.EISDIR, "folder")]
 )
-def test_a_place_where_no_file_can_be_is_named(tmp_path, place, number, named):
+def test_a_path_that_cannot_be_a_file_is_named(tmp_path, place, number, named):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError) as caught:
@@ -108,7 +88,7 @@ def test_a_place_where_no_file_can_be_is_named(tmp_path, place, number, named):
     assert names(tmp_path) == ["file"]
 
 
-def test_lines_are_appended_whatever_is_in_them(tmp_path):
+def test_any_text_can_be_appended(tmp_path):
     for line in ("one", "J\u00fcrgen", "\udcff"):
         append_line(tmp_path / "log", line)
     assert (tmp_path / "log").read_text(encoding="utf-8") == "one\nJ\u00fcrgen\n\\udcff\n"
@@ -129,12 +109,11 @@ def test_a_line_that_does_not_fit_on_the_disk_names_the_file(tmp_path):
     ("content", "values"),
     [
         (b'{"a": [1, 2]}', {"a": [1, 2]}),
-        (b'{"a": 1, "a": 2}', {"a": 2}),
         (b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
         ('{"J\u00fcrgen": 1}'.encode(), {"J\u00fcrgen": 1}),
         (rb'{"a": "\udcff"}', {"a": "\udcff"}),
     ],
-    ids=["object", "same key twice", "byte order mark", "beyond ASCII", "undecodable name"],
+    ids=["ASCII", "byte order mark", "UTF-8", "undecodable name"],
 )
 def test_a_json_object_is_read(tmp_path, content, values):
     (tmp_path / "a.json").write_bytes(content)
@@ -142,38 +121,23 @@ def test_a_json_object_is_read(tmp_path, content, values):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "cannot be read as JSON: Expecting value"),
-        (b'{"a": 1', "cannot be read as JSON: Expecting"),
-        (b"<html>", "cannot be read as JSON: Expecting value"),
-        (b'{"a": 1}{"b": 2}', "cannot be read as JSON: Extra data"),
-        (b'{"a": "\xff"}', "cannot be read as JSON: 'utf-8' codec"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "cannot be read as JSON: Exceeds the limit"),
-        (b"[" * 100_000, "cannot be read as JSON: it is nested too deeply"),
-        (b'{"a": ' * 100_000 + b"1" + b"}" * 100_000, "cannot be read as JSON: it is nested too deeply"),
-        (b"[1]", "is not a JSON object"),
-        (b"3", "is not a JSON object"),
-        (b"null", "is not a JSON object"),
-    ],
-    ids=lambda value: value[:12] if isinstance(value, bytes) else "",
+    "content",
+    [b'{"a": 1', b'{"a": "\xff"}', b"[" * 100_000, b"[1]"],
+    ids=["truncated", "not UTF-8", "nested too deeply", "a list"],
 )
-def test_a_file_that_is_not_a_json_object_is_named_in_a_sentence(tmp_path, content, message):
+def test_a_file_without_a_json_object_is_refused_in_one_sentence(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        read_json(tmp_path / "a.json")
-    assert str(caught.value).startswith(f"{tmp_path / 'a.json'} {message}") and "\n" not in str(caught.value)
+    refusal(lambda: read_json(tmp_path / "a.json"), str(tmp_path / "a.json"))
 
 
-@pytest.mark.parametrize(("name", "reason"), [("none", errno.ENOENT), ("folder", errno.EISDIR)])
-def test_an_unreadable_json_file_is_named(tmp_path, name, reason):
+def test_an_unreadable_json_file_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError) as caught:
-        read_json(tmp_path / name)
-    assert str(caught.value) == f"{tmp_path / name} cannot be read: {os.strerror(reason)}"
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("missing", "folder", "loop"):
+        refusal(lambda name=name: read_json(tmp_path / name), str(tmp_path / name))
 
 
-# Folders of one process.
+# Folder locks.
 
 OWNER = """
 import os, sys, time
@@ -187,21 +151,19 @@ with folder_lock(Path(sys.argv[1])):
 """
 
 
-def test_a_folder_is_of_one_process_until_that_ends_however_it_ends(tmp_path):
-    """The one that has it is killed and leaves a child, as a data loader's worker, and a file half written."""
+def test_a_lock_belongs_to_one_process_until_it_ends(tmp_path):
+    """Also if the process is killed and leaves a child, such as a worker of a data loader, and an unfinished file."""
     folder = tmp_path / "new" / "folder"
     owner = subprocess.Popen([sys.executable, "-c", OWNER, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     child = int(owner.stdout.readline())
     try:
         (folder / "deeper").mkdir()
         (folder / "deeper" / f"a.json.{owner.pid}.partial").write_text("half")
-        with pytest.raises(UserError) as caught, folder_lock(folder):
-            pytest.fail("two have it")
-        assert str(caught.value) == f"{folder} is in use by another process; wait until it ends, or stop it"
+        assert "is in use by another process" in refusal(lambda: folder_lock(folder).__enter__(), str(folder))
         assert names(folder) == [".lock", f"deeper/a.json.{owner.pid}.partial"]
         owner.kill()
         owner.wait()
-        os.kill(child, 0)  # is alive
+        os.kill(child, 0)  # raises ProcessLookupError if the child has ended
         with folder_lock(folder) as lock:
             assert lock == folder / ".lock" and names(folder) == [".lock"]
     finally:
@@ -210,32 +172,33 @@ def test_a_folder_is_of_one_process_until_that_ends_however_it_ends(tmp_path):
         owner.stdout.close()
 
 
-def test_a_folder_can_be_had_again_and_again(tmp_path):
+def test_a_folder_can_be_locked_again(tmp_path):
     for _ in range(2):
         with folder_lock(tmp_path):
             (tmp_path / "file").touch()
     assert names(tmp_path) == [".lock", "file"]
 
 
-def test_only_what_a_process_left_unfinished_is_removed(tmp_path):
-    """Somebody's own files may end in .partial too."""
-    mine = ["deeper/video.mp4.partial", "deeper/1234.partial", "a.json.12x.partial"]
+def test_only_temporary_files_of_atomic_write_are_removed(tmp_path):
+    others = ["deeper/video.mp4.partial", "deeper/1234.partial", "a.json.12x.partial"]
     (tmp_path / "deeper").mkdir()
-    for name in [*mine, "deeper/a.json.1234.partial", "b.safetensors.7.partial"]:
+    for name in [*others, "deeper/a.json.1234.partial", "b.safetensors.7.partial"]:
         (tmp_path / name).touch()
     with folder_lock(tmp_path):
-        assert names(tmp_path) == sorted([".lock", *mine])
+        assert names(tmp_path) == sorted([".lock", *others])
 
 
-@pytest.mark.parametrize("place", ["file", "file/folder"])
-def test_a_folder_that_cannot_be_is_named(tmp_path, place):
+def test_a_lock_that_links_to_another_file_does_not_truncate_it(tmp_path):
+    (tmp_path / "precious").write_text("work of years")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / ".lock").symlink_to(tmp_path / "precious")
+    with folder_lock(tmp_path / "folder"):
+        assert (tmp_path / "precious").read_text() == "work of years"
+
+
+def test_a_path_that_cannot_be_a_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError) as caught, folder_lock(tmp_path / place):
-        pytest.fail("there is no such folder")
-    assert caught.value.filename == str(tmp_path / place) and caught.value.errno in (errno.EEXIST, errno.ENOTDIR)
-
-
-def test_a_record_written_and_read_is_the_same(tmp_path):
-    values = {"source": "a\udcff\n.mp4", "last": True}
-    atomic_write_bytes(tmp_path / "a.json", json.dumps(values).encode())
-    assert read_json(tmp_path / "a.json") == values
+    for path in (tmp_path / "file", tmp_path / "file" / "folder"):
+        with pytest.raises(OSError) as caught, folder_lock(path):
+            pytest.fail("there is no such folder")
+        assert caught.value.filename == str(path)

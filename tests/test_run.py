@@ -1,4 +1,4 @@
-"""A tiny run: when it saves, what it keeps on disk, and what is refused at the start."""
+"""The lifecycle of a run: saves, the files it keeps, and what it refuses at the start."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from musetalk.errors import UserError
-from musetalk.training.checkpoint import load_latest_state, save_state
+from musetalk.training.checkpoint import load_latest_state
 from musetalk.training.distributed import start_processes
 from musetalk.training.preflight import bytes_of, check_shared_memory, state_bytes, workers_that_fit
 from musetalk.training.run import open_run
@@ -27,8 +27,8 @@ def config(tmp_path) -> Config:
     return Config(tmp_path / "states", tmp_path / "log")
 
 
-def make_steps(config: Config, *, stop_after: int = 0, weights: dict | None = None) -> dict:
-    """Trains, saving an empty file of weights after each step if `weights` are given. Returns the newest state."""
+def train_tiny(config: Config, *, stop_after: int = 0, weights: dict | None = None) -> dict:
+    """Trains and returns the newest state. With `weights`, writes an empty file of weights after each step."""
     with open_run("tiny", config, make_state(), start_processes("cpu"), weights) as run:
         for step in train(run):
             if weights is not None:
@@ -45,7 +45,7 @@ def names(config: Config) -> list[str]:
 
 
 def test_no_worker_outlives_a_run(config):
-    """Even if something still refers to its batches, such as a frame in a reference cycle."""
+    """Even if an object still refers to its batches."""
     with open_run("tiny", replace(config, num_workers=2), make_state(), start_processes("cpu")) as run:
         batches = run.batches(Numbers())
         next(batches)
@@ -57,128 +57,109 @@ def test_no_worker_outlives_a_run(config):
 # Saves.
 
 
-def test_a_run_saved_by_time_and_cut_off_ends_as_one_that_was_not(config, tmp_path):
-    whole = make_steps(config)
+def test_a_run_resumed_from_a_save_by_time_equals_an_uninterrupted_one(config, tmp_path):
+    whole = train_tiny(config)
     assert names(config) == ["training-state-0000006.pt"]
-    parted = replace(config, checkpoint_dir=tmp_path / "parted", save_minutes=1e-9, keep_states=1)
-    assert make_steps(parted, stop_after=4)["step"] == 3  # of the fourth step nothing was saved
-    again = make_steps(parted)
-    assert names(parted) == ["training-state-0000006.pt"]
-    assert torch.equal(again["network"]["weight"], whole["network"]["weight"])
-    assert all(torch.equal(again["optimizer"]["state"][0][k], v) for k, v in whole["optimizer"]["state"][0].items())
+    cut_off = replace(config, checkpoint_dir=tmp_path / "cut_off", save_minutes=1e-9, keep_states=1)
+    assert train_tiny(cut_off, stop_after=4)["step"] == 3  # the fourth step was not saved
+    resumed = train_tiny(cut_off)
+    assert names(cut_off) == ["training-state-0000006.pt"]
+    assert torch.equal(resumed["network"]["weight"], whole["network"]["weight"])
+    assert all(torch.equal(resumed["optimizer"]["state"][0][k], v) for k, v in whole["optimizer"]["state"][0].items())
 
 
-def test_saves_by_time_count_from_the_last_save_of_any_kind(config, monkeypatch):
-    """A step takes a minute."""
-    clock = iter(range(0, 10**6, 60))
-    monkeypatch.setattr("musetalk.training.run.time", SimpleNamespace(monotonic=lambda: next(clock)))
-    saved = []
-    monkeypatch.setattr(
-        "musetalk.training.run.save_state", lambda _, step, *__: (saved.append(step), save_state(_, step, *__))
-    )
-    make_steps(replace(config, num_steps=12, save_every=5, save_minutes=3))
-    assert saved[0] == 3 and 5 in saved and 12 in saved and len(saved) < 8
-
-
-def test_a_state_that_was_resumed_from_does_not_keep_its_file_open(config):
-    make_steps(replace(config, num_steps=2))
+def test_a_resumed_run_does_not_keep_the_file_of_its_state_open(config):
+    train_tiny(replace(config, num_steps=2))
     state = make_state()
     with open_run("tiny", config, state, start_processes("cpu")):
         assert state.step == 2
         assert str(config.checkpoint_dir) not in Path("/proc/self/maps").read_text()
 
 
-# What is kept.
+# Files that are kept.
 
 
-def test_the_newest_weights_are_kept_and_one_in_some(config):
-    make_steps(replace(config, keep_weights=2, keep_weights_every=2), weights={})
+def test_the_newest_weights_and_those_of_every_nth_step_are_kept(config):
+    train_tiny(replace(config, keep_weights=2, keep_weights_every=2), weights={})
     assert names(config)[1:] == [f"unet-000000{step}.safetensors" for step in (2, 4, 5, 6)]
 
 
 def test_weights_that_the_run_did_not_write_are_never_deleted(config):
     folder = config.checkpoint_dir / "tiny"
     others = ["unet-best.safetensors", "unet-1.safetensors", "unet-0000001.pth", "my-unet-0000001.safetensors"]
-    later = "unet-0000009.safetensors"  # of a run from whose end somebody went back
+    later = "unet-0000009.safetensors"  # of a step that this run does not reach
     folder.mkdir(parents=True)
     for name in (*others, later):
         (folder / name).touch()
-    make_steps(config, weights={})
+    train_tiny(config, weights={})
     assert names(config) == sorted([*others, later, "unet-0000006.safetensors", "training-state-0000006.pt"])
 
 
-# What is checked at the start.
+# Checks at the start.
 
 
 @pytest.fixture
-def room(monkeypatch):
+def set_free(monkeypatch):
     """A function that sets the free bytes of every disk."""
     return lambda free: monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
 
 
-def test_the_size_of_a_state_is_known_before_the_first_update(config):
+def test_the_size_of_a_state_is_computed_before_the_first_update(config):
     state = make_state()
     before = state_bytes(state)
     with open_run("tiny", config, state, start_processes("cpu")) as run:
         list(train(run))
-    steps_taken = 2 * 4  # Adam's count for each of two parameters, in float32
-    assert state_bytes(state) - steps_taken == before == bytes_of(state.as_dict()) - steps_taken
-    assert before == 3 * 4 * 4  # four parameters in float32, each with two moments
+    counts = 2 * 4  # Adam's step, float32, of each of two tensors
+    assert state_bytes(state) - counts == before == bytes_of(state.as_dict()) - counts
+    assert before == 3 * 4 * 4  # four parameters in float32 with two moments each
 
 
 @pytest.mark.parametrize(
     ("change", "needed"),
     [
         ({}, 3 * 48 + (1 + 1) * MB),
-        ({"keep_states": 9}, 6 * 48 + 2 * MB),  # there are no more steps than six
-        ({"keep_weights": 9, "save_every": 2}, 3 * 48 + 3 * MB),
-        ({"keep_weights_every": 2, "save_every": 1}, 3 * 48 + (2 + 3) * MB),
+        ({"keep_states": 9}, 6 * 48 + 2 * MB),  # the run has only six steps
+        ({"keep_weights_every": 2}, 3 * 48 + (2 + 3) * MB),
     ],
 )
-def test_a_disk_without_room_for_what_is_kept_is_refused(config, room, change, needed):
-    config = replace(config, save_every=1) if "save_every" not in change else config
-    config, weights = replace(config, **change), {"w": torch.zeros(MB, dtype=torch.uint8)}
-    room(needed)
+def test_a_disk_without_space_for_the_files_to_keep_is_refused(config, set_free, change, needed):
+    config, weights = replace(config, save_every=1, **change), {"w": torch.zeros(MB, dtype=torch.uint8)}
+    set_free(needed)
     with open_run("tiny", config, make_state(), start_processes("cpu"), weights):
         pass
-    room(needed - 1)
-    said = f"^{config.checkpoint_dir / 'tiny'} needs another .* GB of disk space .*, but 0.0. GB are free; free some"
-    with pytest.raises(UserError, match=said), open_run("tiny", config, make_state(), start_processes("cpu"), weights):
+    set_free(needed - 1)
+    message = f"^{config.checkpoint_dir / 'tiny'} needs another .* GB of disk space"
+    with (
+        pytest.raises(UserError, match=message),
+        open_run("tiny", config, make_state(), start_processes("cpu"), weights),
+    ):
         pass
 
 
-def test_files_of_the_run_that_are_there_already_count(config, room):
+def test_existing_files_of_the_run_count_as_free_space(config, set_free):
     config = replace(config, num_steps=100, save_every=50)
-    make_steps(config, stop_after=51)
-    make_steps(config)
+    train_tiny(config, stop_after=51)
+    train_tiny(config)
     sizes = [path.stat().st_size for path in (config.checkpoint_dir / "tiny").glob("*.pt")]
     assert len(sizes) == 2
-    room(0)
+    set_free(0)
     with open_run("tiny", replace(config, num_steps=101), make_state(), start_processes("cpu")):
-        pass  # a state of a kilobyte is counted as 56 bytes, and two are there
+        pass
 
 
-def test_shared_memory_that_cannot_hold_the_batches_is_refused(config, room, monkeypatch):
+def test_shared_memory_too_small_for_the_batches_is_refused(set_free, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     sample, needed = {"image": torch.zeros(MB, dtype=torch.uint8), "where": "a"}, 2 * (8 * 2 + 1) * 32 * MB
-    room(needed)
+    set_free(needed)
     check_shared_memory(sample, 32, 8, 2)
-    room(needed - 1)
-    with pytest.raises(
-        UserError, match="^/dev/shm must hold 1088 MB .*--ipc=host or --shm-size=3g, or set num_workers"
-    ):
-        check_shared_memory(sample, 32, 8, 2)
+    set_free(needed - 1)
     check_shared_memory(sample, 32, 0, 2)
-    with (
-        pytest.raises(UserError, match="^/dev/shm"),
-        open_run("tiny", config, make_state(), start_processes("cpu")) as run,
-    ):
-        run.config.num_workers = 10**9
-        list(train(run))
+    with pytest.raises(UserError, match="^/dev/shm must hold 1088 MB .*--shm-size=3g, or set num_workers"):
+        check_shared_memory(sample, 32, 8, 2)
 
 
 @pytest.mark.parametrize(("cores", "processes", "workers"), [(16, 1, 8), (16, 4, 4), (2, 1, 2), (2, 4, 0)])
-def test_workers_fit_the_cores_that_this_process_may_use(monkeypatch, cores, processes, workers):
+def test_the_default_number_of_workers_fits_the_cores_of_this_process(monkeypatch, cores, processes, workers):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert workers_that_fit() == workers

@@ -1,4 +1,4 @@
-"""The built-in sample: its scripts, its pictures, and whether lips, track and sound agree."""
+"""The built-in sample: its scripts, its frames, and the agreement of lips, script and audio."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def frames() -> list[np.ndarray]:
     return list(islice(render_frames(1), 75))
 
 
-def correlation(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.corrcoef(one, other)[0, 1])
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+    return float(np.corrcoef(x, y)[0, 1])
 
 
-def test_a_script_has_the_promised_shapes_and_ranges(scripts):
+def test_a_script_has_its_documented_shapes_and_ranges(scripts):
     for script in scripts:
         assert script.audio.dtype == script.opening.dtype == script.width.dtype == np.float32
         assert len(script.audio) == NUM_FRAMES * SAMPLES_PER_FRAME
@@ -43,33 +43,30 @@ def test_a_script_has_the_promised_shapes_and_ranges(scripts):
         assert script.width.min() < 0.7 and script.width.max() > 0.9  # rounded and spread
 
 
-def test_script_and_frames_are_the_same_at_every_call(scripts, frames):
+def test_scripts_and_frames_are_deterministic(scripts, frames):
     again = clip_script(1)
     for name in ("audio", "opening", "width", "speaking"):
         np.testing.assert_array_equal(getattr(again, name), getattr(scripts[1], name))
-    np.testing.assert_array_equal(list(islice(render_frames(1), 5)), frames[:5])
+    np.testing.assert_array_equal(list(islice(render_frames(1), 2)), frames[:2])
 
 
-def test_no_two_clips_say_the_same(scripts):
-    for one, other in combinations(scripts, 2):
-        assert abs(correlation(one.opening, other.opening)) <= 0.1
+def test_clips_are_uncorrelated(scripts):
+    for x, y in combinations(scripts, 2):
+        assert abs(correlation(x.opening, y.opening)) <= 0.1
     assert all(script.opening.std() > 0.15 for script in scripts)
 
 
-def test_the_mouth_is_closed_and_the_voice_silent_in_pauses(scripts):
+def test_in_pauses_the_mouth_is_closed_and_the_voice_silent(scripts):
     for script in scripts:
         loudness = np.sqrt((script.audio.reshape(NUM_FRAMES, SAMPLES_PER_FRAME) ** 2).mean(axis=1))
         assert 0.1 < np.mean(~script.speaking) < 0.4
         assert script.opening[~script.speaking].max() < 0.02
         assert np.median(loudness[~script.speaking]) < 0.02 * np.median(loudness[script.speaking])
+        assert np.abs(np.diff(script.opening)).max() < 0.4  # a jaw does not jump
 
 
-def test_the_jaw_takes_time(scripts):
-    assert max(np.abs(np.diff(script.opening)).max() for script in scripts) < 0.4
-
-
-def test_the_sound_of_a_frame_tells_its_opening(scripts):
-    """A linear map from the log spectrum of [-80 ms, +120 ms), fitted on six clips, serves the others."""
+def test_the_opening_can_be_predicted_from_the_audio(scripts):
+    """By a linear map from the log spectrum of [-80 ms, +120 ms), fitted on all clips but two and tested on these."""
 
     def spectra(script: sample.Script) -> np.ndarray:
         hops = script.audio.reshape(NUM_FRAMES * 2, -1)  # 20 ms
@@ -89,15 +86,8 @@ def test_the_sound_of_a_frame_tells_its_opening(scripts):
         assert correlation((held_out - mean) / deviation @ weights, script.opening) >= 0.9
 
 
-def test_the_mouth_moves_and_the_background_does_not_jump(scripts, frames):
+def test_a_face_mesh_measures_the_opening_of_the_script(scripts, frames):
     assert all(frame.shape == (FRAME_SIZE, FRAME_SIZE, 3) and frame.dtype == np.uint8 for frame in frames)
-    steps = np.abs(np.diff(np.array(frames).astype(np.int16), axis=0)).mean(axis=3)  # grey levels
-    background, mouth = steps[:, :60, -60:].mean(axis=(1, 2)), steps[:, 215:290, 150:235].mean(axis=(1, 2))
-    assert background.max() < 3
-    assert correlation(mouth, np.abs(np.diff(scripts[1].opening[:75]))) > 0.8
-
-
-def test_a_face_mesh_finds_the_face_and_sees_the_lips_follow_the_track(scripts, frames):
     with mediapipe.solutions.face_mesh.FaceMesh(static_image_mode=True, refine_landmarks=True) as mesh:
         found = [mesh.process(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)) for frame in frames[::2]]
     assert all(result.multi_face_landmarks for result in found)
@@ -110,22 +100,22 @@ def test_a_face_mesh_finds_the_face_and_sees_the_lips_follow_the_track(scripts, 
     assert correlation(measured, opening) >= 0.95
     assert measured[~scripts[1].speaking[:75:2]].max() < 0.02
     assert measured.max() > 0.15
-    assert points[:, CHIN, 1].max() < 0.95  # the chin is in the picture
+    assert points[:, CHIN, 1].max() < 0.95  # the chin is in the frame
 
 
-def test_a_sample_is_whole_or_absent(tmp_path, monkeypatch):
+def test_a_sample_is_complete_or_absent(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "SEEDS", SEEDS[:2])
     monkeypatch.setattr(sample, "NUM_FRAMES", 10)
     folder = tmp_path / "videos"
-    whole, calls = sample.write_video, []
+    write_video, calls = sample.write_video, []
 
-    def broken(*args):
+    def fail_once(*args):
         calls.append(args)
         if len(calls) == 2:
             raise OSError("disk full")
-        return whole(*args)
+        return write_video(*args)
 
-    monkeypatch.setattr(sample, "write_video", broken)
+    monkeypatch.setattr(sample, "write_video", fail_once)
     with pytest.raises(OSError, match="disk full"):
         make_sample(folder)
     assert not folder.exists()
@@ -140,6 +130,3 @@ def test_a_sample_is_whole_or_absent(tmp_path, monkeypatch):
     assert abs(len(read_audio(clips[0])) - 10 * SAMPLES_PER_FRAME) <= 1024  # one AAC frame
     with pytest.raises(FileExistsError, match="videos"):
         make_sample(folder)
-
-    again = make_sample(tmp_path / "again")
-    assert [clip.read_bytes() for clip in again] == [clip.read_bytes() for clip in clips]

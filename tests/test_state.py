@@ -1,51 +1,49 @@
-"""The state of a training: exact resume, stops on request, and broken or foreign states refused."""
+"""Training states are restored bit for bit or refused; runs stop on request with their state saved."""
 
 from __future__ import annotations
 
-import json
-import math
+import multiprocessing
 import os
 import re
-import shutil
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from pkgutil import resolve_name
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from hypothesis import given
-from hypothesis import strategies as st
+from torch import nn
 
-import musetalk_trainer
-from musetalk.contract import RIGID, ContractError, FeatureContract
-from musetalk.data.cache import Cache, CacheWriter
-from musetalk.data.dataset import FaceDataset
-from musetalk.data.loader import loader
+from musetalk.contract import RIGID, ContractError
 from musetalk.errors import UserError
-from musetalk.models.unet import build_unet
 from musetalk.training.checkpoint import load_latest_state, save_state
-from musetalk.training.run import resume
-from musetalk.training.state import OPTIMIZERS, TrainState
-from musetalk.training.step import scheduled_rate
-from musetalk_trainer import TrainConfig, optimizer_step, parse, train
+from musetalk.training.distributed import start_processes
+from musetalk.training.run import open_run, resume
+from musetalk.training.state import OPTIMIZERS, NetworkState, TrainState
+from musetalk_trainer import parse, train
+from tests import ranks
+from tests.conftest import ROOT, assert_equal
+from tests.processes import small_unet
 
-ROOT = Path(__file__).parents[1]
 
-
-def make_state(mini: Path, optimizer: str = "adamw", seed: int = 0, steps: int = 0) -> TrainState:
-    """A state of the small UNet after some updates with gradients that are its weights."""
-    unet = build_unet(mini, seed, positional_encoding=True)
+def make_state(optimizer: str = "adamw", seed: int = 0, steps: int = 0) -> TrainState:
+    """A state of a small UNet and a discriminator after some updates."""
+    unet = small_unet(width=4)
+    torch.manual_seed(seed)
+    discriminator = nn.Linear(2, 2)
+    for parameter in unet.parameters():
+        parameter.data += seed
     state = TrainState(
         unet,
         RIGID,
         OPTIMIZERS[optimizer](unet.parameters(), 1e-3),
         optimizer,
         {name: value.clone() for name, value in unet.model.state_dict().items()},
+        {"face": SimpleNamespace(network=discriminator, optimizer=OPTIMIZERS[optimizer](discriminator.parameters()))},
+        {"face": torch.tensor(0.5 + seed)},
+        sync_offset=seed,
     )
     for _ in range(steps):
         update(state)
@@ -53,93 +51,51 @@ def make_state(mini: Path, optimizer: str = "adamw", seed: int = 0, steps: int =
 
 
 def update(state: TrainState) -> None:
-    for parameter in state.unet.parameters():
-        parameter.grad = parameter.detach().clone()
-    state.optimizer.step()
+    """Makes an update whose gradients are the weights."""
+    for optimizer in state.optimizers:
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = parameter.detach().clone()
+        optimizer.step()
     state.step += 1
     state.update_ema(0.9)
 
 
-def saved(state: TrainState) -> dict:
-    """What the trainer saves of it, on its own memory."""
+def saved(state: TrainState | NetworkState) -> dict:
+    """A copy of the values that a training saves."""
     values = state.as_dict() | {"step": state.step}
     return torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, values)
 
 
-def assert_equal(one: dict, two: dict) -> None:
-    """Every tensor to the last bit, everything else by value."""
-    flat = [torch.utils._pytree.tree_flatten_with_path(values)[0] for values in (one, two)]
-    assert [path for path, _ in flat[0]] == [path for path, _ in flat[1]]
-    for (path, a), (_, b) in zip(*flat, strict=True):
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
-
-
-# The learning rate.
-
-
-@given(
-    step=st.integers(0, 200), warmup=st.integers(0, 100), steps=st.integers(1, 150), final=st.sampled_from([0, 0.2, 1])
-)
-def test_the_rate_stays_between_its_bounds_and_ends_at_the_final_one(step, warmup, steps, final):
-    config = SimpleNamespace(learning_rate=1.0, warmup_steps=warmup, final_learning_rate=final, num_steps=steps)
-    rate = scheduled_rate(step, config)
-    assert 0 <= rate <= 1 and math.isfinite(rate)
-    if step < warmup:
-        assert rate == pytest.approx((step + 1) / warmup)
-    else:
-        assert rate >= final and rate >= scheduled_rate(step + 1, config)
-        assert rate == pytest.approx(final) or step < steps or steps <= warmup
-
-
-# The loader.
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory, random_tensors) -> FaceDataset:
-    folder = tmp_path_factory.mktemp("cache")
-    about = {"source": "a.mp4", "source_bytes": 9, "identity": "a", "start": 0, "last": True}
-    CacheWriter(folder, FeatureContract()).write("a", random_tensors(20), about)
-    return FaceDataset(Cache(folder), ["a"], FeatureContract(), seed=1, slots=4)
-
-
-def test_batches_come_in_the_order_of_their_slots_from_any_step_on(dataset):
-    whole = [batch["where"] for batch in loader(dataset, range(3), 2, 0)]
-    assert len(whole) == 6 and sum(whole[4:], []) == [dataset[index]["where"] for index in range(8, 12)]
-    assert [batch["where"] for batch in loader(dataset, range(2, 3), 2, 0)] == whole[4:]
-    assert list(loader(dataset, range(3, 3), 2, 0)) == []
-
-
-def test_workers_go_on_through_signals_that_are_meant_for_the_trainer(dataset):
-    alone = [batch["where"] for batch in loader(dataset, range(20), 4, 0)]
-    batches = iter(loader(dataset, range(20), 4, 2))
-    found = [next(batches)["where"] for _ in batches._workers]  # each of them has begun
-    for worker in batches._workers:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            os.kill(worker.pid, number)
-    found += [batch["where"] for batch in batches]
-    assert found == alone
-
-
-# States.
+# Saving and restoring.
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_what_was_saved_is_restored_to_the_last_bit(mini, tmp_path, optimizer):
-    state = make_state(mini, optimizer, steps=3)
+def test_a_restored_state_equals_the_saved_one_now_and_after_another_update(tmp_path, optimizer):
+    state = make_state(optimizer, seed=1, steps=3)
     save_state(tmp_path, state.step, saved(state), keep=1)
-    other = make_state(mini, optimizer, seed=1, steps=1)
-    resume(other, tmp_path)
-    assert_equal(saved(other), saved(state))
+    restored = make_state(optimizer, steps=1)
+    assert resume(restored, tmp_path)
+    assert_equal(saved(restored), saved(state))
     update(state)
-    update(other)
-    assert_equal(saved(other), saved(state))
-    fresh = make_state(mini, optimizer)
-    resume(fresh, tmp_path / "none")
-    assert_equal(saved(fresh), saved(make_state(mini, optimizer)))
+    update(restored)
+    assert_equal(saved(restored), saved(state))
 
 
-def test_the_average_moves_faster_at_first_and_is_swapped_in_and_out(mini):
-    state = make_state(mini)
+def test_without_a_saved_state_nothing_changes(tmp_path):
+    state = make_state()
+    assert not resume(state, tmp_path / "none")
+    assert_equal(saved(state), saved(make_state()))
+
+
+def test_constants_of_the_optimizer_are_those_of_the_resumed_run():
+    state = make_state()
+    state.optimizer.param_groups[0]["weight_decay"] = 0.5
+    state.restore(saved(make_state(steps=1)), Path("state.pt"))
+    assert state.optimizer.param_groups[0]["weight_decay"] == 0.5
+
+
+def test_the_average_follows_faster_at_first_and_is_swapped_in_and_out():
+    state = make_state()
     name, own = next(iter(state.unet.model.state_dict().items()))
     state.ema[name].zero_()
     state.update_ema(0.9)  # at step 0 the decay is 1 / 10
@@ -153,56 +109,126 @@ def test_the_average_moves_faster_at_first_and_is_swapped_in_and_out(mini):
     assert torch.equal(state.unet.model.state_dict()[name], before)
 
 
-@pytest.fixture(scope="module")
-def whole(mini) -> dict:
-    """What was saved after one update."""
-    return saved(make_state(mini, steps=1))
-
-
-@pytest.fixture(scope="module")
-def asked(mini) -> TrainState:
-    """A state to restore others to."""
-    return make_state(mini)
-
-
-@pytest.mark.parametrize("name", ["unet", "ema", "optimizer", "optimizer_name", "step", "contract"])
-@pytest.mark.parametrize("value", ["absent", None, [], {"state": 3}, -1], ids=repr)
-def test_a_state_with_an_unfit_part_is_refused_in_a_sentence(whole, asked, tmp_path, name, value):
-    values = {part: whole[part] for part in whole if part != name}
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("ema", None, "lacks ema"),
+        ("optimizer_name", "adamax", "optimizer = 'adamax', not 'adamw'"),
+        ("step", -1, "invalid step"),
+        ("step", True, "invalid step"),
+        ("sync_offset", 16, "invalid sync_offset"),
+        ("optimizer", {"state": {0: 1}}, "no state of this optimizer"),
+        ("unet", [1], "holds no weights by name"),
+        ("unet", {"conv_in.weight": torch.zeros(3)}, "does not fit"),
+        ("gan_losses", {}, "other discriminators"),
+        ("adaptive_weights", {}, "adaptive_every"),
+        ("contract", [], "contract"),
+    ],
+    ids=str,
+)
+def test_a_state_of_another_training_is_refused_with_the_reason(tmp_path, key, value, reason):
+    """A value of None: the key is absent."""
+    values = saved(make_state(steps=1)) | {key: value}
+    if value is None:
+        del values[key]
     path = tmp_path / "training-state-0000001.pt"
-    torch.save(values if value == "absent" else values | {name: value}, path)
-    with pytest.raises(UserError) as caught:
-        resume(asked, tmp_path)
-    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    torch.save(values, path)
+    with pytest.raises(UserError, match=reason) as caught:
+        resume(make_state(), tmp_path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
-def test_the_constants_of_the_optimizer_are_those_of_this_run(mini, whole):
-    """Those of the state would silently win over the command line."""
-    state = make_state(mini)
-    state.optimizer.param_groups[0]["weight_decay"] = 0.5
-    state.restore(whole, Path("state.pt"))
-    assert state.optimizer.param_groups[0]["weight_decay"] == 0.5
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"kind": "convolution"}, "kind = 'convolution', not 'linear'"),
+        ({"step": -1}, "invalid step"),
+        ({"network": {"bias": torch.zeros(1)}}, "does not fit Linear: 1 missing"),
+        ({"optimizer": {"state": {0: 1}}}, "no state of this optimizer"),
+    ],
+)
+def test_a_state_of_another_single_network_is_refused_with_the_reason(change, reason):
+    with pytest.raises(UserError, match=f"^state.pt .*{reason}"):
+        ranks.make_state().restore(saved(ranks.make_state()) | change, Path("state.pt"))
 
 
-def test_a_state_of_another_contract_is_refused(whole, asked, tmp_path):
-    save_state(tmp_path, 1, whole, keep=1)
-    with pytest.raises(ContractError, match="window_edge = 'zero', but 'clamp' is asked for"):
-        resume(replace(asked, contract=replace(RIGID, window_edge="clamp")), tmp_path)
+def test_a_state_of_another_contract_is_refused(tmp_path):
+    save_state(tmp_path, 1, saved(make_state(steps=1)), keep=1)
+    with pytest.raises(ContractError, match="window_edge = 'zero', but 'clamp'"):
+        resume(replace(make_state(), contract=replace(RIGID, window_edge="clamp")), tmp_path)
 
 
-# The real trainer.
+# Runs.
+
+
+@pytest.fixture
+def config(tmp_path) -> ranks.Config:
+    return ranks.Config(tmp_path / "states", tmp_path / "log")
+
+
+def press_ctrl_c(times: int = 1) -> None:
+    for _ in range(times):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(("moment", "step"), [("before the first step", 1), ("in a step", 3), ("in a save", 3)])
+def test_a_run_stopped_at_any_moment_has_saved_the_step_that_it_names(config, moment, step):
+    """In a save, of step 2, Ctrl-C is pressed twice; the run stops after the step that follows."""
+
+    class State(NetworkState):
+        def as_dict(self) -> dict:
+            if moment == "in a save" and self.step == 2:
+                press_ctrl_c(times=2)
+            return super().as_dict()
+
+    state = State(**vars(ranks.make_state()))
+    config = replace(config, save_every=2)
+    with (
+        pytest.raises(KeyboardInterrupt, match=f"^stopped at step {step}, "),
+        open_run("tiny", config, state, start_processes("cpu")) as run,
+    ):
+        if moment == "before the first step":
+            press_ctrl_c()
+        for done in ranks.train(run):
+            if moment == "in a step" and done == 3:
+                press_ctrl_c()
+    assert load_latest_state(config.checkpoint_dir / "tiny")[1]["step"] == step
+
+
+def in_child(function: Callable[[], None]) -> int:
+    """Calls a function in another process. Returns its exit code."""
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def test_a_second_run_on_the_same_folders_is_refused(config):
+    def second() -> None:
+        with pytest.raises(UserError, match="in use by another process"), open_run("tiny", *arguments):
+            pass
+
+    arguments = config, ranks.make_state(), start_processes("cpu")
+    with open_run("tiny", *arguments):
+        assert in_child(second) == 0
+    assert in_child(second) == 1  # it raises nothing once the run has ended
+
+
+# The script.
 
 STEPS = 8
 
 
-def arguments(cache: Path, folder: Path) -> list[str]:
-    """Of a command line: a few small steps, with states of the middle one and the last."""
+def command_line(cache: Path, folder: Path) -> list[str]:
+    """A few small steps of stage 1 without LPIPS, with a state of each fourth."""
     options = {
+        "--models-dir": "models/mini",
+        "--loss-weights.lpips": 0.0,
         "--hdtf-samples-dir": cache,
         "--checkpoint-dir": folder / "checkpoints",
         "--log-dir": folder / "log",
         "--num-steps": STEPS,
-        "--save-every": STEPS // 2,
+        "--save-every": 4,
         "--sample-every": STEPS,
         "--val-every": 0,
         "--log-every": 1,
@@ -210,143 +236,31 @@ def arguments(cache: Path, folder: Path) -> list[str]:
         "--batch-size": 2,
         "--pixel-every": 2,
     }
-    return ["demo", *(str(part) for option in options.items() for part in option)]
+    return ["stage1", *(str(part) for option in options.items() for part in option)]
 
 
-@pytest.fixture(scope="module")
-def trained(make_cache, tmp_path_factory) -> tuple[TrainConfig, subprocess.CompletedProcess]:
-    """A run that nothing interrupted, and what a second one on its folders said in the meantime."""
-    command = arguments(make_cache("rigid").folder, tmp_path_factory.mktemp("trained"))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    _, config = parse(command)
-    second = []
-
-    def step(*args, **options):
-        if args[0].step == 2:
-            script = [sys.executable, ROOT / "musetalk_trainer.py", *command]
-            second.append(subprocess.run(script, cwd=ROOT, capture_output=True, text=True))
-        return optimizer_step(*args, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(musetalk_trainer, "optimizer_step", step)
-        train("demo", config)
-    return config, *second
+def outputs(folder: Path) -> dict[str, bytes]:
+    """The files that a run leaves, except logs with times and states, whose layout may differ."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    varying = ("trainer.log", "tfevents", "training-state")
+    return {name: path.read_bytes() for name, path in files.items() if not any(part in name for part in varying)}
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def assert_same_run(config: TrainConfig, other: TrainConfig) -> None:
-    """Weights, records and pictures are the same to the last bit, and so is all in the newest states."""
-    logs = [
-        {name: content for name, content in contents(run.log_dir / "demo").items() if "tfevents" not in name}
-        for run in (config, other)
-    ]
-    assert logs[0] == logs[1] and logs[0].keys() == {".lock", "stats.jsonl", f"samples/{STEPS:07d}.png"}
-    weights = [contents(run.checkpoint_dir / "demo") for run in (config, other)]
-    assert weights[0].keys() >= {f"unet-{step:07d}.safetensors" for step in (STEPS // 2, STEPS)}
-    assert all(weights[1][name] == content for name, content in weights[0].items() if name.startswith("unet"))
-    states = [load_latest_state(run.checkpoint_dir / "demo")[1] for run in (config, other)]
+@pytest.mark.slow
+def test_the_script_stopped_by_ctrl_c_and_run_again_equals_a_run_without_interruption(
+    sample_cache, tmp_path, interrupt
+):
+    """As people do it, with workers; the other run has none."""
+    lines = [command_line(sample_cache.folder, tmp_path / name) for name in ("whole", "stopped")]
+    stats = tmp_path / "stopped/log/stage1/stats.jsonl"
+    script = [ROOT / "musetalk_trainer.py", *lines[1], "--num-workers", "2"]
+    code, printed = interrupt(script, lambda: stats.exists() and stats.read_text().endswith("\n"))
+    assert code == 130 and "Traceback" not in printed
+    step = int(re.search(r"\nstopped at step (\d+), .* run the same command again to resume\n$", printed)[1])
+    assert 0 < step < STEPS and load_latest_state(tmp_path / "stopped/checkpoints/stage1")[1]["step"] == step
+    for line in lines:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train(*parse(line))
+    assert outputs(tmp_path / "whole") == outputs(tmp_path / "stopped")
+    states = [load_latest_state(tmp_path / name / "checkpoints/stage1")[1] for name in ("whole", "stopped")]
     assert_equal(*states)
-
-
-@pytest.fixture
-def copied(trained, tmp_path) -> TrainConfig:
-    """The run again in folders of its own."""
-    config, _ = trained
-    copy = replace(config, checkpoint_dir=tmp_path / "checkpoints", log_dir=tmp_path / "log")
-    shutil.copytree(config.checkpoint_dir, copy.checkpoint_dir)
-    shutil.copytree(config.log_dir, copy.log_dir)
-    return copy
-
-
-def test_a_second_trainer_on_the_same_folders_is_refused_and_disturbs_nothing(trained):
-    config, second = trained
-    assert second.returncode == 2 and "Traceback" not in second.stderr
-    said = f"{config.checkpoint_dir / 'demo'} is in use by another process; wait until it ends, or stop it"
-    assert second.stderr.splitlines()[-1] == said
-    lines = (config.log_dir / "demo" / "stats.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [*range(1, STEPS + 1)]
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("cut off", "is not a complete training state .*; delete it"),
-        ("a bit", "is corrupted .*; delete it"),
-        ("lacks parts", "is not a state of this training, it lacks contract, ema; delete it"),
-        ("another optimizer", "was saved with optimizer = 'adamax', not 'adamw'"),
-        ("another network", "does not fit .*: 1 missing: conv_in.weight; 1 unexpected: conv_first.weight"),
-    ],
-)
-def test_a_broken_state_is_refused_in_a_sentence_before_anything_is_written(copied, fault, message):
-    path = copied.checkpoint_dir / "demo" / f"training-state-{STEPS:07d}.pt"
-    content, values = bytearray(path.read_bytes()), torch.load(path, weights_only=True)
-    if fault in ("cut off", "a bit"):
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content[: len(content) // 2] if fault == "cut off" else content)
-    else:
-        if fault == "lacks parts":
-            del values["ema"], values["contract"]
-        elif fault == "another optimizer":
-            values["optimizer_name"] = "adamax"
-        else:
-            for part in ("unet", "ema"):
-                values[part]["conv_first.weight"] = values[part].pop("conv_in.weight")
-        torch.save(values, path)
-    before = contents(path.parents[2])
-    with pytest.raises(UserError) as caught:
-        train("demo", copied)
-    assert re.match(f"{re.escape(str(path))} {message}", str(caught.value)) and "\n" not in str(caught.value)
-    assert contents(path.parents[2]) == before
-
-
-def test_after_it_is_deleted_the_run_goes_on_from_the_one_before(trained, copied):
-    """And lines of the log that a full disk cut off, or that a later step wrote, are mended."""
-    (copied.checkpoint_dir / "demo" / f"training-state-{STEPS:07d}.pt").unlink()
-    stats = copied.log_dir / "demo" / "stats.jsonl"
-    stats.write_text(stats.read_text() + '{"step": 9, "latent_l1": 0.1}\n{"step": 10, "lat')
-    train("demo", copied)
-    assert_same_run(copied, trained[0])
-
-
-def test_after_ctrl_c_the_same_command_ends_as_if_there_had_been_none(trained, tmp_path, interrupt):
-    config, _ = trained
-    command = arguments(config.hdtf_samples_dir, tmp_path)
-    run_dir, stats = tmp_path / "checkpoints" / "demo", tmp_path / "log" / "demo" / "stats.jsonl"
-    script = [ROOT / "musetalk_trainer.py", *command, "--num-workers", "2"]
-    code, words = interrupt(script, lambda: stats.exists() and stats.read_text().endswith("\n"))
-    assert code == 130 and "Traceback" not in words
-    assert words.count("stopping after this step; Ctrl-C again to stop at once") == 1
-    step = int(re.search(r"\nstopped at step (\d+), .* run the same command again to resume\n$", words)[1])
-    path, state = load_latest_state(run_dir)
-    assert 0 < step < STEPS and path.name == f"training-state-{step:07d}.pt" and state["step"] == step
-    AcceleratorState._reset_state(reset_partial_state=True)
-    _, again = parse(command)
-    train("demo", again)
-    assert_same_run(again, config)
-
-
-@pytest.mark.parametrize(
-    "moment", ["musetalk.training.run.loader", "musetalk_trainer.optimizer_step", "musetalk_trainer.save_unet"]
-)
-def test_whenever_it_is_asked_to_stop_the_step_it_names_is_saved(trained, tmp_path, monkeypatch, moment):
-    """Before the first step, in one, and while it saves."""
-    _, config = parse([*arguments(trained[0].hdtf_samples_dir, tmp_path), "--save-every", "2"])
-    AcceleratorState._reset_state(reset_partial_state=True)
-    function = resolve_name(moment)
-
-    def asked(*args, **options):
-        os.kill(os.getpid(), signal.SIGINT)
-        return function(*args, **options)
-
-    monkeypatch.setattr(moment, asked)
-    with pytest.raises(KeyboardInterrupt, match=f"^stopped at step {2 if moment.endswith('save_unet') else 1}, "):
-        train("demo", config)
-    names = sorted(path.name for path in (tmp_path / "checkpoints" / "demo").glob("*.*t*"))
-    assert names == (
-        ["training-state-0000002.pt", "unet-0000002.safetensors"]
-        if moment.endswith("save_unet")
-        else ["training-state-0000001.pt"]
-    )

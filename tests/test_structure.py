@@ -1,4 +1,4 @@
-"""The package is layered: each part imports only parts below it, and losses are handed to training from outside."""
+"""The package is layered: a module imports only modules of its own layer and below, and nothing imports losses."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# From the bottom: what is in no folder (constants, images, files, devices, the command line), then the folders.
+# From the bottom: modules in no folder (constants, images, files, devices, the command line), then the folders.
 LAYERS = ("", "models", "data", "inference", "training")
 COMMANDS = ("check", "download", "export")  # thin modules at the top of the package, which may import all of it
 
 
 def imports() -> dict[str, set[str]]:
-    """Module of musetalk/ -> modules of the project that it imports."""
+    """Maps each module of musetalk/ to the modules of the project that it imports."""
     graph = {}
     for path in (ROOT / "musetalk").rglob("*.py"):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -31,22 +31,12 @@ def imports() -> dict[str, set[str]]:
 
 
 def layer(module: str) -> int:
-    parts = module.split(".")[1:]
-    return (
-        len(LAYERS)
-        if parts and parts[0] in COMMANDS
-        else LAYERS.index(parts[0] if parts and parts[0] in LAYERS else "")
-    )
+    top = f"{module}.".split(".")[1]
+    return len(LAYERS) if top in COMMANDS else LAYERS.index(top) if top in LAYERS else 0
 
 
-def test_arrows_go_one_way():
-    wrong = {(module, name) for module, names in imports().items() for name in names if layer(module) < layer(name)}
-    assert not wrong
-
-
-def test_there_is_no_circle():
-    list(TopologicalSorter(imports()).static_order())  # raises CycleError
-
-
-def test_the_package_knows_no_losses():
-    assert not {(module, name) for module, names in imports().items() for name in names if name.startswith("losses")}
+def test_modules_import_neither_higher_layers_nor_losses_nor_each_other_in_cycles():
+    graph = imports()
+    arrows = {(module, name) for module, names in graph.items() for name in names}
+    assert not {(module, name) for module, name in arrows if name.startswith("losses") or layer(module) < layer(name)}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import nn
 
 from musetalk.contract import RIGID
 from musetalk.data.audio import mel_start
-from musetalk.data.cache import Cache, CacheError, CacheWriter, encode_jpegs
+from musetalk.data.cache import Cache, CacheError, CacheWriter, JpegBuffer
 from musetalk.models.syncnet import SyncNet, Wav2LipSyncNet
 from musetalk.training.sync_check import (
     MAX_OFFSET,
@@ -25,6 +24,7 @@ from musetalk.training.sync_check import (
     sync_confidence,
     sync_offset,
 )
+from tests.conftest import assert_equal
 
 FRAMES, STEP = 60, 4  # frames of a clip; grey levels between consecutive frames
 ANGLE = 0.2  # radians between the embeddings of consecutive frames
@@ -49,10 +49,10 @@ class FakeExpert(SyncNet):
     The cosine of faces and mel is cos(angle x distance in frames from offset `bias`), and 0 for different clips.
     """
 
-    def __init__(self, bias: int = 0, angle: float = ANGLE, constant: bool = False) -> None:
+    def __init__(self, bias: int = 0, angle: float = ANGLE) -> None:
         super().__init__(frames=5, image_size=96)
         self.weight = nn.Parameter(torch.zeros(1))
-        self.bias, self.angle, self.constant, self.modes = bias, angle, constant, set()
+        self.bias, self.angle = bias, angle
 
     def embed_faces(self, images: torch.Tensor) -> torch.Tensor:
         first = (images[:, 0, :, 128, 128] + 1) * 127.5  # RGB
@@ -62,9 +62,6 @@ class FakeExpert(SyncNet):
         return self._vectors(mel[:, 0, -1], mel[:, 0, 0] * 64 / 3.2)
 
     def _vectors(self, clips: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
-        self.modes.add((self.training, torch.is_grad_enabled()))
-        if self.constant:
-            return nn.functional.normalize(torch.ones(len(clips), 6), dim=1)
         planes = nn.functional.one_hot(clips.round().long(), 3)[:, :, None]  # (B, 3, 1)
         rotated = torch.stack([torch.cos(self.angle * moments), torch.sin(self.angle * moments)], dim=1)
         return (planes * rotated[:, None]).flatten(1)
@@ -78,7 +75,7 @@ def make_cache_of(tmp_path_factory, random_tensors) -> Callable[[dict[str, int]]
         folder = tmp_path_factory.mktemp("cache")
         writer = CacheWriter(folder, RIGID)
         for index, (name, frames) in enumerate(clips.items()):
-            jpegs, offsets = encode_jpegs([make_image(index, frame) for frame in range(frames)])
+            jpegs, offsets = JpegBuffer([make_image(index, frame) for frame in range(frames)]).tensors()
             tensors = random_tensors(frames) | {"face_jpeg": jpegs, "face_jpeg_offsets": offsets}
             tensors["mel"] = make_mel(index)[: mel_start(frames) + 1]
             metadata = {"source": f"{name}.mp4", "source_bytes": 9, "identity": name, "last": True}
@@ -106,8 +103,8 @@ def expected_similarities(starts: range, bias: int) -> np.ndarray:
 # The sweep.
 
 
-@pytest.mark.parametrize("bias", [-15, -4, -1, 0, 1, 7, 15])
-def test_the_offset_is_that_of_the_most_similar_audio(cache, bias):
+@pytest.mark.parametrize("bias", [-15, 0, 7])
+def test_the_offset_is_that_of_the_highest_similarity(cache, bias):
     check = check_expert(FakeExpert(bias), cache, ["a"], seed=0)
     np.testing.assert_allclose(check.similarities, expected_similarities(range(56), bias), atol=1e-5)
     assert check.offset == sync_offset(check.similarities) == bias
@@ -148,7 +145,7 @@ def few(monkeypatch) -> None:
 
 def test_a_perfect_expert_has_accuracy_1(cache, few):
     """The cosine is at least cos(0.2 x 0.32) in sync, at most cos(0.2 x 5.6) = 0.44 from 6 frames off."""
-    for bias in (0, 1, -1, 8):
+    for bias in (0, 8):
         check = check_expert(FakeExpert(bias), cache, ["a", "b", "c"], seed=0)
         assert check.accuracy == 1.0 and check.offset == bias
 
@@ -160,37 +157,15 @@ def test_an_expert_insensitive_to_offsets_is_correct_on_other_clips(cache, few):
     assert check.accuracy == 0.75 and check.windows == 30
 
 
-def test_a_constant_expert_has_accuracy_one_half(cache, few):
-    check = check_expert(FakeExpert(constant=True), cache, ["a", "b"], seed=0)
-    assert check.accuracy == 0.5 and check.confidence == pytest.approx(0, abs=1e-6)
-
-
-def test_an_expert_of_the_wrong_sign_is_correct_on_negative_pairs(cache):
-    class Negated(FakeExpert):
-        def embed_mel(self, mel):
-            return -super().embed_mel(mel)
-
-    check = check_expert(Negated(angle=0.1), cache, ["a"], seed=0)  # from 0 to 15 frames: -1 .. -cos(1.5)
-    assert check.accuracy == 0.5 and np.nanmax(check.similarities) < 0.1 and abs(check.offset) == 15
-
-
-def test_the_check_is_deterministic_and_does_not_change_the_network(cache, few):
+def test_the_check_is_deterministic_and_leaves_the_network_unchanged(cache, few):
     expert = FakeExpert(angle=0.13)  # misclassifies some pairs, 6 to 8 frames off
-    accuracies = [check_expert(expert, cache, ["a", "b"], seed).accuracy for seed in (1, 1, 2, 3)]
-    assert accuracies[0] == accuracies[1] and 0.75 < accuracies[0] < 1
-    assert len(set(accuracies)) > 1
-    assert expert.modes == {(False, False)}  # neither in training mode nor with gradients
-    assert expert.training and torch.is_grad_enabled()
-    check_expert(expert.eval(), cache, ["a"], 0)
-    assert not expert.training
-
-
-def test_batch_norm_statistics_do_not_change(cache):
+    accuracies = [check_expert(expert, cache, ["a", "b"], seed).accuracy for seed in (1, 1, 2)]
+    assert accuracies[0] == accuracies[1] != accuracies[2] and 0.75 < accuracies[0] < 1
     torch.manual_seed(0)
-    expert = Wav2LipSyncNet(1)
+    expert = Wav2LipSyncNet(1)  # with batch norms
     before = {name: tensor.clone() for name, tensor in expert.state_dict().items()}
     check_expert(expert, cache, ["c"], seed=0)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in expert.state_dict().items())
+    assert_equal(expert.state_dict(), before)
     with pytest.raises(RuntimeError, match="within"), evaluating(expert):
         assert not expert.training
         raise RuntimeError("within")
@@ -205,16 +180,14 @@ def test_windows_are_spread_evenly_from_the_first_to_the_last(make_cache_of, mon
         type(cache.clips["a"]), "image", lambda clip, frame, _: read.append((clip.name, frame)) or make_image(0, frame)
     )
     assert check_expert(FakeExpert(), cache, ["a", "b"], seed=0).windows == 9
-    # Of 112 windows those of index 0, 13.9, 27.8, ... 111; the second clip begins at index 56.
+    # Of 112 windows those of index 0, 13.9, 27.8, ... 111; the second clip starts at index 56.
     starts = [("a", k) for k in (0, 13, 27, 41, 55)] + [("b", k - 56) for k in (69, 83, 97, 111)]
     assert read == [(name, start + k) for name, start in starts for k in range(5)]
 
 
-def test_clips_that_are_too_short_are_refused(make_cache_of):
-    cache = make_cache_of({"a": 4})
-    for clips in (["a"], []):
-        with pytest.raises(CacheError, match="no clip has 5 usable frames"):
-            check_expert(FakeExpert(), cache, clips, seed=0)
+def test_clips_shorter_than_a_window_are_refused(make_cache_of):
+    with pytest.raises(CacheError, match="5 usable frames"):
+        check_expert(FakeExpert(), make_cache_of({"a": 4}), ["a"], seed=0)
 
 
 def test_accuracy_without_negative_pairs_is_0(make_cache_of):
@@ -225,10 +198,8 @@ def test_accuracy_without_negative_pairs_is_0(make_cache_of):
 
 
 def test_outputs_that_are_not_finite_are_refused(cache):
-    expert = Wav2LipSyncNet(1)
-    nn.init.constant_(expert.audio_encoder[0].conv_block[0].weight, float("nan"))
     with pytest.raises(SyncError, match="not finite"):
-        check_expert(expert, cache, ["c"], seed=0)
+        check_expert(FakeExpert(angle=float("nan")), cache, ["c"], seed=0)
 
 
 # The result of a check.
@@ -240,33 +211,30 @@ def result_of(offset: int, accuracy: float) -> SyncCheck:
     return SyncCheck(accuracy, similarities, 99)
 
 
-@pytest.mark.parametrize("offset", [-1, 0, 1])
-def test_an_offset_of_one_frame_is_applied(offset):
-    assert result_of(offset, 0.8).require(allow=False) == offset and result_of(offset, 0.8).fault() == ""
+def test_an_offset_of_up_to_one_frame_is_applied():
+    for offset in (-1, 0, 1):
+        assert result_of(offset, 0.8).require(allow=False) == offset and result_of(offset, 0.8).fault() == ""
 
 
-@pytest.mark.parametrize(("offset", "accuracy"), [(2, 1.0), (-2, 1.0), (15, 0.9), (0, 0.79), (1, 0.0), (-9, 0.5)])
+@pytest.mark.parametrize(("offset", "accuracy"), [(2, 1.0), (-2, 1.0), (1, 0.79)])
 def test_an_unfit_expert_is_refused_unless_allowed(offset, accuracy):
-    result = result_of(offset, accuracy)
-    with pytest.raises(SyncError) as caught:
-        result.require(allow=False)
-    message = str(caught.value)
-    assert f"accuracy {accuracy:.2f}" in message and f"{offset:+d} frames" in message and "unfit_expert" in message
-    assert result.require(allow=True) == (offset if abs(offset) <= 1 else 0)
+    with pytest.raises(
+        SyncError, match=rf"accuracy {accuracy:.2f}.*{offset:+d} frames.*unfit_expert".replace("+", r"\+")
+    ):
+        result_of(offset, accuracy).require(allow=False)
+    assert result_of(offset, accuracy).require(allow=True) == (offset if abs(offset) <= 1 else 0)
 
 
 def test_the_table_has_a_row_for_each_offset():
     lines = str(result_of(3, 0.912)).splitlines()
-    assert len(lines) == 33
-    assert lines[1] == " -15   0.250  " + "#" * 10 and lines[19] == "  +3   0.875  " + "#" * 35
-    assert lines[-1] == result_of(3, 0.912).summary()
-    assert re.search(r"accuracy 0.912, .*\+3 frames, confidence 0.625, 99 windows", lines[-1])
+    assert [int(line.split()[0]) for line in lines[1:-1]] == list(range(-15, 16))
+    assert "-15   0.250" in lines[1] and "+3   0.875" in lines[19]
+    for value in ("0.912", "+3 frames", "0.625", "99 windows"):
+        assert value in lines[-1]
 
 
-def test_the_curve_is_drawn():
-    late, early = result_of(3, 0.9).draw(), result_of(-3, 0.9).draw()
+def test_the_plot_marks_the_best_offset():
+    early, late = (result_of(offset, 0.9).draw() for offset in (-3, 3))
     assert late.dtype == np.uint8 and late.shape == (400, 800, 3) and late.flags.c_contiguous
-    blue, _, red = late.reshape(-1, 3).astype(int).T
-    assert ((blue - red) > 100).any() and ((red - blue) > 100).any()  # the curve, the line at the best offset
-    columns = [np.argmax(((x[..., 2].astype(int) - x[..., 0]) > 100).sum(0)) for x in (late, early)]
-    assert columns[0] > 400 > columns[1]
+    red_columns = [np.argmax(((x[..., 2].astype(int) - x[..., 0]) > 100).sum(0)) for x in (early, late)]
+    assert red_columns[0] < 400 < red_columns[1]

@@ -1,4 +1,4 @@
-"""A short form of `make torture`, and a test that it detects losses. In separate processes, because it forks."""
+"""A short run of fault injection, and a test that it detects losses. In separate processes, because it forks."""
 
 import os
 import re
@@ -16,11 +16,13 @@ CARELESS = """
 import sys
 from pathlib import Path
 import numpy as np
-from tools.torture import KillAtWrite, RefuseWrite, inject, run_without_faults
+from tools.torture.faults import KillAtWrite, RefuseWrite
+from tools.torture.inject import inject
+from tools.torture.scripts import run_without_faults
 
 def main():
     for name in "abc":
-        with open(name, "a") as file:  # writes twice if it is restarted
+        with open(name, "a") as file:  # writes again after a restart
             file.write(name)
 
 folder = Path(sys.argv[1])

@@ -5,10 +5,10 @@
 
 Writes `<checkpoint_dir>/tiny_decoder.safetensors` to use and `<checkpoint_dir>/tiny_decoder/training-state-<step>.pt`
 to resume from. Writes to `log_dir`: trainer.log, and in tiny_decoder/ stats.jsonl, TensorBoard files and
-faces/<step>.png: rows of held-out faces (the same as those of a training with this `held_out` and `seed`): true, by the
-VAE decoder, by the tiny decoder. Reports how similar the images are, and how similar the gradients of pixel_l1 at the
-latents are, which is what a training uses a decoder for. To resume, run the same command again. Ctrl-C, or SIGTERM as
-clusters send it, stops the run after the current step and saves the training state.
+faces/<step>.png: rows of held-out faces: true, by the VAE decoder, by the tiny decoder. A training with the same
+`held_out` and `held_out_identities` holds out the same clips. Reports how similar the images are, and how similar the
+gradients of pixel_l1 at the latents are, which is what a training uses a decoder for. To resume, run the same command
+again. Ctrl-C, or SIGTERM as clusters send it, stops the run after the current step and saves the training state.
 
 The target is the VAE decoder's image of a latent between those of two frames of a clip, with noise, because a UNet's
 predictions are not an encoder's latents. The true faces are no target: they do not change with the latents.
@@ -56,6 +56,7 @@ class DistilConfig:
 
     # Data
     held_out: Share = 0.1  # share of identities (of clips, if there is one identity) to measure on
+    held_out_identities: tuple[str, ...] = ()  # names of those (of clips, if there is one identity) to hold out instead
     measured: Count = 24  # held-out faces
     noise: PositiveOrZero = 0.1  # standard deviation of the noise added to latents, whose own is about 1
     num_workers: Workers | None = 0  # processes that read the cache; None: one per core, at most 8
@@ -86,7 +87,7 @@ def main(config: DistilConfig) -> None:
     check_constants(config)
     accelerator = start_processes(config.device)
     cache = Cache(config.cache)
-    train_clips, held_clips, split_note = split_clips(cache, config.held_out, config.seed)
+    train_clips, held_clips, split_note = split_clips(cache, config.held_out, config.held_out_identities)
     vae = load_pixel_vae(config.models_dir, accelerator)
     cache.contract.require(replace(cache.contract, vae=vae.fingerprint), ("vae",), str(cache.folder))
     slots = config.batch_size * config.grad_accum_steps * accelerator.num_processes
@@ -107,8 +108,7 @@ def main(config: DistilConfig) -> None:
             if result.skipped:
                 run.log.line(f"skipped: {result.skipped}")
             if run.due(config.log_every):
-                terms = accelerator.reduce(result.terms, "mean")
-                run.log.record(state.step, {name: value.item() for name, value in terms.items()})
+                run.log.record(state.step, run.figures(result))
 
             # Save.
             stop = run.stop_requested()

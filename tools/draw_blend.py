@@ -17,6 +17,7 @@ from skimage import data
 
 from musetalk.data.crop import crop_face, face_box, paste_back
 from musetalk.data.face import load_face_backend
+from musetalk.data.face.face import Face
 from musetalk.data.video import read_frames
 from musetalk.inference.blend import crop_square, face_alpha, face_square, parsed_alpha
 from musetalk.models.face_parser import CLASSES, INPUT_SIZE
@@ -59,14 +60,21 @@ def panel(view: np.ndarray) -> np.ndarray:
     return cv2.resize(view, (PANEL, PANEL), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
+def rigid_box(face: Face, frame: np.ndarray) -> np.ndarray:
+    """The crop box of a face, int32 (4,)."""
+    box = face_box(face.landmarks, frame.shape, crop="rigid")
+    assert box is not None
+    return box
+
+
 def draw_masks() -> None:
     """Draws the masks and results of three blends side by side."""
     frame = cv2.resize(data.astronaut()[:320, 64:384, ::-1], None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
     [[face]] = load_face_backend("mediapipe", Path(), "cpu").detect([frame])
-    box = face_box(face.landmarks, frame.shape, crop="rigid")
+    box = rigid_box(face, frame)
     classes, side = draw_classes(face.landmarks, box), face_square(box, "jaw")[2]
     colours = cv2.resize(cv2.applyColorMap(13 * classes, cv2.COLORMAP_TURBO), (side, side))
-    generated = crop_face(frame, box) // 2 + np.uint8(GREEN) // 2
+    generated = crop_face(frame, box) // 2 + np.array(GREEN, np.uint8) // 2
     alphas = [face_alpha(face.landmarks, box), *(parsed_alpha(classes, box, blend) for blend in ("raw", "jaw"))]
     rows = [[colours], [crop_square(frame, box, "jaw")]]
     for row, background, foreground in zip(rows, (0 * frame, frame), (0 * generated + 255, generated), strict=True):
@@ -89,9 +97,9 @@ def draw_jaw(clip: Path) -> None:
         return panel(frame[(y1 + y2) // 2 - 20 : y2 + 12, x1:x2])
 
     before = np.split(cv2.imread(JAW_IMAGE)[HEADER:, 2 * PANEL : 3 * PANEL], 2)
-    rows = []
+    rows: list[list[np.ndarray]] = []
     for target, source in (DROPPED, CLOSED), (CLOSED, DROPPED):
-        boxes = [face_box(faces[index].landmarks, frames[index].shape, crop="rigid") for index in (target, source)]
+        boxes = [rigid_box(faces[index], frames[index]) for index in (target, source)]
         generated = crop_face(frames[source], boxes[1])
         blended = paste_back(frames[target], generated, boxes[0], face_alpha(faces[target].landmarks, boxes[0]))
         panels = [lower_face(frames[target], boxes[0]), lower_face(frames[source], boxes[1])]

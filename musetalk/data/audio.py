@@ -10,10 +10,12 @@ import torch
 import whisper.audio
 
 from musetalk.contract import (
+    AUDIO_MARGIN,
     AUDIO_SAMPLE_RATE,
     CONTEXT_FRAMES,
     FEATURES_PER_FRAME,
     SAMPLES_PER_FEATURE,
+    SAMPLES_PER_FRAME,
     SYNC_MEL_BINS,
     SYNC_MEL_RATE,
     VIDEO_FPS,
@@ -24,6 +26,7 @@ from musetalk.models.audio_encoder import AudioEncoder
 
 SEGMENT_SAMPLES = whisper.audio.N_SAMPLES  # 30 s, the input length of Whisper
 SEGMENT_MEL_FRAMES = whisper.audio.N_FRAMES  # 3000
+FULL_SCALE = 2**15  # of 16-bit audio
 SYNC_MEL_BLOCK = 60 * SYNC_MEL_RATE  # mel frames computed at a time, to bound memory
 
 
@@ -81,6 +84,18 @@ def audio_windows(
     if contract.window_edge == "zero":
         windows = np.where((index == inside)[..., None, None], windows, np.zeros((), features.dtype))
     return windows.reshape(len(index), -1, features.shape[-1])
+
+
+def clip_audio(audio: np.ndarray, start: int, frames: int) -> np.ndarray:
+    """Cuts the audio of video frames [start, start + frames) with `AUDIO_MARGIN` frames more on either side.
+
+    audio: float32 (N,) in [-1, 1] at 16 kHz. Returns int16 (640 (frames + 30),), zeros beyond the file.
+    """
+    first, stop = (SAMPLES_PER_FRAME * frame for frame in (start - AUDIO_MARGIN, start + frames + AUDIO_MARGIN))
+    samples = audio[max(0, first) : stop]
+    before = max(0, -first)
+    samples = np.pad(samples, (before, stop - first - before - len(samples)))
+    return np.clip(np.round(samples * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
 
 
 def mel_start(frame: int | np.ndarray) -> int | np.ndarray:

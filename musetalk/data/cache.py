@@ -6,15 +6,16 @@
 <folder>/rejected/<clip>.json        why a source was rejected
 
 The same input and settings give the same bytes. No file is ever unpickled.
+A cache grows without a new version: new tensors are optional, and new fields of records have a default.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path, PurePath
 from reprlib import repr as short
 
@@ -24,10 +25,12 @@ import safetensors
 import safetensors.numpy
 
 from musetalk.contract import (
+    AUDIO_MARGIN,
     CACHE_FIELDS,
     IMAGE_SIZE,
     LATENT_CHANNELS,
     LATENT_SIZE,
+    SAMPLES_PER_FRAME,
     SYNC_MEL_BINS,
     VIDEO_FPS,
     FeatureContract,
@@ -36,7 +39,7 @@ from musetalk.data.video import MediaError
 from musetalk.errors import UserError, printable
 from musetalk.files import atomic_write_bytes, read_json
 
-VERSION = 3
+VERSION = 3  # changes only if caches made before cannot be read any more
 MAX_NAME = 200  # bytes; file systems allow 255 including suffixes
 MAX_CLIP_FRAMES = 60 * VIDEO_FPS  # a longer source is split into several clips
 HDTF_NAME = re.compile(r"^((?:RD|WDA|WRA)_.+)_\d{3}$")
@@ -49,7 +52,7 @@ JPEG_OPTIONS = (cv2.IMWRITE_JPEG_QUALITY, 90) + (
 LATENTS = ("T", "K", LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
 TENSORS = {
     "face_jpeg": (np.uint8, ("N",)),  # T x K concatenated JPEGs, empty for unusable frames
-    "face_jpeg_offsets": (np.int64, ("T*K+1",)),  # start of each JPEG, and the end of the last one
+    "face_jpeg_offsets": (np.int64, ("T K + 1",)),  # start of each JPEG, and the end of the last one
     "latents": (np.float16, LATENTS),  # of the unmasked face, with the VAE's scaling factor applied
     "masked_latents": (np.float16, LATENTS),
     "audio_features": (np.float16, ("F", "S", "D")),  # from the first frame to the end of the last frame's window
@@ -57,14 +60,22 @@ TENSORS = {
     "landmarks": (np.float32, ("T", 68, 2)),  # source pixels
     "boxes": (np.int32, ("T", "K", 4)),  # source pixels, x1 y1 x2 y2
     "usable": (np.bool_, ("T",)),  # has a face, and its whole audio window is in the clip
+    "audio": (np.int16, ("640 (T + 30)",)),  # 16 kHz, with 15 frames more on either side, zeros beyond the file
 }
+OPTIONAL_TENSORS = {"audio"}  # absent from clips made before they existed
 
 # Fields of records: those of every record, and those of clips and of rejected sources.
 RECORD = {"source": str, "source_bytes": int, "identity": str, "last": bool}
 CLIP_RECORD = RECORD | {"frames": int, "usable_frames": int, "bytes": int, "sha256": str}
 REJECTED_RECORD = RECORD | {"kind": str, "reason": str}
-KNOWN = CLIP_RECORD | REJECTED_RECORD | {"start": int}
-MAX_NUMBER = 2**53  # of an integer in a record
+# Fields of clips that older records lack, with the value of these records.
+CLIP_DEFAULTS = {
+    "scores": {},  # name -> number, for filters of training
+    "audio_offset": 0,  # video frames by which the audio lags the video
+}
+KNOWN = CLIP_RECORD | REJECTED_RECORD | {"start": int, "scores": dict, "audio_offset": int}
+MAX_NUMBER = 2**53  # in a record
+MIN_NUMBER = {"frames": 1, "audio_offset": -MAX_NUMBER}  # 0 for other fields
 
 
 class CacheError(UserError):
@@ -91,13 +102,32 @@ def identity_of(source: PurePath, identities: dict[str, str]) -> str:
     return identities.get(path) or (hdtf[1] if hdtf else path)
 
 
-def encode_jpegs(images: Iterable[np.ndarray | None]) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes BGR uint8 (256, 256, 3) images (None: unusable) -> `face_jpeg` and `face_jpeg_offsets`."""
-    pieces = [
-        np.zeros(0, np.uint8) if image is None else cv2.imencode(".jpg", image, JPEG_OPTIONS)[1] for image in images
-    ]
-    offsets = np.cumsum([0] + [len(piece) for piece in pieces], dtype=np.int64)
-    return np.concatenate(pieces), offsets
+class JpegBuffer:
+    """Encodes the images of a clip one by one into the tensors `face_jpeg` and `face_jpeg_offsets`."""
+
+    def __init__(self, images: Iterable[np.ndarray | None] = ()) -> None:
+        """images: BGR uint8 (256, 256, 3) in the order of the tensor, None for those of unusable frames."""
+        self.content, self.offsets = bytearray(), [0]  # one array per image would fragment the heap
+        self.extend(images)
+
+    def extend(self, images: Iterable[np.ndarray | None]) -> None:
+        """Appends images, see `__init__`."""
+        for image in images:
+            if image is not None:
+                self.content += cv2.imencode(".jpg", image, JPEG_OPTIONS)[1].data
+            self.offsets.append(len(self.content))
+
+    def passing(
+        self, crops: Iterable[Sequence[np.ndarray] | None], variants: int
+    ) -> Iterator[Sequence[np.ndarray] | None]:
+        """Yields the K crops of each frame, or None for an unusable frame, unchanged, and appends them."""
+        for images in crops:
+            self.extend([None] * variants if images is None else images)
+            yield images
+
+    def tensors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns `face_jpeg` and `face_jpeg_offsets` of the images so far."""
+        return np.frombuffer(self.content, np.uint8), np.array(self.offsets, np.int64)
 
 
 def _json_bytes(values: dict) -> bytes:
@@ -112,16 +142,26 @@ def _read_json(path: Path) -> dict:
         raise CacheError(f"{error}; delete it and run datasets_process.py again") from error
 
 
-def _read_record(path: Path, fields: dict[str, type] = RECORD) -> dict:
-    """Reads a record that must have these fields. Raises CacheError for a missing field or one of the wrong type."""
-    values = _read_json(path)
+def _read_record(path: Path) -> dict:
+    """Reads the record of a clip or of a rejected source. Raises CacheError for a missing or invalid field."""
+    fields, defaults = (CLIP_RECORD, CLIP_DEFAULTS) if path.parent.name == "clips" else (REJECTED_RECORD, {})
+    values = deepcopy(defaults) | _read_json(path)
     for name in [*fields, *values]:
-        value, kind = values.get(name), KNOWN.get(name)
-        fits = not isinstance(value, dict | list) if kind is None else type(value) is kind
-        if not fits or (kind is int and not (name == "frames") <= value < MAX_NUMBER):
-            name = name[:40]
-            raise CacheError(f"{path} has no valid {name}; delete it and run datasets_process.py again")
+        if not _is_valid(name, values.get(name)):
+            raise CacheError(f"{path} has no valid {name[:40]}; delete it and run datasets_process.py again")
     return values
+
+
+def _is_valid(name: str, value: object) -> bool:
+    """Checks the value of a field of a record. Unknown fields may be anything but dictionaries and lists."""
+    kind = KNOWN.get(name)
+    if kind is None:
+        return not isinstance(value, dict | list)
+    if type(value) is not kind:
+        return False
+    if kind is dict:
+        return all(type(number) in (int, float) and abs(number) < MAX_NUMBER for number in value.values())
+    return kind is not int or MIN_NUMBER.get(name, 0) <= value < MAX_NUMBER
 
 
 def _require_source(path: Path, record: dict, metadata: dict) -> None:
@@ -154,8 +194,7 @@ class CacheWriter:
         paths = [path] if (path := self._record(clip_name(source))) else []
         while not path and (part := self._record(clip_name(source, len(paths)))):
             paths.append(part)
-        kinds = {"clips": CLIP_RECORD, "rejected": REJECTED_RECORD}
-        records = [_read_record(path, kinds[path.parent.name]) for path in paths]
+        records = [_read_record(path) for path in paths]
         for path, record in zip(paths, records, strict=True):
             _require_source(path, record, metadata)
         if any(record["source_bytes"] != metadata["source_bytes"] for record in records):
@@ -182,13 +221,17 @@ class CacheWriter:
         if path := self._record(clip):
             _require_source(path, _read_record(path), metadata)
         _check_tensors(clip, {name: (tensors[name].dtype, tensors[name].shape) for name in tensors})
-        content = safetensors.numpy.save({name: np.ascontiguousarray(tensors[name]) for name in TENSORS})
-        record = metadata | {
-            "frames": len(tensors["usable"]),
-            "usable_frames": int(tensors["usable"].sum()),
-            "bytes": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
-        }
+        content = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in sorted(tensors.items())})
+        record = (
+            deepcopy(CLIP_DEFAULTS)
+            | metadata
+            | {
+                "frames": len(tensors["usable"]),
+                "usable_frames": int(tensors["usable"].sum()),
+                "bytes": len(content),
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
+        )
         atomic_write_bytes(self.folder / "clips" / f"{clip}.safetensors", content)
         atomic_write_bytes(self.folder / "clips" / f"{clip}.json", _json_bytes(record))
         return record
@@ -227,7 +270,7 @@ class Clip:
     def __init__(self, folder: Path, name: str) -> None:
         """Raises CacheError if the tensor file is missing or does not match `TENSORS` and the record."""
         self.name = name
-        self.metadata = _read_record(folder / "clips" / f"{name}.json", CLIP_RECORD)
+        self.metadata = _read_record(folder / "clips" / f"{name}.json")
         self.path = path = folder / "clips" / f"{name}.safetensors"
         try:
             self._file = safetensors.safe_open(path, framework="numpy")
@@ -236,6 +279,7 @@ class Clip:
             raise CacheError(f"{path} cannot be read ({error}); {self.repair_hint()}") from error
         dtypes = {
             "U8": np.uint8,
+            "I16": np.int16,
             "I32": np.int32,
             "I64": np.int64,
             "F16": np.float16,
@@ -281,7 +325,12 @@ class Clip:
         return self._slices[name].get_shape()[0]
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Reads rows [start, stop) of a tensor of `TENSORS`, clipped to its length."""
+        """Reads rows [start, stop) of a tensor of `TENSORS`, clipped to its length.
+
+        Raises CacheError if the clip lacks this optional tensor.
+        """
+        if name not in self._slices:
+            raise CacheError(f"{self.path} has no tensor {name}; {self.repair_hint()}")
         rows = self._slices[name]
         length, *rest = rows.get_shape()
         stop = length if stop is None else min(stop, length)
@@ -338,18 +387,17 @@ def verify(folder: Path) -> Iterator[CacheError | None]:
 
 def _check_tensors(source: str, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> None:
     """Checks names, dtypes and shapes against `TENSORS`; equal letters are equal sizes. Raises CacheError."""
-    if tensors.keys() != TENSORS.keys():
-        names = ", ".join(sorted(tensors.keys() ^ TENSORS.keys()))
+    missing, unknown = TENSORS.keys() - OPTIONAL_TENSORS - tensors.keys(), tensors.keys() - TENSORS.keys()
+    if missing or unknown:
+        names = ", ".join(sorted(missing | unknown))
         raise CacheError(f"{source}: missing or unknown tensors {names}; prepare it again")
-    sizes: dict[str, int] = {}
-    for name, (expected_dtype, expected_shape) in TENSORS.items():
-        dtype, shape = tensors[name]
+    frames, variants = (*tensors["boxes"][1], 0, 0)[:2]
+    sizes = {"T K + 1": frames * variants + 1, "640 (T + 30)": SAMPLES_PER_FRAME * (frames + 2 * AUDIO_MARGIN)}
+    for name, (dtype, shape) in sorted(tensors.items()):
+        expected_dtype, expected_shape = TENSORS[name]
         fits = dtype == expected_dtype and len(shape) == len(expected_shape)
         for size, letter in zip(shape, expected_shape, strict=False):
-            if letter == "T*K+1":
-                fits = fits and size == math.prod(tensors["boxes"][1][:2]) + 1
-            else:
-                fits = fits and size == (sizes.setdefault(letter, size) if isinstance(letter, str) else letter)
+            fits = fits and size == (sizes.setdefault(letter, size) if isinstance(letter, str) else letter)
         if not fits:
             raise CacheError(
                 f"{source}: tensor {name} is {dtype} {shape}, not {np.dtype(expected_dtype)} {expected_shape}; "

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import PurePath
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -22,7 +20,7 @@ from musetalk.data.face.tracking import follow_person
 from musetalk.images import batched
 
 DETECT_BATCH = 16  # frames per call of the detector
-MAX_FACES = 4  # the largest ones of a frame, cropped until tracking has chosen the person
+MAX_FACES = 4  # the largest ones of a frame, among which tracking chooses the person
 MIN_FACE = 32  # source pixels, minimum width and height of a crop
 NOSE_POINT = 29  # of the 68 landmarks, low on the bridge of the nose
 NOSE_TIP = 30
@@ -33,115 +31,89 @@ MOUTH_PADDING = 0.15  # on either side of a mouth in its box, relative to its wi
 MOUTH_SIZE = (64, 128)  # pixels, height and width of a mouth crop
 
 
-class Crops(Sequence):
-    """The K crops of each of T frames, BGR uint8 (K, 256, 256, 3), or None.
-
-    Stored in an unnamed temporary file: the crops of a minute take 300 MB.
-    """
-
-    def __init__(self, variants: int) -> None:
-        self.shape = variants, IMAGE_SIZE, IMAGE_SIZE, 3
-        self.file = tempfile.TemporaryFile()
-        self.offsets: list[int | None] = []  # in the file, of each frame's crops
-
-    def put(self, images: list[np.ndarray]) -> int:
-        """Appends the K crops of a face to the file. Returns their offset."""
-        offset = self.file.tell()
-        self.file.write(np.stack(images))
-        return offset
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def __getitem__(self, index: int) -> np.ndarray | None:
-        if (offset := self.offsets[index]) is None:
-            return None
-        self.file.seek(offset)
-        return np.frombuffer(self.file.read(math.prod(self.shape)), np.uint8).reshape(self.shape)
-
-
-class Detection(NamedTuple):
-    """A face, its K boxes and the offset of its crops, as plain numbers.
-
-    Small arrays kept between frames fragment the heap, so that each frame takes new memory: 4 GB for a minute of
-    1280 x 720.
-    """
-
-    box: list[float]
-    landmarks: list[list[float]]
-    dtype: np.dtype  # of both
-    score: float
-    boxes: list[list[int]]
-    offset: int
-
-    @classmethod
-    def of(cls, face: Face, boxes: list[np.ndarray], offset: int) -> Detection:
-        numbers = face.box.tolist(), face.landmarks.tolist(), face.landmarks.dtype, face.score
-        return cls(*numbers, [box.tolist() for box in boxes], offset)
-
-    def face(self) -> Face:
-        return Face(np.array(self.box, self.dtype), np.array(self.landmarks, self.dtype), self.score)
-
-
 @dataclass(frozen=True)
-class CroppedClip:
-    """One person in T frames, cropped in K margin variants.
+class Person:
+    """The main person of a clip of T frames, with boxes in K margin variants.
 
-    faces: T faces, None where the person is not detected. crops: the crops of each face, None where there is none.
+    faces: T faces, None where the person is not detected.
     boxes: int32 (T, K, 4) in source pixels, zero where there is no face.
     """
 
     faces: list[Face | None]
-    crops: Crops
     boxes: np.ndarray
 
 
-def crop_person(frames: Iterable[np.ndarray], backend: FaceBackend, contract: FeatureContract) -> CroppedClip:
-    """Finds, tracks and crops the main person of a clip in a single pass over its frames, BGR uint8 (H, W, 3).
+def find_person(frames: Iterable[np.ndarray], backend: FaceBackend, contract: FeatureContract) -> Person:
+    """Detects and tracks the main person of a clip. frames: BGR uint8 (H, W, 3), none of which is kept.
 
-    All faces of a frame are cropped at once, since tracking chooses the person only after the last frame.
+    A face too small or too far outside the frame for any of its boxes is ignored.
     """
-    detections: list[list[Detection]] = []
-    crops = Crops(len(contract.margins))
+    # One block for the numbers of all faces: small arrays allocated between frames fragment the heap, so that each
+    # frame takes new memory, 4 GB for a minute of 1280 x 720.
+    numbers, counts, shapes, dtype = bytearray(), [], [], None
     for batch in batched(frames, DETECT_BATCH):
         for frame, faces in zip(batch, backend.detect(batch), strict=True):
-            detections.append([])
-            for face in sorted(faces, key=lambda face: area(face.box), reverse=True)[:MAX_FACES]:
-                boxes = [
-                    face_box(face.landmarks, frame.shape, contract.bbox_shift, margin, contract.crop)
-                    for margin in contract.margins
-                ]
-                if all(box is not None for box in boxes):
-                    offset = crops.put([crop_face(frame, box) for box in boxes])
-                    detections[-1].append(Detection.of(face, boxes, offset))
-    faces = [[detection.face() for detection in frame] for frame in detections]
-    detection_of = dict(zip(map(id, chain(*faces)), chain(*detections), strict=True))
-    person = follow_person(faces)
-    boxes = np.zeros((len(person), len(contract.margins), 4), np.int32)
-    for index, face in enumerate(person):
+            largest = sorted(faces, key=lambda face: area(face.box), reverse=True)[:MAX_FACES]
+            faces = [face for face in largest if _boxes(face, frame.shape, contract) is not None]
+            for face in faces:
+                dtype = face.landmarks.dtype
+                numbers += np.concatenate([face.box, face.landmarks.ravel(), [face.score]], dtype=np.float64).tobytes()
+            counts.append(len(faces))
+            shapes.append(frame.shape[:2])
+    rows = iter(np.frombuffer(numbers).reshape(-1, 4 + 2 * 68 + 1))
+    candidates = [
+        [
+            Face(row[:4].astype(dtype), row[4:-1].astype(dtype).reshape(68, 2), float(row[-1]))
+            for row in islice(rows, count)
+        ]
+        for count in counts
+    ]
+    faces = follow_person(candidates)
+    boxes = np.zeros((len(faces), len(contract.margins), 4), np.int32)
+    for index, face in enumerate(faces):
         if face is not None:
-            boxes[index] = detection_of[id(face)].boxes
-    crops.offsets = [None if face is None else detection_of[id(face)].offset for face in person]
-    return CroppedClip(person, crops, boxes)
+            boxes[index] = _boxes(face, shapes[index], contract)
+    return Person(faces, boxes)
+
+
+def _boxes(face: Face, frame_shape: Sequence[int], contract: FeatureContract) -> list[np.ndarray] | None:
+    """Returns the crop boxes (4,) of a face in the contract's K margin variants, None if any variant has none."""
+    boxes = [
+        face_box(face.landmarks, frame_shape, contract.bbox_shift, margin, contract.crop) for margin in contract.margins
+    ]
+    return None if any(box is None for box in boxes) else boxes
+
+
+def crop_person(frames: Iterable[np.ndarray], person: Person) -> Iterator[list[np.ndarray] | None]:
+    """Yields the K crops of a person in each of T frames, BGR uint8 (256, 256, 3), None where there is no face."""
+    for frame, face, boxes in zip(frames, person.faces, person.boxes, strict=True):
+        yield None if face is None else [crop_face(frame, box) for box in boxes]
 
 
 def crop_clips(
     source: PurePath,
-    frames: Iterable[np.ndarray],
+    readers: tuple[Iterable[np.ndarray], Iterable[np.ndarray]],
     backend: FaceBackend,
     contract: FeatureContract,
     part: int = 0,
-) -> Iterator[tuple[str, CroppedClip, bool]]:
-    """Splits a video into clips of at most a minute and crops each. Yields name, crops, and whether it is the last.
+) -> Iterator[tuple[str, Person, Iterator[list[np.ndarray] | None], bool]]:
+    """Splits a video into clips of at most a minute. Yields name, person, crops, and whether it is the last clip.
 
-    source: relative path of the video, for the names. frames: from the first frame of `part` on.
+    The crops are read from the video as they are consumed, and only until the next clip is requested.
+
+    source: relative path of the video, for the names. readers: two separate iterators over the same frames, from the
+    first frame of `part` on. The first serves to find the person, who is known only after the last frame of a clip;
+    the second follows, a clip behind, to crop that person.
     """
-    frames = iter(frames)
+    frames, same_frames = map(iter, readers)
     ahead = list(islice(frames, 1))
     while ahead:
-        cropped = crop_person(chain(ahead, islice(frames, MAX_CLIP_FRAMES - 1)), backend, contract)
+        person = find_person(chain(ahead, islice(frames, MAX_CLIP_FRAMES - 1)), backend, contract)
         ahead = list(islice(frames, 1))
-        yield clip_name(source, part if part or ahead else None), cropped, not ahead
+        clip_frames = islice(same_frames, len(person.faces))
+        yield clip_name(source, part if part or ahead else None), person, crop_person(clip_frames, person), not ahead
+        if ahead:
+            deque(clip_frames, maxlen=0)  # skips what was not cropped
         part += 1
 
 

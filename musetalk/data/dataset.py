@@ -6,6 +6,7 @@ frame from the same clip in a randomly drawn variant.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +20,10 @@ from musetalk.contract import CACHE_FIELDS, WINDOW_STEPS, FeatureContract
 from musetalk.data.audio import audio_windows, mel_start, window_start
 from musetalk.data.cache import Cache, CacheError, Clip
 from musetalk.data.crop import EYE_CORNERS, INNER_LIPS, JAW, mouth_box, skull_size
+from musetalk.errors import UserError
 
-References = Literal["random", "pose_and_mouth"]
-QUANTILE = (
-    0.51  # share of frames that count as near in pose, and as far in mouth shape; above 0.5 so that the two overlap
-)
+References = Literal["random", "pose_and_mouth", "adjacent"]
+QUANTILE = 0.51  # of frames, which are near in pose, and which are far in mouth shape; over 0.5 so that the two overlap
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class FaceDataset(Dataset):
         """slots: samples per optimizer step, over gradient accumulation and ranks. frames: T.
 
         references: "random" draws any frame at least min_reference_gap away, since nearer ones show the same mouth,
-        which the network could copy; "pose_and_mouth" restricts these to `pose_matched_candidates`.
+        which the network could copy; "pose_and_mouth" restricts these to `pose_matched_candidates`; "adjacent" takes
+        the nearest usable frame before or after, at any distance.
         mel_frames: length of the window's mel for a sync expert; 0: none. sync_offset: frames by which this mel lags
         the window, as measured with the expert. Only the mel is shifted: whether the offset stems from the expert
         (Wav2Lip's is one frame off) or from the data, shifting the UNet's audio too would not help and would disturb
@@ -68,7 +69,7 @@ class FaceDataset(Dataset):
         assert references in get_args(References), references
         cache.contract.require(contract, CACHE_FIELDS, str(cache.folder))
         self.cache, self.contract, self.seed, self.slots, self.frames = cache, contract, seed, slots, frames
-        self.references, self.min_reference_gap = references, min_reference_gap
+        self.references, self.min_reference_gap = references, 1 if references == "adjacent" else min_reference_gap
         self.mel_frames, self.sync_offset = mel_frames, sync_offset
         self.variants = [cache.contract.margins.index(margin) for margin in contract.margins]
         self.starts = {}  # clip -> first frames of valid windows
@@ -80,7 +81,7 @@ class FaceDataset(Dataset):
             mel = f" with {mel_frames} mel frames at an offset of {sync_offset} frames" if mel_frames else ""
             raise CacheError(
                 f"{cache.folder}: no clip has {frames} consecutive usable frames{mel} and a reference frame "
-                f"{min_reference_gap} frames away; prepare longer videos"
+                f"{self.min_reference_gap} frames away; prepare longer videos"
             )
         self.names = list(self.starts)
         self.ends = np.cumsum([len(starts) for starts in self.starts.values()])
@@ -120,6 +121,9 @@ class FaceDataset(Dataset):
         far = usable[np.abs(usable - frame) >= self.min_reference_gap]
         if self.references == "random":
             return far
+        if self.references == "adjacent":
+            distances = np.abs(far - frame)
+            return far[distances == distances.min()]
         if name not in self._shapes:
             self._shapes[name] = face_shapes(clip.tensor("landmarks"))
         return pose_matched_candidates(*self._shapes[name], frame, far)
@@ -193,22 +197,40 @@ def read_windows(clip: Clip, start: int, stop: int, contract: FeatureContract) -
     return audio_windows(features, range(start, stop), contract, first, count)
 
 
-def split_clips(cache: Cache, held_out: float, seed: int) -> tuple[list[str], list[str], str]:
+def split_clips(cache: Cache, share: float, names: Sequence[str] = ()) -> tuple[list[str], list[str], str]:
     """Splits clips by identity. Returns training clips, held-out clips, and a sentence for the log.
 
-    held_out: share of identities (at least one) to hold out. With a single identity whole clips are held out; with a
-    single clip nothing is.
+    share: identities are held out whose names have a hash below it, in [0, 1): every machine holds out the same ones,
+    and more data moves none to the other set. At least one is held out and one is left to train on, by their hashes.
+    names: identities to hold out instead of a share.
+    With a single identity, clips are split by their names in the same way; a single clip is not held out.
+    Raises UserError if a name is unknown or nothing is left to train on.
     """
-    identities = {name: clip.identity for name, clip in cache.clips.items()}
-    groups = sorted(set(identities.values()))
-    by = "identities"
-    if len(groups) == 1:
-        by, groups, identities = "clips", sorted(identities), {name: name for name in identities}
-    if len(groups) == 1:
-        return sorted(cache.clips), [], "a single clip: nothing is held out, samples show training data"
-    count = min(max(1, round(held_out * len(groups))), len(groups) - 1)
-    chosen = set(np.random.default_rng(seed).permutation(groups)[:count])
-    train = sorted(name for name, group in identities.items() if group not in chosen)
-    held = sorted(name for name, group in identities.items() if group in chosen)
-    note = " (all clips show one identity)" if by == "clips" else ""
-    return train, held, f"held out {len(chosen)} of {len(groups)} {by}{note}: {', '.join(held)}"
+    groups = {name: clip.identity for name, clip in cache.clips.items()}
+    kind, note = "identities", ""
+    if len(set(groups.values())) == 1:
+        groups = {name: name for name in groups}
+        kind, note = "clips", " (all clips show one identity)"
+    ordered = sorted(set(groups.values()), key=unit_hash)
+    if names:
+        held_out = set(names)
+        if unknown := held_out.difference(ordered):
+            raise UserError(
+                f"held_out_identities names {min(unknown)!r}, which is none of the {len(ordered)} {kind} in "
+                f"{cache.folder}, such as {min(ordered)!r}; correct it, or set it to () to hold out a share"
+            )
+        if len(held_out) == len(ordered):
+            raise UserError(f"held_out_identities names all {kind} in {cache.folder}; leave some to train on")
+    else:
+        count = sum(unit_hash(group) < share for group in ordered)
+        held_out = set(ordered[: min(max(count, 1), len(ordered) - 1)])
+    if not held_out:
+        return sorted(groups), [], "a single clip: nothing is held out, samples show training data"
+    train = sorted(name for name, group in groups.items() if group not in held_out)
+    held = sorted(name for name, group in groups.items() if group in held_out)
+    return train, held, f"held out {len(held_out)} of {len(ordered)} {kind}{note}: {', '.join(held)}"
+
+
+def unit_hash(name: str) -> float:
+    """Hashes a name uniformly to [0, 1), by the first 6 bytes of its SHA-256."""
+    return int.from_bytes(hashlib.sha256(name.encode(errors="surrogatepass")).digest()[:6]) / 2**48

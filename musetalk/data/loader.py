@@ -6,9 +6,11 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from musetalk.cli import STOP_SIGNALS
+from musetalk.data.dataset import FaceDataset
+from musetalk.data.sync_dataset import SyncDataset
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class SlotSampler:
 
 
 def loader(
-    dataset: Dataset,
+    dataset: FaceDataset | SyncDataset,
     steps: range,
     batch_size: int,
     num_workers: int,
@@ -42,7 +44,7 @@ def loader(
     world_size: int = 1,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Returns a loader of the batches of one rank for a range of steps, in slot order. dataset: has `slots`."""
+    """Returns a loader of the batches of one rank for a range of steps, in slot order."""
     return DataLoader(
         dataset,
         batch_size,

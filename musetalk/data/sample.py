@@ -28,7 +28,7 @@ from musetalk.data.video import write_video
 from musetalk.files import atomic_write_bytes, folder_lock
 
 # One seed per clip, found by search: mouths open wide, and no two tracks correlate by 0.1 or more.
-SEEDS = (93, 94, 278, 732, 1533, 1890, 3203, 3826)
+SEEDS: tuple[int, ...] = (93, 94, 278, 732, 1533, 1890, 3203, 3826)
 NUM_FRAMES = 260  # 10.4 s
 FRAME_SIZE = 384  # px, frames are square
 ZOOM = 1.75  # frame px per portrait px: a face of about 160 px
@@ -252,7 +252,7 @@ def _talk(portrait: np.ndarray, x: np.ndarray, y: np.ndarray, opening: float, wi
     rows = slice(*(np.flatnonzero(coverage.any(axis=1))[[0, -1]] + (0, 8)))
     depth = below[rows] / np.hypot(1, 1.5 * gap * t[rows] / MOUTH_HALF_WIDTH)  # px into the lip
     lip = 0.8 * _fade(np.abs(depth) / 4.5) * np.abs(t[rows]) * np.sqrt(arch[rows])
-    skin = _over(frame[rows], frame[rows] * np.float32(LIP_TINT), lip * np.clip(gap / 8, 0, 1))
+    skin = _over(frame[rows], frame[rows] * np.array(LIP_TINT, np.float32), lip * np.clip(gap / 8, 0, 1))
     inside = _inside_mouth(portrait, x[rows], y[rows], above[rows], below[rows])
     frame[rows] = _over(skin, inside, coverage[rows]).round()
     return frame
@@ -267,11 +267,11 @@ def _inside_mouth(
     The teeth are those of the portrait and fixed to the head.
     """
     tongue = 0.8 * _fade(np.hypot((x - MOUTH_X) / 15, below / 9) ** 2)
-    inside = _over(np.float32(CAVITY), np.float32(TONGUE), tongue)
+    inside = _over(np.array(CAVITY, np.float32), np.array(TONGUE, np.float32), tongue)
     arch = np.clip(1 - ((x - MOUTH_X) / MOUTH_HALF_WIDTH) ** 2, 0, None)
     corners = CORNER_Y + CORNER_SLOPE * (x - MOUTH_X)
     top, end = corners + (UPPER_SAG + 1.5) * arch**2, corners + TEETH_SAG * arch
-    teeth = cv2.remap(portrait, x, np.clip(y, top, end - 0.5), cv2.INTER_CUBIC) * np.float32(TEETH_TINT)
+    teeth = cv2.remap(portrait, x, np.clip(y, top, end - 0.5), cv2.INTER_CUBIC) * np.array(TEETH_TINT, np.float32)
     inside = _over(inside, teeth, np.clip(0.5 + ZOOM * (end - y) / 2, 0, 1))
     return inside * (0.35 + 0.65 * np.clip(-above / 4, 0, 1))[..., None]
 

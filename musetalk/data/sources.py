@@ -47,7 +47,8 @@ def find_videos(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise MediaError("unreadable", f"{folder}: no such folder; set hdtf_dir to your folder of videos")
-    videos, visited, tops = [], set(), [folder]
+    videos: list[Path] = []
+    visited, tops = set(), [folder]
     for top in tops:
         for here, folders, files in os.walk(top, onerror=_raise):
             if os.path.realpath(here) in visited:

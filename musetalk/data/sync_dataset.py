@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,10 +93,10 @@ class SyncDataset(Dataset):
     def __len__(self) -> int:
         return 2**62  # unlimited steps
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return self.read(self.draw(*divmod(index, self.slots)))
 
-    def read(self, sample: SyncSample) -> dict[str, torch.Tensor | str]:
+    def read(self, sample: SyncSample) -> dict[str, Any]:
         """images uint8 (frames, 256, 256, 3) BGR · mel, other_mel float16 (mel_frames, 80) · where: for messages."""
         clip, other = self.cache.clips[sample.clip], self.cache.clips[sample.other_clip]
         images = read_images(clip, sample.start, self.frames, sample.variant)

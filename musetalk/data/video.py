@@ -26,7 +26,7 @@ MAX_STEP_BACK = 1  # s that a time stamp may lie before the previous one
 SAMPLE_RATES = (4000, 768_000)  # Hz; anything else is a broken header
 MAX_PIXELS = 1 << 26  # of a frame, twice 8K
 FULL_SCALE = np.float32(2**15)  # of 16-bit audio
-MAX_LAST_DURATION = 1  # s that the last frame is shown at most
+MAX_LAST_DURATION = Fraction(1)  # s that the last frame is shown at most
 BT709 = 1  # code of the HD colour matrix in ISO/IEC 23091-2; players guess other matrices for untagged files
 
 
@@ -147,14 +147,15 @@ def read_frames(path: str | Path, start: int = 0, stop: int | None = None) -> It
         frames = chain([first], frames)
         if start and container.format.name in EXACT_SEEK:
             time = origin + int(Fraction(start, VIDEO_FPS) / stream.time_base)
-            frames = _frames_around(container, stream, time, path)
-            if frames is None:
+            found = _frames_around(container, stream, time, path)
+            if found is None:
                 yield from islice(read_frames(path, 0, stop), start, None)
                 return
+            frames = found
         frames = (frame for frame in frames if (frame.height, frame.width) == size)
 
         index = start
-        previous, previous_time = None, None
+        previous, previous_time = None, Fraction(0)
         for frame in frames:
             time = (frame.pts - origin) * stream.time_base
             if previous is not None:
@@ -202,7 +203,8 @@ def read_audio(path: str | Path, sample_rate: int = AUDIO_SAMPLE_RATE) -> np.nda
     with _open(path) as container:
         stream = _stream(container, "audio", path)
         runs: list[tuple[Fraction, list[np.ndarray]]] = []  # start and samples of each run of audio without gaps
-        resampler, expected, kind, duration = None, None, None, Fraction(0)
+        resampler, expected, duration = None, None, Fraction(0)
+        kind: tuple[str, str, int] | None = None  # sample format, layout and rate of the last frame
         for frame in (frame for _, frames in _decoded(container, stream, path) for frame in frames):
             time = expected or Fraction(0) if frame.pts is None else frame.pts * frame.time_base
             first = time if origin is None else min(origin, time)
@@ -222,7 +224,8 @@ def read_audio(path: str | Path, sample_rate: int = AUDIO_SAMPLE_RATE) -> np.nda
             expected = time + Fraction(frame.samples, frame.sample_rate)
         if resampler:
             runs[-1][1].extend(_samples(resampler, None, path))
-    origin = runs[0][0] if runs and origin is None else origin
+    if origin is None:
+        origin = runs[0][0] if runs else Fraction(0)
     placed_runs = [(round((begin - origin) * sample_rate), blocks) for begin, blocks in runs]
     length = max((offset + sum(map(len, blocks)) for offset, blocks in placed_runs), default=0)
     if length <= 0:

@@ -7,13 +7,15 @@ import os
 import pkgutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Lock
+from typing import Any, TypeAlias
 
 import torch
 from tqdm import tqdm
@@ -51,7 +53,7 @@ class RemoteBar:
         self._send("set_postfix_str", text)
 
 
-Bar = tqdm | RemoteBar
+Bar: TypeAlias = tqdm | RemoteBar
 
 
 def most_processes() -> int:
@@ -66,7 +68,7 @@ def most_processes() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), total_memory // MEMORY))
 
 
-def map_jobs(start: str, arguments: tuple, jobs: dict[str, object], count: int, bar: tqdm) -> dict[str, object]:
+def map_jobs(start: str, arguments: tuple, jobs: Mapping[str, object], count: int, bar: tqdm) -> dict[str, Any]:
     """Runs jobs on `count` processes, starting them in order. Returns their results by name.
 
     start: "module:function". Each process calls it once with its index and the arguments; it returns the function of
@@ -80,7 +82,8 @@ def map_jobs(start: str, arguments: tuple, jobs: dict[str, object], count: int, 
     executor = ProcessPoolExecutor(
         count, context, _initialize, (start, arguments, context.Value("i", 0), writer, context.Lock())
     )
-    started, results = [], {}
+    started: list[str] = []
+    results: dict[str, object] = {}
     display = threading.Thread(target=_show_progress, args=(reader, bar, started), daemon=True)
     try:
         # Ctrl-C reaches all processes of a terminal; the workers inherit a mask that blocks it, and this process
@@ -138,12 +141,13 @@ def _initialize(start: str, arguments: tuple, counter: Synchronized, pipe: Conne
     with counter.get_lock():
         _setup = start, arguments, counter.value, pipe, lock
         counter.value += 1
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    parent, main_thread = multiprocessing.parent_process(), threading.get_ident()
+    threading.Thread(target=_end_with_parent, args=(parent, main_thread), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+def _end_with_parent(parent: BaseProcess, main_thread: int) -> None:
+    parent.join()
+    signal.pthread_kill(main_thread, signal.SIGTERM)
 
 
 def _run_job(name: str, job: object) -> object:
@@ -160,5 +164,6 @@ def _run_job(name: str, job: object) -> object:
     except KeyboardInterrupt:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTERM)
+        raise  # never reached
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

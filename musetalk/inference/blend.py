@@ -82,8 +82,8 @@ def parsed_alpha(classes: np.ndarray, box: np.ndarray, blend: ParserBlend) -> np
     visible = np.isin(classes, recipe.classes)
     if recipe.with_jaw:
         visible |= grow_jaw(classes == SKIN) & (classes != NOSE)
-    mask = Image.fromarray(visible.astype(np.uint8) * 255).resize((side, side), Image.Resampling.BICUBIC)
-    mask = np.array(mask.crop((x1 - left, y1 - top, x2 - left, y2 - top)))
+    square = Image.fromarray(visible.astype(np.uint8) * 255).resize((side, side), Image.Resampling.BICUBIC)
+    mask = np.array(square.crop((x1 - left, y1 - top, x2 - left, y2 - top)))
     return feather(mask, len(mask) // 2, int(recipe.blur * side / 2))
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -63,7 +63,7 @@ class PreparedVideo:
     """
 
     path: Path
-    faces: list[Face | None]
+    faces: Sequence[Face | None]
     boxes: np.ndarray
     masked_latents: np.ndarray
     latents: np.ndarray
@@ -73,24 +73,25 @@ class StageTimer:
     """Measures the time spent in each stage, without that of the stages nested in it."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Adds the time spent in the block to `stage`, except what the block adds to other stages."""
-        start, counted = time.perf_counter(), self.seconds.total()
+        start, counted = time.perf_counter(), sum(self.seconds.values())
         yield
-        nested = self.seconds.total() - counted
+        nested = sum(self.seconds.values()) - counted
         self.seconds[stage] += time.perf_counter() - start - nested
 
     def iterate(self, stage: str, items: Iterable[Item]) -> Iterator[Item]:
         """Yields the items and adds the time taken to produce them to `stage`."""
-        items, end = iter(items), object()
+        iterator = iter(items)
         while True:
             with self(stage):
-                item = next(items, end)
-            if item is end:
-                return
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
             yield item
 
     def report(self, frames: int) -> None:
@@ -155,10 +156,10 @@ class LipSyncPipeline:
         path, models_dir = find_unet(Path(checkpoint)), Path(models_dir)
         check_choices(models_dir, face_backend, blend)
         torch_device = choose_device(device)
-        unet, contract = load_trained_unet(path, models_dir, contract and CONTRACTS[contract])
-        vae = load_vae(models_dir, torch_device, getattr(torch, contract.encode_dtype))
-        contract.require(replace(contract, vae=vae.fingerprint), ("vae",), str(path))
-        return cls(unet.to(torch_device).eval(), vae, contract, models_dir, face_backend, blend=blend)
+        unet, trained = load_trained_unet(path, models_dir, CONTRACTS[contract] if contract else None)
+        vae = load_vae(models_dir, torch_device, getattr(torch, trained.encode_dtype))
+        trained.require(replace(trained, vae=vae.fingerprint), ("vae",), str(path))
+        return cls(unet.to(torch_device).eval(), vae, trained, models_dir, face_backend, blend=blend)
 
     @property
     def device(self) -> torch.device:
@@ -199,14 +200,14 @@ class LipSyncPipeline:
         contract = replace(self.contract, margins=(margin,))
         self.contract.require(contract, ("margins",), "the UNet")
         frames = tqdm(read_frames(path), f"find the face in {path.name}", count_frames(path), unit="frame")
-        clips = crop_clips(PurePath(path.name), frames, self.backend, contract)
+        clips = crop_clips(PurePath(path.name), (frames, read_frames(path)), self.backend, contract)
         faces, boxes, latents = [], [], []
         timer = StageTimer()
-        for name, cropped, _ in timer.iterate("find the face", clips):
-            faces += cropped.faces
-            boxes.append(cropped.boxes[:, 0])
-            with timer("encode it"):
-                latents.append(self.vae.encode_clip(name, cropped.crops, contract))
+        for name, person, crops, _ in timer.iterate("find the face", clips):
+            faces += person.faces
+            boxes.append(person.boxes[:, 0])
+            with timer("crop and encode it"):
+                latents.append(self.vae.encode_clip(name, crops, contract))
         if all(face is None for face in faces):
             raise MediaError("no face", f"{path}: no face was found in it")
         timer.report(len(faces))
@@ -251,7 +252,8 @@ class LipSyncPipeline:
         """The first `count` frames of the video with the generated crops pasted back."""
         length = len(prepared.faces)
         for k, (crop, frame) in enumerate(zip(crops, ping_pong(prepared.path, length, count), strict=True)):
-            face, box = (values[ping_pong_index(k, length)] for values in (prepared.faces, prepared.boxes))
+            index = ping_pong_index(k, length)
+            face, box = prepared.faces[index], prepared.boxes[index]
             yield frame if face is None else paste_back(frame, crop, box, self.alpha(frame, face, box))
 
     def alpha(self, frame: np.ndarray, face: Face, box: np.ndarray) -> np.ndarray:

@@ -26,7 +26,8 @@ class VGG16(nn.Module):
 
     def __init__(self, widths: tuple[int, ...] = WIDTHS) -> None:
         super().__init__()
-        layers, self.ends, inputs = [], [], 3
+        layers: list[nn.Module] = []
+        self.ends, inputs = [], 3
         for width, depth in zip(widths, DEPTHS, strict=True):
             layers += [nn.MaxPool2d(2)] if layers else []
             for _ in range(depth):
@@ -55,9 +56,10 @@ class Heads(nn.Module):
 
     def forward(self, differences: Iterable[torch.Tensor]) -> torch.Tensor:
         """Five of (B, width, H, W) -> (B,): weighted sums over channels, spatial means, sum over stages."""
-        weights = (head.model[1].weight[0] for head in self.children())  # (width, 1, 1) each
+        weights = (weight[0] for weight in self.parameters())  # (width, 1, 1) each
         pairs = zip(weights, differences, strict=True)  # a convolution would keep its input for backward
-        return sum((difference * weight).sum(dim=1).mean(dim=(1, 2)) for weight, difference in pairs)
+        distances = ((difference * weight).sum(dim=1).mean(dim=(1, 2)) for weight, difference in pairs)
+        return sum(distances)  # type: ignore[return-value]  # 0 only without stages
 
 
 class LPIPS(nn.Module):
@@ -84,11 +86,11 @@ class LPIPS(nn.Module):
         # With Python floats: copying a tensor of constants to a GPU would synchronise.
         channels = zip(images.unbind(1), SHIFT, SCALE, strict=True)
         images = torch.stack([(channel - shift) / scale for channel, shift, scale in channels], dim=1)
-        return self.trunk(images.to(self.trunk.features[0].weight.dtype))
+        return self.trunk(images.to(next(self.trunk.parameters()).dtype))
 
     def _unit(self, features: torch.Tensor) -> torch.Tensor:
         """(B, width, H, W) -> vectors of length 1 at each position, in the heads' dtype."""
-        features = features.to(self.heads.lin0.model[1].weight.dtype)
+        features = features.to(next(self.heads.parameters()).dtype)
         return features * (features.square().sum(dim=1, keepdim=True) + EPS).rsqrt()
 
 

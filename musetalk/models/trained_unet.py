@@ -63,12 +63,12 @@ def load_trained_unet(
     Raises WeightsError. Raises ContractError if neither exists or if they differ.
     """
     own = read_unet_contract(path)
-    if own is None and contract is None:
+    if own and contract:
+        own.require(contract, ALL_FIELDS, str(path))
+    contract = own or contract
+    if contract is None:
         raise ContractError(
             f"{path} carries no feature contract, since it was not written by this project; pass the contract it was "
             f"trained under ({', '.join(CONTRACTS)})"
         )
-    if own and contract:
-        own.require(contract, ALL_FIELDS, str(path))
-    contract = own or contract
     return load_unet(models_dir, path, contract.positional_encoding), contract

@@ -31,6 +31,8 @@ MAX_TOKENS = 5000
 class UNet(nn.Module):
     """diffusers' UNet2DConditionModel (`.model`, whose state dict is the file format) with positional encoding."""
 
+    positions: torch.Tensor  # (MAX_TOKENS, D)
+
     def __init__(self, model: UNet2DConditionModel, positional_encoding: bool) -> None:
         super().__init__()
         self.model = model
@@ -63,10 +65,11 @@ class UNet(nn.Module):
         gradient: of the loss with respect to the first n predictions of the last forward, (n, 4, 32, 32), float32 or
         float64.
         """
+        assert self.last_input is not None, "keep_last_input must be called before the forward pass"
         layer, inputs = self.model.conv_out, self.last_input[: len(gradient)].to(gradient.dtype)
         return conv2d_weight(inputs, layer.weight.shape, gradient, layer.stride, layer.padding)
 
-    def check_features(self, shape: tuple[int, int], source: str, known_encoder: bool = True) -> None:
+    def check_features(self, shape: tuple[int, ...], source: str, known_encoder: bool = True) -> None:
         """Checks that audio features fit the UNet. Raises WeightsError if not.
 
         shape: (S, D). source: the origin of the features, for the error message. known_encoder: whether the feature

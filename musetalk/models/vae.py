@@ -69,8 +69,8 @@ class VAE:
             if not with_face:
                 buffer += encoded.tobytes()
                 continue
-            images = np.stack([image for _, faces in batch if faces is not None for image in faces])
-            images = to_tensor(torch.from_numpy(images).to(device))  # (n K, 3, 256, 256)
+            pixels = np.stack([image for _, faces in batch if faces is not None for image in faces])
+            images = to_tensor(torch.from_numpy(pixels).to(device))  # (n K, 3, 256, 256)
             noise = None
             if contract.posterior == "sample":
                 samples = [posterior_noise(clip, batch[i][0], margin) for i in with_face for margin in contract.margins]
@@ -79,8 +79,8 @@ class VAE:
             size = 1 if device.type == "cpu" else len(images)
             noises = noise.split(size) if noise is not None else repeat(None)
             latents = torch.cat([self.encode(*pair) for pair in zip(images.split(size), noises, strict=False)])
-            latents = latents.half().cpu().numpy().reshape(2, len(with_face), *shape[1:])
-            encoded[with_face] = latents.swapaxes(0, 1)
+            pairs = latents.half().cpu().numpy().reshape(2, len(with_face), *shape[1:])
+            encoded[with_face] = pairs.swapaxes(0, 1)
             buffer += encoded.tobytes()
         masked_latents, latents = np.frombuffer(buffer, np.float16).reshape(-1, *shape).swapaxes(0, 1).copy()
         return masked_latents, latents
@@ -112,7 +112,7 @@ def load_vae(
     load_strictly(autoencoder, {_rename_key(name): tensor for name, tensor in tensors.items()}, path)
     vae = VAE(autoencoder)  # the fingerprint is that of the float32 tensors
     # Not diffusers' own `to`, which warns of layers to keep in float32 even if there are none.
-    nn.Module.to(autoencoder, device, dtype, memory_format=memory_format)
+    nn.Module.to(autoencoder, device, dtype, memory_format=memory_format)  # type: ignore[call-overload]
     return vae
 
 

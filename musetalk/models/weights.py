@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from reprlib import repr as short
+from typing import TypeVar
 
 import safetensors.torch
 import torch
@@ -21,6 +22,8 @@ from torch import nn
 from musetalk.errors import UserError
 from musetalk.files import atomic_write, read_json
 from musetalk.models.sources import SOURCES
+
+Network = TypeVar("Network", bound=nn.Module)
 
 # A tensor name that occurs only in this kind of file -> the kind, for error messages.
 SIGNATURE_KEYS = {
@@ -120,7 +123,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
             raise WeightsError(f"{path} cannot be written: {error}") from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message. torch's continues with a stack trace."""
     return str(error).partition("\n")[0] or type(error).__name__
 
@@ -202,7 +205,7 @@ def _shorten(names: list) -> str:
     return ", ".join(map(str, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
-def freeze(module: nn.Module) -> nn.Module:
+def freeze(module: Network) -> Network:
     """Switches a module to eval mode and turns off the gradients of its weights. Returns it."""
     return module.requires_grad_(False).eval()
 

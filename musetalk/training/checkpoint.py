@@ -45,7 +45,7 @@ def load_latest_state(run_dir: Path, *, check_sums: bool = True) -> tuple[Path, 
     if broken is not None:
         raise WeightsError(f"{path} is corrupted (at {broken}); {GO_BACK}")
     try:
-        with serialization.patch("load.mmap", True):
+        with serialization.patch("load.mmap", True):  # type: ignore[attr-defined]  # torch installs it at run time
             return path, read_tensors(path)
     except WeightsError as error:
         raise WeightsError(f"{error}; {GO_BACK}") from error

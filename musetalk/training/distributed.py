@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
@@ -12,6 +13,7 @@ from torch import nn
 
 from musetalk.devices import choose_device, supports_bf16
 from musetalk.errors import TrainError, UserError
+from musetalk.models.weights import Network
 
 # Of every collective, also on GPUs: other processes wait while the main one validates or saves to a slow disk.
 TIMEOUT = timedelta(hours=2)
@@ -41,7 +43,7 @@ class Ranks:
         """Raises UserError in all processes if `describe` returns different values in some of them."""
         if self.group is None:
             return
-        descriptions = [None] * torch.distributed.get_world_size()
+        descriptions: list[Any] = [None] * torch.distributed.get_world_size()  # (host, values) by rank
         torch.distributed.all_gather_object(descriptions, (socket.gethostname(), describe()), self.group)
         faults = []
         for name in descriptions[0][1]:
@@ -82,7 +84,7 @@ def precision(device: torch.device) -> str:
     return "bf16" if supports_bf16(device) else "no"
 
 
-def prepare_model(network: nn.Module, accelerator: Accelerator) -> nn.Module:
+def prepare_model(network: Network, accelerator: Accelerator) -> Network:
     """Moves a network to its device with the training's autocast; `average_gradients` replaces DDP."""
     return accelerator.prepare_model(network, evaluation_mode=True)
 

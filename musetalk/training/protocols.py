@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import nn
 
 
 class RunConfig(Protocol):
@@ -30,15 +29,10 @@ class State(Protocol):
     """The state of a training."""
 
     step: int  # optimizer updates made
-    optimizers: list[torch.optim.Optimizer]
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]: ...
 
     def as_dict(self) -> dict: ...
 
     def restore(self, saved: dict, path: Path) -> None: ...
-
-
-class Trainable(Protocol):
-    """A network with its optimizer, such as a discriminator."""
-
-    network: nn.Module
-    optimizer: torch.optim.Optimizer

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from musetalk.cli import StopRequests, stop_requests
+from musetalk.data.dataset import FaceDataset
 from musetalk.data.loader import loader
+from musetalk.data.sync_dataset import SyncDataset
 from musetalk.devices import describe
 from musetalk.files import delete_older, folder_lock
 from musetalk.training.checkpoint import load_latest_state, save_state
@@ -27,6 +28,7 @@ from musetalk.training.distributed import Ranks
 from musetalk.training.log import RunLog, SilentLog
 from musetalk.training.preflight import check_disk, check_shared_memory, checksum, tensors_in, workers_that_fit
 from musetalk.training.protocols import RunConfig, State
+from musetalk.training.step import StepResult
 
 
 @dataclass
@@ -44,11 +46,11 @@ class Run:
     stack: ExitStack  # closed at the end of the run
     saved_at: float  # seconds of time.monotonic() at the last save or the start
 
-    def batches(self, dataset: Dataset) -> Iterator[dict]:
+    def batches(self, dataset: FaceDataset | SyncDataset) -> Iterator[dict]:
         """Returns this process's batches of all remaining steps; a resumed run draws the same ones.
 
-        dataset: has `slots` and `cache`. Raises UserError if shared memory is too small for the batches, or if
-        processes differ in step, weights or cache.
+        Raises UserError if shared memory is too small for the batches, or if processes differ in step, weights or
+        cache.
         """
         config, state = self.config, self.state
         workers = workers_that_fit() if config.num_workers is None else config.num_workers
@@ -79,6 +81,11 @@ class Run:
             with self.stopping.patience():
                 save_state(self.folder, self.state.step, self.state.as_dict(), self.config.keep_states)
             self.saved_at = time.monotonic()
+
+    def figures(self, result: StepResult) -> dict[str, float]:
+        """Losses of a step as means over processes, gradient norm and learning rate. All processes must call it."""
+        values = self.accelerator.reduce(result.terms, "mean") | {"grad_norm": result.grad_norm}
+        return {name: value.item() for name, value in values.items()} | {"learning_rate": result.learning_rate}
 
     def keep_weights(self, path: Path) -> None:
         """Logs weights that were just saved and deletes older ones beyond `keep_weights`."""
@@ -133,7 +140,7 @@ def open_run(
             check_disk(folder, config, state, weights)
         ranks = Ranks()
         log = RunLog(config.log_dir, name, state.step) if accelerator.is_main_process else SilentLog()
-        log.line(f"{name}: {json.dumps(asdict(config), default=str)}")
+        log.line(f"{name}: {json.dumps(vars(config), default=str)}")
         devices = f"{accelerator.num_processes} x ({describe(accelerator.device)}), {accelerator.mixed_precision}"
         log.line(f"on {devices}; at step {state.step}")
         # Until here there is nothing to save, and a signal ends the process.
@@ -141,7 +148,7 @@ def open_run(
         yield Run(config, state, accelerator, folder, log, resumed, ranks, stopping, stack, time.monotonic())
 
 
-def closable(batches: Iterator[dict]) -> Iterator[dict]:
+def closable(batches: Iterator[dict]) -> Generator[dict, None, None]:
     """Yields batches. Closing it drops the only reference to a DataLoader's iterator, which ends its workers.
 
     Otherwise they could outlive the run: workers ignore SIGTERM, and Python waits for them when it exits.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from reprlib import repr as short
+from typing import Any, Generic
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from musetalk.contract import ALL_FIELDS, CACHE_FIELDS, CONTRACTS, MODEL_FIELDS, OWN_CONSTANTS, FeatureContract
 from musetalk.data.cache import Cache
@@ -19,13 +19,14 @@ from musetalk.errors import TrainError
 from musetalk.models.trained_unet import find_unet, read_unet_contract
 from musetalk.models.unet import UNet
 from musetalk.models.vae import VAE, load_vae
-from musetalk.models.weights import WeightsError, load_strictly, read_tensors, unwrap
+from musetalk.models.weights import Network, WeightsError, load_strictly, read_tensors, unwrap
 from musetalk.training.checkpoint import GO_BACK
-from musetalk.training.protocols import State, Trainable
+from musetalk.training.protocols import State
 from musetalk.training.sync_check import MAX_OFFSET
 
 MAX_STEPS = 2**53
-OPTIMIZERS = {  # in variants that make no temporary copy as large as the weights
+# In variants that make no temporary copy as large as the weights.
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, fused=True),
     "adamax": partial(torch.optim.Adamax, foreach=False),
     "adam": partial(torch.optim.Adam, fused=True),
@@ -33,12 +34,12 @@ OPTIMIZERS = {  # in variants that make no temporary copy as large as the weight
 
 
 @dataclass
-class NetworkState:
+class NetworkState(Generic[Network]):
     """The state of a training of a single network."""
 
-    network: nn.Module
+    network: Network
     optimizer: torch.optim.Optimizer
-    resume_metadata: dict[str, str | int]  # values that a resumed run must share
+    resume_metadata: Mapping[str, object]  # values that a resumed run must share
     step: int = 0  # optimizer updates made
 
     @property
@@ -47,8 +48,8 @@ class NetworkState:
 
     def as_dict(self) -> dict:
         """Returns what a training state file holds, except the step."""
-        state = {"network": self.network.state_dict(), "optimizer": optimizer_state(self.optimizer)}
-        return state | self.resume_metadata
+        tensors = {"network": self.network.state_dict(), "optimizer": optimizer_state(self.optimizer)}
+        return {**tensors, **self.resume_metadata}
 
     def restore(self, saved: dict, path: Path) -> None:
         """Restores what `as_dict` returned, read from `path`. Raises WeightsError if it is of another training."""
@@ -74,7 +75,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     optimizer_name: str  # a key of `OPTIMIZERS`, shared with the discriminators
     ema: dict[str, torch.Tensor]  # averaged weights with diffusers' names, in host memory
-    gan_losses: dict[str, Trainable] = field(default_factory=dict)  # discriminators by region
+    gan_losses: dict[str, Any] = field(default_factory=dict)  # by region, each with `network` and `optimizer`
     adaptive_weights: dict[str, torch.Tensor] = field(default_factory=dict)  # factor of adv_g by region
     sync_offset: int = 0  # frames by which the sync expert's mel is shifted, as its check measured
     step: int = 0  # optimizer updates made

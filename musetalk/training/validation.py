@@ -8,7 +8,7 @@ the reference frame, and whether it is closed in silence.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -38,7 +38,7 @@ from musetalk.inference.metrics import (
 )
 from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.syncnet import SyncNet
-from musetalk.training.log import RunLog, rendered
+from musetalk.training.log import RunLog, SilentLog, rendered
 from musetalk.training.sync_check import offset_sweep, sync_confidence, sync_offset
 
 BATCH = 8  # frames generated at once
@@ -100,7 +100,7 @@ class Validation:
         probes = self.figures.keys() - {name + column for name in metrics for column in COLUMNS}
         return "\n".join(lines + [f"{name:<28}{self.figures[name]:>12.4g}" for name in self.figures if name in probes])
 
-    def report(self, step: int, log: RunLog) -> None:
+    def report(self, step: int, log: RunLog | SilentLog) -> None:
         """Writes a table, the figures and images to the log."""
         log.line(f"step {step}, on held-out clips\n{self}")
         log.store(step, {f"val_{name}": value for name, value in self.figures.items() if math.isfinite(value)})
@@ -113,7 +113,8 @@ class Validation:
 class Validator:
     """Validates a pipeline on held-out clips, any number of times.
 
-    Raises UserError if mediapipe is not installed, CacheError if no clip is long enough.
+    Raises WeightsError if there is no audio encoder, UserError if mediapipe is not installed, CacheError if no clip is
+    long enough.
     """
 
     pipeline: LipSyncPipeline
@@ -125,6 +126,7 @@ class Validator:
     expert: SyncNet | None = None
 
     def __post_init__(self) -> None:
+        _ = self.pipeline.audio_encoder  # loads it
         if find_spec("mediapipe") is None:
             raise UserError("validation detects mouths with mediapipe, which is not installed; pip install mediapipe")
         chosen = [self.cache.clips[name] for name in self.clips[:: -(-len(self.clips) // self.most)]]
@@ -211,25 +213,21 @@ class Validator:
                 metrics[f"psnr{region}{column}"] = float(np.mean([psnr(a, b) for a, b in zip(x, y, strict=True)]))
                 metrics[f"ssim{region}{column}"] = float(np.mean([ssim(a, b) for a, b in zip(x, y, strict=True)]))
                 if self.distance:
-                    metrics[f"lpips{region}{column}"] = self._lpips(x, y)
+                    metrics[f"lpips{region}{column}"] = self._lpips(self.distance, x, y)
             faces = detect_in_crops(images, self.backend)
             metrics[f"lmd{column}"] = mouth_landmark_distance(faces, true_faces)
             metrics[f"jitter{column}"] = mouth_jitter(faces)
             if self.expert and len(images) >= self.expert.frames:
-                metrics |= {f"{name}{column}": value for name, value in self._sync(window, images).items()}
+                sync = sync_figures(self.expert, window, images)
+                metrics |= {f"{name}{column}": value for name, value in sync.items()}
         return metrics
 
     @torch.no_grad()
-    def _lpips(self, x: np.ndarray, y: np.ndarray) -> float:
+    def _lpips(self, distance: Distance, x: np.ndarray, y: np.ndarray) -> float:
         """Mean LPIPS of images BGR uint8 (F, H, W, 3)."""
         device = self.pipeline.device
         pairs = zip(to_tensor(x).split(BATCH), to_tensor(y).split(BATCH), strict=True)
-        return float(torch.cat([self.distance(a.to(device), b.to(device)) for a, b in pairs]).mean())
-
-    def _sync(self, window: Window, images: np.ndarray) -> dict[str, float]:
-        """Sync confidence and offset of images BGR uint8 (F, 256, 256, 3) of a window."""
-        similarities = offset_sweep(self.expert, images, window.clip.tensor("mel"), window.start)
-        return {"sync_confidence": sync_confidence(similarities), "sync_offset": float(sync_offset(similarities))}
+        return float(torch.cat([distance(a.to(device), b.to(device)) for a, b in pairs]).mean())
 
     def _probe(self, result: ClipResult) -> dict[str, float]:
         """The probes of a window: which audio or reference frame the generated mouth follows."""
@@ -264,7 +262,13 @@ def choose_window(clip: Clip, frames: int) -> Window | None:
     return Window(clip, int(run[0]), int(run[-1]) + 1, closed, open_, true_openings(clip, run))
 
 
-def true_openings(clip: Clip, frames: Sequence[int]) -> np.ndarray:
+def sync_figures(expert: SyncNet, window: Window, images: np.ndarray) -> dict[str, float]:
+    """Sync confidence and offset of images BGR uint8 (F, 256, 256, 3) of a window."""
+    similarities = offset_sweep(expert, images, window.clip.tensor("mel"), window.start)
+    return {"sync_confidence": sync_confidence(similarities), "sync_offset": float(sync_offset(similarities))}
+
+
+def true_openings(clip: Clip, frames: Iterable[int]) -> np.ndarray:
     """Mouth openings in usable frames of a clip, measured in crop coordinates."""
     landmarks, boxes = clip.tensor("landmarks"), clip.tensor("boxes")[:, 0]
     faces = [Face(np.zeros(4), in_crop(landmarks[frame], boxes[frame]), 1.0) for frame in frames]

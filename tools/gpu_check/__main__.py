@@ -37,10 +37,11 @@ def main(config: GpuCheckConfig) -> None:
     from tools.gpu_check.steps import time_steps
 
     config.output.mkdir(parents=True, exist_ok=True)
-    accelerator, rows = start_processes("auto"), []
+    accelerator = start_processes("auto")
+    rows: list[dict[str, float | str]] = []
 
     def report(check: str, case: str, **figures: float | str) -> None:
-        rows.append({"check": check, "case": case} | figures)
+        rows.append({"check": check, "case": case, **figures})
         print(table(rows[-1:]), flush=True)
         (config.output / "results.json").write_text(json.dumps(rows, indent=1))
         (config.output / "results.md").write_text(table(rows) + "\n")

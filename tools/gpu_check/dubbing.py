@@ -50,7 +50,7 @@ def dub(config: GpuCheckConfig, accelerator: Accelerator, report: Callable) -> N
             frames = pipeline.frames(prepared, clip.tensor("audio_features"), count, timer)
             write_video(config.output / f"dubbed_{height}.mp4", frames, silence, AUDIO_SAMPLE_RATE)
         rates = {stage.replace(" ", "_"): count / seconds for stage, seconds in timer.seconds.items()}
-        total = count / timer.seconds.total()
+        total = count / sum(timer.seconds.values())
         report("dubbing", f"{height} lines, frames/s", encode=encoded, **rates, all_but_encode=total)
 
 

@@ -23,9 +23,10 @@ from musetalk.data.loader import loader
 from musetalk.images import to_uint8
 from musetalk.inference.metrics import correlation
 from musetalk.models.vae import VAE
-from musetalk.training.checkpoint import load_latest_state, save_state
+from musetalk.training.checkpoint import save_state
 from musetalk.training.log import rendered
 from musetalk.training.preflight import workers_that_fit
+from musetalk.training.run import resume as restore_latest
 from musetalk.training.state import TrainState, load_pixel_vae, training_contract
 from musetalk.training.step import StepResult
 from musetalk.training.validation import true_openings
@@ -41,7 +42,7 @@ from musetalk_trainer import (
 from tools.gpu_check.config import GpuCheckConfig
 from tools.gpu_check.mouth import MouthReader
 
-HELD_OUT = 6  # clips, at most half of them
+HELD_OUT = 0.35  # share of identities, or of clips if there is one identity
 QUICK_SHARE = 0.1  # duration of a quick check, relative to a full one
 EVALUATIONS, QUICK_EVALUATIONS = 6, 2  # of a training
 MOMENTS = 6  # rows of the image
@@ -54,7 +55,7 @@ def learn(config: GpuCheckConfig, accelerator: Accelerator, report: Callable) ->
     """Reports training for equal times at each learning rate, then saving and loading of the last training."""
     cache = Cache(config.material)
     vae = load_pixel_vae(config.vae_dir, accelerator)
-    train_clips, held_clips, _ = split_clips(cache, HELD_OUT / max(len(cache.clips), 2 * HELD_OUT), seed=0)
+    train_clips, held_clips, _ = split_clips(cache, HELD_OUT)
     probe = Probe(cache, train_clips, held_clips, vae)
     seconds = config.learn_seconds * (QUICK_SHARE if config.quick else 1)
     curves = {}
@@ -120,7 +121,8 @@ def train(training: FromScratch, probe: Probe, seconds: float, evaluations: int)
     records, faces, trained = [], [], 0.0
     batches, bar = training.batches(), tqdm(unit="step", desc=f"rate {training.constants.learning_rate:g}")
     for index in range(evaluations):
-        start, terms = time.perf_counter(), []
+        start = time.perf_counter()
+        terms: list[dict[str, torch.Tensor]] = []
         while trained + time.perf_counter() - start < seconds * (index + 1) / evaluations or not terms:
             terms.append(training.step(batches).terms)
             bar.update()
@@ -221,7 +223,7 @@ def resume(training: FromScratch, config: GpuCheckConfig, report: Callable) -> N
     saved, size = time.perf_counter(), path.stat().st_size
     first = training.step(training.batches())
     loading = time.perf_counter()
-    state.restore(load_latest_state(folder)[1], path)
+    restore_latest(state, folder)
     restored = time.perf_counter()
     second = training.step(training.batches())
     shutil.rmtree(folder)

@@ -11,10 +11,10 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from musetalk.data.face.dwpose import (
     BATCH,
@@ -106,8 +106,8 @@ class NoOperators(ModuleType):
 class MMPose:
     """Stateless face backend for one person per frame."""
 
-    def __init__(self, network: nn.Module, prepare: Callable[[dict], dict]) -> None:
-        """prepare: mmpose's pipeline, frame with box -> sample."""
+    def __init__(self, network: Any, prepare: Callable[[dict], dict]) -> None:
+        """network: mmpose's estimator. prepare: its pipeline, frame with box -> sample."""
         self.network, self.prepare = freeze(network), prepare
 
     def detect(self, frames: Sequence[np.ndarray]) -> list[list[Face]]:

@@ -12,6 +12,12 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     On CPUs the batches of all processes must have the same size.
     """
 
+    # Not None with the default arguments.
+    momentum: float
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         if x.device.type != "cpu" or not (self.training and torch.distributed.is_initialized()):

@@ -145,7 +145,7 @@ class StableSyncNet(SyncNet):
         self.audio_encoder = Encoder(config.audio_encoder)
 
     @property
-    def face_encoder(self) -> Encoder:
+    def face_encoder(self) -> Encoder:  # type: ignore[override]  # published files name it visual_encoder
         return self.visual_encoder
 
 

@@ -50,9 +50,9 @@ class ConvBlock(nn.Module):
 def build_encoder(stages: tuple[tuple, ...], width: int) -> nn.Sequential:
     """Builds an encoder from `FACE_STAGES` or `MEL_STAGES`."""
     blocks = []
-    for index, (inputs, outputs, *convolution, repeats) in enumerate(stages):
+    for index, (inputs, outputs, kernel, stride, padding, repeats) in enumerate(stages):
         inputs, outputs = inputs * (width if index else 1), outputs * width
-        blocks.append(ConvBlock(inputs, outputs, *convolution, residual=False))
+        blocks.append(ConvBlock(inputs, outputs, kernel, stride, padding, residual=False))
         blocks += [ConvBlock(outputs, outputs, 3, 1, 1, residual=True) for _ in range(repeats)]
     return nn.Sequential(*blocks)
 

@@ -1,0 +1,1 @@
+"""Creates the small weights in models/mini (`python -m tools.make_mini`)."""

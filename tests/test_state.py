@@ -210,7 +210,7 @@ def arguments(cache: Path, folder: Path) -> list[str]:
         "--batch-size": 2,
         "--pixel-every": 2,
     }
-    return ["demo", *(str(part) for option in options.items() for part in option)]
+    return ["demo", "--held-out-identities", *(str(part) for option in options.items() for part in option)]
 
 
 @pytest.fixture(scope="module")

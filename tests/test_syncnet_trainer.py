@@ -145,7 +145,8 @@ def interrupt_after(function):
 
 def test_ctrl_c_ends_it_after_a_step_that_is_saved(config, interrupt):
     run_dir = config.checkpoint_dir / "syncnet_demo"
-    arguments = ["syncnet_trainer.py", "--num-steps", 10_000, "--save-every", 3, "--num-workers", 1, "--batch-size", 2]
+    arguments = ["syncnet_trainer.py", "--held-out-identities", "--num-steps", 10_000, "--save-every", 3]
+    arguments += ["--num-workers", 1, "--batch-size", 2]
     for name in ("hdtf_samples_dir", "checkpoint_dir", "log_dir"):
         arguments += [f"--{name.replace('_', '-')}", getattr(config, name)]
     code, words = interrupt(arguments, lambda: (run_dir / "training-state-0000003.pt").exists())

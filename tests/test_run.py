@@ -68,6 +68,15 @@ def test_a_run_resumed_from_a_save_by_time_equals_an_uninterrupted_one(config, t
     assert all(torch.equal(resumed["optimizer"]["state"][0][k], v) for k, v in whole["optimizer"]["state"][0].items())
 
 
+def test_every_save_restarts_the_interval_of_saves_by_time(config):
+    with open_run("tiny", replace(config, save_minutes=1), make_state(), start_processes("cpu")) as run:
+        assert not run.overdue()
+        run.saved_at -= 60
+        assert run.overdue()
+        run.save_state()
+        assert not run.overdue()
+
+
 def test_a_resumed_run_does_not_keep_the_file_of_its_state_open(config):
     train_tiny(replace(config, num_steps=2))
     state = make_state()

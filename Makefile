@@ -1,7 +1,7 @@
 # make demo: prepare, train and lip-sync the built-in sample, about 7 minutes on 2 cores
 # make test: the checks to run before a commit
 # make test-slow: the slow tests
-# make test-mmpose: the tests that need mmpose, in a separate environment
+# make test-mmpose: comparisons with mmpose and mediapipe, in a separate environment
 # make bench: benchmarks of training, the cache and inference against targets, about 10 minutes on 2 cores
 # make ablations: comparisons of variants of the training recipe, hours on 2 cores; resumes after an interruption
 # make torture: fault injection by kills, full disks and denied writes, about an hour on 2 cores
@@ -25,7 +25,7 @@ test-slow: .venv/installed
 	$(PYTEST) -m slow
 
 test-mmpose: .venv-mmpose/installed
-	.venv-mmpose/bin/python -m pytest -q -p tests.cpu_torchvision tests/test_mmpose.py
+	.venv-mmpose/bin/python -m pytest -q -p tests.cpu_torchvision tests/test_mmpose.py tests/test_mediapipe_oracle.py
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks

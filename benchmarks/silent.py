@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
@@ -12,6 +9,8 @@ from torch import nn
 from benchmarks import ROOT
 from benchmarks.workplace import WHISPER_TINY
 from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, LATENT_SIZE, RIGID
+from musetalk.data.face.attention_mesh import AttentionMesh
+from musetalk.data.face.blazeface import FullRangeDetector, ShortRangeDetector
 from musetalk.data.face.mediapipe import MediapipeFaceMesh
 from musetalk.files import read_json
 from musetalk.inference.pipeline import LipSyncPipeline
@@ -57,19 +56,24 @@ def silent_vae() -> VAE:
     return VAE(autoencoder)
 
 
-class Cached:
-    """A MediaPipe network that runs once and then always returns its first result."""
+class Repeated(nn.Module):
+    """A face network that runs once and then returns its outputs for the first image for every image."""
 
-    def __init__(self, network: Any) -> None:
-        self.network, self.result = network, None
+    def __init__(self, network: ShortRangeDetector | FullRangeDetector | AttentionMesh) -> None:
+        super().__init__()
+        self.network, self.size = network, network.size
+        self.min_score = getattr(network, "min_score", None)
+        self.outputs: tuple[torch.Tensor, ...] = ()
 
-    def process(self, image: np.ndarray) -> object:
-        self.result = self.result or self.network.process(image)
-        return self.result
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(B, 3, size, size) -> the network's outputs."""
+        self.outputs = self.outputs or self.network(images)
+        return tuple(output[:1].expand(len(images), *output.shape[1:]) for output in self.outputs)
 
 
 def silent_backend() -> MediapipeFaceMesh:
     """The face backend without its networks: all frames get the face of the first."""
-    backend = MediapipeFaceMesh()
-    backend.detector, backend.mesh = Cached(backend.detector), Cached(backend.mesh)
+    backend = MediapipeFaceMesh(torch.device("cpu"))
+    for name in ("full_range", "short_range", "mesh"):
+        setattr(backend, name, Repeated(getattr(backend, name)))
     return backend

@@ -103,7 +103,7 @@ def preprocess_ratio(workplace: Workplace) -> Measured:
     models, folder = workplace.models("full"), workplace.folder / "prepared"
     short, long = (cut(workplace.clips[-2:], workplace.folder / f"{x} s", x) for x in PREPARED_SECONDS)
     vae = load_vae(models, torch.device("cpu"), torch.float32, torch.contiguous_format)
-    backend, video = MediapipeFaceMesh(), next(long.iterdir())
+    backend, video = MediapipeFaceMesh(torch.device("cpu")), next(long.iterdir())
     frame, box = first_face(video, backend)
     folder.mkdir()
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from musetalk.data.face import load_face_backend
 from musetalk.data.face.attention_mesh import AttentionMesh
 from musetalk.data.face.blazeface import FullRangeDetector, ShortRangeDetector
 from musetalk.data.face.face import overlap

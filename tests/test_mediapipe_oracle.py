@@ -1,4 +1,4 @@
-"""The face landmarks in torch equal those of the mediapipe package. Needs it: `make test-mmpose` installs and runs it."""
+"""Face landmarks in torch equal those of the mediapipe package. `make test-mmpose` installs it and runs this file."""
 
 from __future__ import annotations
 

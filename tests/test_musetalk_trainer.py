@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -325,9 +324,6 @@ def test_validation_after_the_last_step_measures_what_the_mouth_follows(one_step
 def test_a_validation_that_cannot_work_is_refused_before_the_first_step(config, monkeypatch):
     monkeypatch.setattr("musetalk.training.validation.MIN_FRAMES", 30)
     with pytest.raises(CacheError, match="no held-out clip has 40 consecutive usable frames"):
-        train("demo", replace(config, val_every=1000))
-    monkeypatch.setitem(sys.modules, "mediapipe", None)
-    with pytest.raises(UserError, match="mediapipe, which is not installed"):
         train("demo", replace(config, val_every=1000))
     assert not config.checkpoint_dir.exists()
 

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -24,7 +23,6 @@ from musetalk.data.crop import crop_mouth, in_crop, mouth_box
 from musetalk.data.dataset import FaceDataset, read_windows
 from musetalk.data.face import load_face_backend
 from musetalk.data.face.face import Face, FaceBackend
-from musetalk.errors import UserError
 from musetalk.images import batched, to_tensor, to_uint8
 from musetalk.inference.metrics import (
     correlation,
@@ -113,8 +111,7 @@ class Validation:
 class Validator:
     """Validates a pipeline on held-out clips, any number of times.
 
-    Raises WeightsError if there is no audio encoder, UserError if mediapipe is not installed, CacheError if no clip is
-    long enough.
+    Raises WeightsError if there is no audio encoder, CacheError if no clip is long enough.
     """
 
     pipeline: LipSyncPipeline
@@ -127,8 +124,6 @@ class Validator:
 
     def __post_init__(self) -> None:
         _ = self.pipeline.audio_encoder  # loads it
-        if find_spec("mediapipe") is None:
-            raise UserError("validation detects mouths with mediapipe, which is not installed; pip install mediapipe")
         chosen = [self.cache.clips[name] for name in self.clips[:: -(-len(self.clips) // self.most)]]
         self.windows = [window for clip in chosen if (window := choose_window(clip, self.frames))]
         if not self.windows:
@@ -139,8 +134,8 @@ class Validator:
 
     @cached_property
     def backend(self) -> FaceBackend:
-        """Detects landmarks in face crops; needs no weights."""
-        return load_face_backend("mediapipe", self.pipeline.models_dir, "cpu")
+        """Detects landmarks in face crops."""
+        return load_face_backend("mediapipe", self.pipeline.models_dir, self.pipeline.device)
 
     def __call__(self) -> Validation:
         """Generates images for each window and averages their metrics and probes."""

@@ -10,7 +10,7 @@ Prints a table and writes it to `<output>/results.md`, with the figures in resul
     steps     one micro step of `stage1` and `stage2` at full size, by `chunk_size`: time, operations, memory
     dubbing   frames a second of each stage at each of `heights`
 
-Needs torch 2.11 or newer and numpy 2, but neither internet nor mediapipe. Network sizes are those of `models_dir`, with
+Needs torch 2.11 or newer and numpy 2, but no internet. Network sizes are those of `models_dir`, with
 random weights. The material is a cache of clips of one person, made with the small VAE. Twenty sentences of a GRID
 speaker take 60 MB, made with Whisper's weights instead of the random ones of models/mini:
 

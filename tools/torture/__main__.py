@@ -11,7 +11,6 @@ byte for byte, and a script that was not killed must have printed one sentence.
 from __future__ import annotations
 
 import errno
-import importlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -48,7 +47,6 @@ def torture(config: Config, folder: Path) -> list[Row]:
     """Injects all faults into both scripts in a new folder, in parallel."""
     check_constants(config)
     torch.set_num_threads(1)
-    importlib.import_module("mediapipe.python.solutions.face_mesh")  # slow initialisation, done once for all runs
     sync_mel(np.zeros(AUDIO_SAMPLE_RATE, np.float32))
     build_unet(MODELS, seed=0, positional_encoding=True)
     prepared = run_without_faults("datasets_process.py", prepare, folder / "prepared")

@@ -68,9 +68,7 @@ class ShortRangeDetector(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 24, 5, 2)
-        self.blocks16 = blaze_blocks(
-            24, (24, 28, -32, 36, 42, -48, 56, 64, 72, 80, 88), relu
-        )
+        self.blocks16 = blaze_blocks(24, (24, 28, -32, 36, 42, -48, 56, 64, 72, 80, 88), relu)
         self.blocks8 = blaze_blocks(88, (-96, 96, 96, 96, 96), relu)
         self.score16, self.score8 = nn.Conv2d(88, 2, 1), nn.Conv2d(96, 6, 1)
         self.face16, self.face8 = nn.Conv2d(88, 2 * 2 * POINTS, 1), nn.Conv2d(96, 6 * 2 * POINTS, 1)

@@ -203,7 +203,7 @@ def test_training_feeds_masked_then_reference_latents(mini, tmp_path, random_ten
 
 # Time.
 
-RATES = [*(Fraction(rate) for rate in (24, 25, 30, 50, 60)), Fraction(24_000, 1001), Fraction(30_000, 1001)]
+RATES = [Fraction(25), Fraction(60), Fraction(24_000, 1001), Fraction(30_000, 1001)]
 MOMENTS = range(1, 10, 2)  # seconds of a flash and a beep
 
 
@@ -300,7 +300,7 @@ def artefacts(mini, tmp_path_factory, random_tensors) -> tuple[Path, FeatureCont
 
 
 def readers(folder: Path, models_dir: Path, state: TrainState) -> dict[str, Callable[[FeatureContract], object]]:
-    """By name, every operation that compares the contract of an artefact with a requested one."""
+    """Every operation that compares the contract of an artefact with a requested one, by name."""
     cache = Cache(folder)
     weights = folder / "unet-0000001.safetensors"
     return {

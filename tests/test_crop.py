@@ -1,4 +1,4 @@
-"""The box of a face in numbers worked by hand, what may move it, and the way back into the frame."""
+"""Boxes and crops of faces and mouths, the person in a clip, and pasting back."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MOVED_BY_SPEECH = [*range(17), *range(48, 68)]  # jaw and lips
 
 
 def head(x: float = 300, y: float = 200, eyes: float = 90, jaw: float = 0) -> np.ndarray:
-    """Landmarks (68, 2) of a face looking at the camera: x, y is the middle between its eyes."""
+    """Landmarks (68, 2) of a frontal face whose eyes have their midpoint at x, y and are `eyes` pixels apart."""
     points = np.zeros((68, 2))
     angle = np.linspace(0, np.pi, 17)
     points[:17] = np.stack([-np.cos(angle) * 0.76, 0.1 + np.sin(angle) * (1.25 + jaw)], axis=1)
@@ -56,14 +56,14 @@ def head(x: float = 300, y: float = 200, eyes: float = 90, jaw: float = 0) -> np
 
 
 def simple(left: float, right: float, nose: float, chin: float) -> np.ndarray:
-    """Landmarks of which only these four numbers matter to MuseTalk's box."""
+    """Landmarks (68, 2) with these bounds, all that MuseTalk's box depends on."""
     points = np.full((68, 2), ((left + right) / 2, nose), np.float32)
     points[0, 0], points[16, 0], points[8, 1] = left, right, chin
     return points
 
 
-class Planted:
-    """A backend that finds, in every frame, the faces that its first pixel names by a number."""
+class FakeBackend:
+    """A backend that looks up the faces of a frame by the value of its first pixel."""
 
     def __init__(self, faces: dict[int, list[Face]]) -> None:
         self.faces, self.batches = faces, []
@@ -102,7 +102,7 @@ def face_at(x: float = 300, score: float = 0.9, **size) -> Face:
         ((-20, 700, 150, 250), {}, (0, 50, 640, 250)),
     ],
 )
-def test_the_box_of_musetalk_by_hand(points, options, box):
+def test_musetalks_box_in_worked_examples(points, options, box):
     found = face_box(simple(*points), FRAME, **options)
     assert tuple(found) == box and found.dtype == np.int32
 
@@ -111,7 +111,7 @@ def test_the_box_of_musetalk_by_hand(points, options, box):
     "points",
     [(150, 150, 150, 250), (100, 200, 250, 250), (700, 800, 150, 250), (-90, -9, 150, 250), (100, 200, -90, -50)],
 )
-def test_a_box_of_which_nothing_is_left_is_none(points):
+def test_an_empty_box_is_none(points):
     assert face_box(simple(*points), FRAME) is None
 
 
@@ -119,7 +119,7 @@ def test_a_shift_beyond_the_chin_leaves_no_box():
     assert face_box(simple(100, 200, 150, 250), FRAME, bbox_shift=100) is None
 
 
-def test_nose_point_29_is_half_way_down_in_both_recipes():
+def test_nose_point_29_is_the_middle_row_of_both_boxes():
     points = head()
     for recipe in ("nose_centred", "rigid"):
         x1, y1, x2, y2 = face_box(points, FRAME, crop=recipe)
@@ -127,8 +127,8 @@ def test_nose_point_29_is_half_way_down_in_both_recipes():
         assert x1 < points[:17, 0].min() + 1 and points[:17, 0].max() - 1 < x2 and points[:, 1].max() - 1 < y2
 
 
-def test_the_rigid_box_by_hand():
-    """Eyes 100 apart, nose straight before them: 164 wide and 250 high about point 29, the margin added below."""
+def test_the_rigid_box_in_a_worked_example():
+    """Eyes 100 pixels apart, no yaw: 164 x 250 pixels around point 29, plus the margin at the bottom."""
     points = head(300, 200, 100)
     assert tuple(face_box(points, FRAME, crop="rigid")) == (218, 115, 382, 365)
     assert tuple(face_box(points, FRAME, bbox_shift=5, margin=9, crop="rigid")) == (218, 120, 382, 379)
@@ -139,14 +139,14 @@ def test_the_rigid_box_by_hand():
     shift=st.integers(-5, 5),
     margin=st.integers(0, 20),
 )
-def test_the_rigid_box_does_not_see_jaw_and_mouth(moves, shift, margin):
+def test_the_rigid_box_does_not_depend_on_jaw_and_mouth(moves, shift, margin):
     still, moved = head(), head()
     moved[MOVED_BY_SPEECH] += np.array(moves, np.float32)
     boxes = [face_box(points, FRAME, shift, margin, "rigid") for points in (still, moved)]
     np.testing.assert_array_equal(*boxes)
 
 
-def test_the_box_of_musetalk_tells_how_far_the_jaw_has_dropped():
+def test_musetalks_box_grows_with_the_opening_of_the_jaw():
     heights = [np.diff(face_box(head(jaw=jaw), FRAME)[[1, 3]])[0] for jaw in (0, 0.1, 0.2)]
     assert heights == sorted(set(heights))
 
@@ -157,8 +157,8 @@ def test_a_wide_open_mouth_is_inside_the_rigid_box():
 
 
 @given(yaw=st.floats(-60, 60), roll=st.floats(-30, 30), eyes=st.floats(20, 200))
-def test_the_size_of_a_skull_does_not_change_when_it_turns(yaw, roll, eyes):
-    """A rigid head in 3-D, seen from far away, with the tip of its nose half an eye distance before the eyes."""
+def test_the_skull_size_is_invariant_to_rotation(yaw, roll, eyes):
+    """A rigid 3-D head under orthographic projection; the nose tip is half an eye distance in front of the eyes."""
     corners = np.array([[-0.5, 0, 0], [0.5, 0, 0], [0, 0.5, 0.5]]) * eyes
     a, b = np.radians([yaw, roll])
     turn = np.array([[np.cos(a), 0, np.sin(a)], [0, 1, 0], [-np.sin(a), 0, np.cos(a)]])
@@ -169,7 +169,7 @@ def test_the_size_of_a_skull_does_not_change_when_it_turns(yaw, roll, eyes):
 
 
 @given(x=st.floats(-200, 800), y=st.floats(-200, 600), eyes=st.floats(1, 400), margin=st.integers(0, 40))
-def test_a_box_is_never_empty_nor_outside_the_frame(x, y, eyes, margin):
+def test_a_box_is_inside_the_frame(x, y, eyes, margin):
     for recipe in ("nose_centred", "rigid"):
         box = face_box(head(x, y, eyes), FRAME, 0, margin, recipe)
         if box is not None:
@@ -177,18 +177,18 @@ def test_a_box_is_never_empty_nor_outside_the_frame(x, y, eyes, margin):
             assert crop_face(frame_of(0), box).shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
 
 
-# The mouth in the crop.
+# Mouths.
 
 
 def lips(left: float, top: float, right: float, bottom: float) -> np.ndarray:
-    """Landmarks (68, 2) of which the lips fill a box, and the others are elsewhere."""
+    """Landmarks (68, 2) whose lips fill a box; the others lie elsewhere."""
     points = np.full((68, 2), -999, np.float32)
     points[48:68] = ((left + right) / 2, (top + bottom) / 2)
     points[[48, 50, 54, 67]] = (left, top), (left, top), (right, top), (right, bottom)
     return points
 
 
-def test_landmarks_in_a_crop_by_hand():
+def test_landmarks_in_a_crop_in_a_worked_example():
     points, box = np.array([[10, 20], [60, 120], [110, 220], [35, 45]], np.float32), np.array([10, 20, 110, 220])
     found = in_crop(points, box)
     assert found.dtype == np.float32
@@ -207,7 +207,7 @@ def test_landmarks_in_a_crop_by_hand():
         ((0, 0, 256, 100), (0, 0, 256, 128)),  # wider than the crop
     ],
 )
-def test_the_box_of_a_mouth_by_hand(mouth, box):
+def test_the_mouth_box_in_worked_examples(mouth, box):
     whole = np.array([0, 0, IMAGE_SIZE, IMAGE_SIZE])
     found = mouth_box(lips(*mouth), whole)
     assert found.dtype == np.float32
@@ -217,7 +217,7 @@ def test_the_box_of_a_mouth_by_hand(mouth, box):
 
 
 @given(x=st.floats(-50, 300), y=st.floats(-50, 300), width=st.floats(10, 180), height=st.floats(1, 90))
-def test_the_box_of_a_mouth_holds_the_lips_and_is_inside_the_crop(x, y, width, height):
+def test_the_mouth_box_contains_the_lips_and_is_inside_the_crop(x, y, width, height):
     x1, y1, x2, y2 = mouth_box(lips(x, y, x + width, y + height), np.array([0, 0, IMAGE_SIZE, IMAGE_SIZE]))
     assert 0 <= x1 < x2 <= IMAGE_SIZE and 0 <= y1 < y2 <= IMAGE_SIZE
     assert x2 - x1 == pytest.approx(2 * (y2 - y1), rel=1e-4)
@@ -229,7 +229,7 @@ def test_the_box_of_a_mouth_holds_the_lips_and_is_inside_the_crop(x, y, width, h
 
 @pytest.mark.parametrize("recipe", ["nose_centred", "rigid"])
 @pytest.mark.parametrize("jaw", [0, 0.1, 0.3])
-def test_the_mouth_of_a_head_is_in_its_box(recipe, jaw):
+def test_the_mouth_of_a_face_is_inside_its_box(recipe, jaw):
     points = head(jaw=jaw)
     face = face_box(points, FRAME, crop=recipe)
     x1, y1, x2, y2 = mouth_box(points, face)
@@ -239,7 +239,7 @@ def test_the_mouth_of_a_head_is_in_its_box(recipe, jaw):
 
 
 @pytest.mark.parametrize("box", [(0, 0, 128, 64), (100, 150, 228, 214), (128, 192, 256, 256)])
-def test_a_mouth_of_the_size_of_its_crop_is_cut_out_as_it_is(box):
+def test_a_mouth_of_the_crop_size_is_not_resampled(box):
     images = torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE)
     x1, y1, x2, y2 = box
     found = crop_mouth(images, torch.tensor([box, box], dtype=torch.float32))
@@ -248,18 +248,18 @@ def test_a_mouth_of_the_size_of_its_crop_is_cut_out_as_it_is(box):
 
 
 @pytest.mark.parametrize("box", [(60, 140, 220, 220), (90, 150, 154, 182), (0, 128, 256, 256), (31, 77, 117, 120)])
-def test_a_mouth_is_stretched_as_opencv_does(box):
+def test_mouths_are_resized_as_by_opencv(box):
     image = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE)
     x1, y1, x2, y2 = box
     cut = image[0, :, y1:y2, x1:x2].permute(1, 2, 0).numpy()
-    wanted = cv2.resize(cut, (128, 64), interpolation=cv2.INTER_LINEAR)
+    expected = cv2.resize(cut, (128, 64), interpolation=cv2.INTER_LINEAR)
     found = crop_mouth(image, torch.tensor([box]))[0].permute(1, 2, 0).numpy()
-    inner = slice(2, -2)  # at its edges a box sees the pixels beside it, a cut-out does not
-    np.testing.assert_allclose(found[inner, inner], wanted[inner, inner], atol=1e-4)
+    inner = slice(2, -2)  # at the edges the box includes neighbouring pixels
+    np.testing.assert_allclose(found[inner, inner], expected[inner, inner], atol=1e-4)
 
 
-def test_every_image_has_a_box_of_its_own_that_need_not_be_of_whole_pixels():
-    """On a ramp the value at x is x - 0.5, the middle of pixel 0 being at 0.5."""
+def test_boxes_differ_by_image_and_may_be_fractional():
+    """On a ramp the value at position x is x - 0.5, since the centre of pixel 0 is at 0.5."""
     x = torch.arange(256.0).expand(256, 256)
     ramps = torch.stack([x, x.T, x + 1000]).repeat(2, 1, 1, 1)
     first, second = crop_mouth(ramps, torch.tensor([[10.25, 100, 74.25, 132], [50, 60.5, 178, 124.5]]))
@@ -270,7 +270,7 @@ def test_every_image_has_a_box_of_its_own_that_need_not_be_of_whole_pixels():
     np.testing.assert_allclose(second[2] - second[0], 1000, atol=1e-2)
 
 
-def test_gradients_of_a_mouth_are_exact_and_stay_in_its_box():
+def test_gradients_of_a_mouth_are_exact_and_zero_outside_its_box():
     torch.manual_seed(0)
     boxes = torch.tensor([[10.3, 20.2, 40.9, 35.5]], dtype=torch.float64)
     patch = torch.rand(1, 1, 4, 4, dtype=torch.float64, requires_grad=True)
@@ -284,7 +284,7 @@ def test_gradients_of_a_mouth_are_exact_and_stay_in_its_box():
     crop_mouth(images, torch.tensor([[60.0, 140, 188, 204], [100, 150, 150, 175]])).sum().backward()
     inside = torch.zeros(2, 1, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.bool)
     inside[0, :, 140:204, 60:188] = True
-    inside[1, :, 149:176, 99:151] = True  # bilinear: half a pixel further
+    inside[1, :, 149:176, 99:151] = True  # bilinear: one pixel more
     gradient = images.grad
     assert (gradient.masked_select(~inside) == 0).all()
     assert (gradient.masked_select(inside) > 0).all()
@@ -294,7 +294,7 @@ def test_gradients_of_a_mouth_are_exact_and_stay_in_its_box():
 # Images.
 
 
-def test_to_uint8_undoes_to_tensor_exactly():
+def test_to_uint8_inverts_to_tensor_exactly():
     images = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
     images = np.concatenate([images, images[:, ::-1]])
     images[..., 1] //= 2
@@ -305,18 +305,18 @@ def test_to_uint8_undoes_to_tensor_exactly():
     np.testing.assert_array_equal(to_uint8(to_tensor(torch.from_numpy(images))), images)
 
 
-def test_a_tensor_is_rgb_and_a_picture_bgr():
+def test_tensors_are_rgb_and_images_bgr():
     blue = np.zeros((1, 2, 2, 3), np.uint8)
     blue[..., 0] = 255
     assert to_tensor(blue)[0, :, 0, 0].tolist() == [-1, -1, 1]
 
 
-def test_to_uint8_clamps_what_is_out_of_range():
+def test_to_uint8_clamps_values():
     tensor = torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0], requires_grad=True).expand(1, 3, 1, 5)
     assert to_uint8(tensor)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
 
 
-def test_masking_blackens_the_lower_half_of_a_copy():
+def test_masking_returns_a_copy_with_a_black_lower_half():
     images = torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE)
     before = images.clone()
     masked = mask_lower_half(images)
@@ -324,41 +324,41 @@ def test_masking_blackens_the_lower_half_of_a_copy():
     assert torch.equal(masked[:, :, :MASK_TOP], images[:, :, :MASK_TOP]) and (masked[:, :, MASK_TOP:] == -1).all()
 
 
-def lanczos_by_hand(image: np.ndarray) -> np.ndarray:
-    """Rows of an image (H, W, 3) stretched to 256: eight neighbours of each place, windowed sines, no smoothing."""
-    place = (np.arange(IMAGE_SIZE) + 0.5) * len(image) / IMAGE_SIZE - 0.5
-    taps = np.floor(place).astype(int)[:, None] + np.arange(-3, 5)  # (256, 8)
-    away = place[:, None] - taps
-    weight = np.sinc(away) * np.sinc(away / 4)
+def reference_lanczos(image: np.ndarray) -> np.ndarray:
+    """Resizes the rows of an image (H, W, 3) to 256 with Lanczos' kernel of eight pixels, without antialiasing."""
+    position = (np.arange(IMAGE_SIZE) + 0.5) * len(image) / IMAGE_SIZE - 0.5
+    taps = np.floor(position).astype(int)[:, None] + np.arange(-3, 5)  # (256, 8)
+    distance = position[:, None] - taps
+    weight = np.sinc(distance) * np.sinc(distance / 4)
     weight /= weight.sum(axis=1, keepdims=True)
     return np.einsum("rt,rtwc->rwc", weight, image[np.clip(taps, 0, len(image) - 1)])
 
 
 @pytest.mark.parametrize("box", [(200, 100, 301, 220), (0, 0, 640, 480), (384, 224, 640, 480), (1, 2, 600, 60)])
-def test_a_crop_is_stretched_as_musetalk_does(box):
-    """By Lanczos' kernel of eight pixels of the source, also where that is larger: fine detail is not smoothed away."""
+def test_crops_are_resized_as_by_musetalk(box):
+    """With Lanczos' kernel of eight source pixels at any scale, so that a large face is not antialiased."""
     frame, (x1, y1, x2, y2) = frame_of(3), box
-    wanted = lanczos_by_hand(frame[y1:y2, x1:x2].astype(np.float64))
-    wanted = lanczos_by_hand(wanted.swapaxes(0, 1)).swapaxes(0, 1)
+    expected = reference_lanczos(frame[y1:y2, x1:x2].astype(np.float64))
+    expected = reference_lanczos(expected.swapaxes(0, 1)).swapaxes(0, 1)
     found = crop_face(frame, np.array(box))
-    assert np.abs(found - np.clip(wanted, 0, 255)).max() <= 2  # OpenCV's weights have 11 bits
+    assert np.abs(found - np.clip(expected, 0, 255)).max() <= 2  # OpenCV's weights have 11 bits
     if (x2 - x1, y2 - y1) == (IMAGE_SIZE, IMAGE_SIZE):
         np.testing.assert_array_equal(found, frame[y1:y2, x1:x2])
 
 
-# Back into the frame.
+# Pasting back.
 
 
 @pytest.fixture(scope="module")
 def picture() -> np.ndarray:
-    """A soft picture: stretching it to a crop and back loses little."""
+    """A smooth image, which resizing to a crop and back changes little."""
     y, x = np.mgrid[: FRAME[0], : FRAME[1]]
     channels = [np.sin(x / 40), np.cos(y / 35), np.sin((x - y) / 50)]
     return np.round(127.5 + 100 * np.stack(channels, axis=-1)).astype(np.uint8)
 
 
 @pytest.mark.parametrize("box", [(200, 100, 400, 380), (0, 0, 640, 480), (10, 20, 111, 99)])
-def test_a_crop_pasted_back_is_the_frame_again(picture, box):
+def test_pasting_back_inverts_cropping(picture, box):
     face = crop_face(picture, np.array(box))
     assert face.shape == (IMAGE_SIZE, IMAGE_SIZE, 3) and face.dtype == np.uint8
     x1, y1, x2, y2 = box
@@ -369,7 +369,7 @@ def test_a_crop_pasted_back_is_the_frame_again(picture, box):
     assert back.dtype == np.uint8 and np.array_equal(back[outside], picture[outside])
 
 
-def test_where_alpha_is_zero_the_bytes_of_the_frame_stay(picture):
+def test_the_frame_is_unchanged_where_alpha_is_zero(picture):
     before, box = picture.copy(), np.array([200, 100, 400, 380])
     alpha = np.zeros((280, 200), np.float32)
     alpha[100:200, 50:150] = 1
@@ -392,7 +392,7 @@ def numbered_frames(numbers) -> list[np.ndarray]:
 
 def test_the_largest_person_is_cropped_in_every_variant():
     contract = FeatureContract(margins=(0, 10), bbox_shift=2)
-    backend = Planted({0: [face_at(100, eyes=15), face_at(eyes=40)], 1: []})
+    backend = FakeBackend({0: [face_at(100, eyes=15), face_at(eyes=40)], 1: []})
     frames = numbered_frames([0, 0, 1, 0])
     person = find_person(iter(frames), backend, contract)
     crops = list(crop_person(iter(frames), person))
@@ -409,7 +409,7 @@ def test_the_largest_person_is_cropped_in_every_variant():
 def test_the_faces_found_equal_the_detected_ones(dtype):
     faces = [face_at(300 + k / 3, score=1 / 3) for k in range(20)]
     faces = [Face(face.box.astype(dtype), face.landmarks.astype(dtype) / 3, face.score) for face in faces]
-    person = find_person(numbered_frames(range(20)), Planted(dict(enumerate([face] for face in faces))), RIGID)
+    person = find_person(numbered_frames(range(20)), FakeBackend(dict(enumerate([face] for face in faces))), RIGID)
     for found, face in zip(person.faces, faces, strict=True):
         assert found.score == face.score and found.landmarks.dtype == found.box.dtype == dtype
         np.testing.assert_array_equal(found.landmarks, face.landmarks)
@@ -418,13 +418,13 @@ def test_the_faces_found_equal_the_detected_ones(dtype):
 
 def test_a_face_that_cannot_be_cropped_is_ignored():
     frames = numbered_frames([0, 0])
-    person = find_person(frames, Planted({0: [face_at(x=1500)]}), FeatureContract())
+    person = find_person(frames, FakeBackend({0: [face_at(x=1500)]}), FeatureContract())
     assert person.faces == [None, None] and list(crop_person(frames, person)) == [None, None]
 
 
 @pytest.mark.parametrize("count", [1, 16, 40])
 def test_the_detector_gets_every_frame_once_in_small_batches(count):
-    backend = Planted({0: []})
+    backend = FakeBackend({0: []})
     find_person(numbered_frames([0] * count), backend, FeatureContract())
     assert sum(backend.batches) == count and max(backend.batches) <= crop.DETECT_BATCH
 
@@ -443,7 +443,7 @@ def test_the_detector_gets_every_frame_once_in_small_batches(count):
 )
 def test_a_long_source_is_split_into_numbered_clips(monkeypatch, count, part, expected, consume):
     monkeypatch.setattr(crop, "MAX_CLIP_FRAMES", 5)
-    backend = Planted({k: [face_at(300 + k)] for k in range(count)})
+    backend = FakeBackend({k: [face_at(300 + k)] for k in range(count)})
     frames = numbered_frames(range(count))
     found, nose_positions = [], []
     for name, person, crops, last in crop_clips(PurePath("a/b.mp4"), (frames, frames), backend, RIGID, part):
@@ -467,7 +467,7 @@ def test_a_clip_is_complete_before_the_next_one_is_read(monkeypatch):
             yield frame_of(0)
 
     readers = frames("find"), frames("crop")
-    _, _, crops, _ = next(crop_clips(PurePath("a.mp4"), readers, Planted({0: [face_at()]}), RIGID))
+    _, _, crops, _ = next(crop_clips(PurePath("a.mp4"), readers, FakeBackend({0: [face_at()]}), RIGID))
     assert read == {"find": 6, "crop": 0}  # one frame ahead tells whether the clip is the last
     assert len(list(crops)) == 5
     assert read == {"find": 6, "crop": 5}

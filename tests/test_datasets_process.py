@@ -62,17 +62,17 @@ def test_the_cache_of_the_sample(sample_cache):
     assert sheet.shape == (3 * 128, 8 * 128, 3)
 
 
-def test_two_runs_give_the_same_bytes_and_a_third_does_nothing(small_clips, sample_cache, tmp_path, monkeypatch):
+def test_runs_give_the_same_bytes_and_completed_clips_are_skipped(small_clips, sample_cache, tmp_path, monkeypatch):
     config = PrepareConfig(hdtf_dir=small_clips, hdtf_samples_dir=tmp_path)
     prepare(config)
-    made = contents(tmp_path)
-    assert made == contents(sample_cache.folder)
-    monkeypatch.setattr(datasets_process, "read_audio", None)  # would fail if anything were made again
+    expected = contents(tmp_path)
+    assert expected == contents(sample_cache.folder)
+    monkeypatch.setattr(datasets_process, "read_audio", None)  # fails if a clip is processed again
     prepare(config)
-    assert contents(tmp_path) == made
+    assert contents(tmp_path) == expected
 
 
-def test_it_goes_on_after_an_interruption(small_clips, sample_cache, tmp_path, monkeypatch):
+def test_an_interrupted_run_is_resumed(small_clips, sample_cache, tmp_path, monkeypatch):
     config = PrepareConfig(hdtf_dir=small_clips, hdtf_samples_dir=tmp_path)
     clip_tensors, calls = datasets_process.clip_tensors, []
 
@@ -83,24 +83,24 @@ def test_it_goes_on_after_an_interruption(small_clips, sample_cache, tmp_path, m
         return clip_tensors(*args)
 
     monkeypatch.setattr(datasets_process, "clip_tensors", interrupted)
-    with pytest.raises(SystemExit) as leaving:
+    with pytest.raises(SystemExit) as exit_info:
         run_script(prepare, config)
-    assert leaving.value.code == 130
+    assert exit_info.value.code == 130
     assert [path.name for path in (tmp_path / "clips").glob("*.json")] == ["sample_00.json"]
     prepare(config)
     assert contents(tmp_path) == contents(sample_cache.folder)
 
 
-def test_bad_videos_are_recorded_and_the_rest_is_cached(small_clips, tmp_path, capsys):
+def test_unusable_videos_are_recorded_and_the_others_are_cached(small_clips, tmp_path, capsys):
     videos = tmp_path / "videos"
     (videos / "deeper folder").mkdir(parents=True)
     source = small_clips / "sample_00.mp4"
     shutil.copy(source, videos / "deeper folder" / "it's me.mp4")
     shutil.copy(source, videos / "deeper folder" / "it's me.mov")
-    (videos / "text.mp4").write_text("this is no video")
+    (videos / "text.mp4").write_text("not a video")
     gray = [np.full((96, 96, 3), 90, np.uint8)] * 10
     write_video(videos / "nobody.mp4", gray, np.zeros(6400, np.float32), 16_000)
-    (videos / "notes.txt").write_text("not a video, and not named like one")
+    (videos / "notes.txt").write_text("neither a video nor named like one")
 
     cache_dir = tmp_path / "cache"
     prepare(PrepareConfig(hdtf_dir=videos, hdtf_samples_dir=cache_dir))
@@ -157,7 +157,7 @@ def test_audio_longer_than_the_video_is_used_at_its_end(small_clips, write_sourc
     check_audio(clip, source, mini)
 
 
-def test_a_last_part_that_is_all_edge_is_refused(small_clips, tmp_path, monkeypatch):
+def test_a_last_part_without_usable_frames_is_rejected(small_clips, tmp_path, monkeypatch):
     for module in (datasets_process, musetalk.data.crop):
         monkeypatch.setattr(module, "MAX_CLIP_FRAMES", 28)
     (tmp_path / "videos").mkdir()
@@ -194,14 +194,14 @@ def test_a_long_video_becomes_several_clips(small_clips, mini, tmp_path, monkeyp
     for clip in clips.values():
         check_audio(clip, videos / "sample_00.mp4", mini)
 
-    # A part that is lost is made again, to the same bytes.
+    # A missing part is prepared again with the same bytes.
     for path in (tmp_path / "cache" / "clips").glob("sample_00-0002.*"):
         path.unlink()
     prepare(config)
     assert contents(tmp_path / "cache") == whole
 
 
-def test_without_videos_of_ones_own_the_sample_is_made(mini, tmp_path, monkeypatch, capsys):
+def test_the_sample_is_rendered_by_default(mini, tmp_path, monkeypatch, capsys):
     made = []
 
     def fake_sample(folder):
@@ -216,71 +216,67 @@ def test_without_videos_of_ones_own_the_sample_is_made(mini, tmp_path, monkeypat
     assert "rendering the built-in sample (set hdtf_dir" in capsys.readouterr().out
 
 
-def test_without_its_folder_of_videos_it_says_which_constant_to_set(tmp_path):
+def test_a_missing_folder_of_videos_is_named_with_its_constant(tmp_path):
     with pytest.raises(MediaError, match="nowhere: no such folder; set hdtf_dir"):
         prepare(PrepareConfig(hdtf_dir=tmp_path / "nowhere", hdtf_samples_dir=tmp_path / "cache"))
     assert not list(tmp_path.iterdir())
 
 
-def test_without_weights_it_says_where_to_get_them(small_clips, tmp_path):
+def test_missing_weights_are_named_with_their_source(small_clips, tmp_path):
     with pytest.raises(WeightsError, match="nowhere/sd-vae-ft-mse/.* is missing; get it from"):
         prepare(PrepareConfig(hdtf_dir=small_clips, hdtf_samples_dir=tmp_path / "cache", models_dir=Path("nowhere")))
     assert [path.name for path in tmp_path.rglob("*")] == ["cache", ".lock"]
 
 
-NO_PATH = ["videos", "", None, 3, b"videos"]
-UNFIT = {
-    "hdtf_dir": NO_PATH,
-    "hdtf_samples_dir": NO_PATH,
-    "models_dir": NO_PATH,
-    "contract": ["v2", "", "Rigid", None, 1, ["rigid"]],
-    "bbox_shift": [1001, -1001, 0.0, True, "0", None, float("nan")],
-    "margins": [(-1,), (1001,), (0, 0.5), (True,), ("0",), [0], 0, None, "0"],
-    "encode_dtype": ["int8", "float16", None, 32],
-    "face_backend": ["eyes", "", None, 1],
-    "device": ["gpu", "", "meta", None, 0],
-    "num_workers": [-1, 513, 1.0, True, "4", None],
-    "verify": ["yes", 1, 0, None],
+INVALID = {
+    "hdtf_dir": ["videos", None],
+    "hdtf_samples_dir": [None],
+    "models_dir": [3],
+    "contract": ["v2", None],
+    "bbox_shift": [1001, 0.0, True],
+    "margins": [(-1,), (0, 0.5), 0],
+    "encode_dtype": ["int8", None],
+    "face_backend": ["eyes"],
+    "device": ["gpu", ""],
+    "num_workers": [-1, True],
+    "verify": ["yes", 1],
 }
 
 
 @pytest.mark.parametrize("name", [constant.name for constant in fields(PrepareConfig)])
-def test_an_unfit_constant_is_refused_by_name_before_anything_is_done(name, tmp_path, monkeypatch):
-    """A constant without an entry in UNFIT fails."""
+def test_an_invalid_constant_is_refused_by_name_first(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for stage in ("start_worker", "map_jobs", "find_sources", "make_sample", "folder_lock", "verify_cache"):
-        monkeypatch.setattr(datasets_process, stage, lambda *_: pytest.fail("it went on"))
-    for value in UNFIT[name]:
+        monkeypatch.setattr(datasets_process, stage, lambda *_: pytest.fail("the run started"))
+    for value in INVALID[name]:
         with pytest.raises(UserError, match=rf"^{name}(\.\d)? (cannot be|must) ") as caught:
             prepare(replace(PrepareConfig(), **{name: value}))
         assert repr(value) in str(caught.value) or isinstance(value, tuple)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_choices_of_constants_are_those_there_are():
+def test_the_choices_of_constants_are_complete():
     kinds = get_type_hints(PrepareConfig)
     assert get_args(kinds["contract"]) == tuple(CONTRACTS)
     assert get_args(kinds["face_backend"]) == tuple(FACE_BACKENDS)
-    for name in get_args(kinds["encode_dtype"]):
-        assert not name or replace(RIGID, encode_dtype=name).encode_dtype == name
 
 
-def test_an_output_that_is_a_file_is_one_sentence(small_clips, tmp_path, capsys):
+def test_an_output_path_that_is_a_file_is_refused(small_clips, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(SystemExit) as leaving:
+    with pytest.raises(SystemExit) as exit_info:
         run_script(prepare, PrepareConfig(hdtf_dir=small_clips, hdtf_samples_dir=tmp_path / "file"))
-    assert leaving.value.code == 2
+    assert exit_info.value.code == 2
     assert str(tmp_path / "file") in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_cache_made_under_other_rules_is_refused(small_clips, sample_cache):
+def test_a_cache_of_another_contract_is_refused(small_clips, sample_cache):
     config = PrepareConfig(hdtf_dir=small_clips, hdtf_samples_dir=sample_cache.folder, contract="musetalk_v15")
     with pytest.raises(ContractError, match="crop = 'rigid', but 'nose_centred'"):
         prepare(config)
 
 
-def test_nothing_usable_ends_in_a_sentence(tmp_path):
+def test_a_folder_without_usable_videos_is_refused(tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "text.mp4").write_text("no video")
     with pytest.raises(CacheError, match="no video is usable; the reasons are in .*rejected"):
@@ -288,14 +284,14 @@ def test_nothing_usable_ends_in_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("name", FACE_BACKENDS)
-def test_the_contract_says_whose_landmarks_made_the_boxes(name, mini, monkeypatch):
-    monkeypatch.setattr(datasets_process, "load_face_backend", lambda *given: given[0])
-    tools = datasets_process.load_models(PrepareConfig(models_dir=mini, face_backend=name, device="cpu"))
-    assert tools.backend == name and tools.contract.face_backend == {"mmpose": "dwpose"}.get(name, name)
+def test_the_contract_names_the_source_of_the_landmarks(name, mini, monkeypatch):
+    monkeypatch.setattr(datasets_process, "load_face_backend", lambda name, *_: name)
+    models = datasets_process.load_models(PrepareConfig(models_dir=mini, face_backend=name, device="cpu"))
+    assert models.backend == name and models.contract.face_backend == {"mmpose": "dwpose"}.get(name, name)
 
 
 @pytest.mark.parametrize(
-    ("contract", "asked", "known", "made"),
+    ("contract", "requested", "supported", "expected"),
     [
         ("rigid", "", True, "bfloat16"),
         ("rigid", "", False, "float32"),
@@ -303,39 +299,43 @@ def test_the_contract_says_whose_landmarks_made_the_boxes(name, mini, monkeypatc
         ("musetalk_v15", "", True, "float32"),
     ],
 )
-def test_bfloat16_is_only_chosen_where_the_device_computes_in_it(contract, asked, known, made, mini, monkeypatch):
-    monkeypatch.setattr(datasets_process, "supports_bf16", lambda device: known)
-    config = PrepareConfig(models_dir=mini, contract=contract, encode_dtype=asked, device="cpu")
-    tools = datasets_process.load_models(config)
-    assert tools.contract.encode_dtype == made
-    assert tools.vae.autoencoder.dtype is getattr(torch, made)
+def test_bfloat16_is_the_default_only_where_the_device_supports_it(
+    contract, requested, supported, expected, mini, monkeypatch
+):
+    monkeypatch.setattr(datasets_process, "supports_bf16", lambda device: supported)
+    config = PrepareConfig(models_dir=mini, contract=contract, encode_dtype=requested, device="cpu")
+    models = datasets_process.load_models(config)
+    assert models.contract.encode_dtype == expected
+    assert models.vae.autoencoder.dtype is getattr(torch, expected)
 
 
 # Several processes.
 
 
-def test_two_processes_give_the_same_bytes_as_one_whatever_is_bad_or_has_one_name(small_clips, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_two_processes_give_the_same_bytes_as_one(small_clips, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets_process, "MIN_FRAMES_PER_PROCESS", 1)
     videos = tmp_path / "videos"
     shutil.copytree(small_clips, videos)
     (videos / "deeper").mkdir()
-    shutil.copy(videos / "sample_02.mp4", videos / "deeper" / "again.mov")  # the first of this name
+    shutil.copy(videos / "sample_02.mp4", videos / "deeper" / "again.mov")  # the first source of this clip name
     shutil.copy(videos / "sample_01.mp4", videos / "deeper__again.mp4")
-    shutil.copy(videos / "sample_00.mp4", videos / "deeper__again.mp4.mp4")  # as the one before is when refused
-    (videos / "text.mp4").write_text("this is no video")
+    shutil.copy(videos / "sample_00.mp4", videos / "deeper__again.mp4.mp4")  # the name of the rejected one before
+    (videos / "text.mp4").write_text("not a video")
     config = PrepareConfig(hdtf_dir=videos, hdtf_samples_dir=tmp_path / "cache")
     prepare(replace(config, num_workers=1))
-    made = contents(config.hdtf_samples_dir)
+    expected = contents(config.hdtf_samples_dir)
     shutil.rmtree(config.hdtf_samples_dir)
     prepare(replace(config, num_workers=2))
-    assert contents(config.hdtf_samples_dir) == made
-    assert {json.loads(made[name])["kind"] for name in made if name.startswith("rejected")} == {
+    assert contents(config.hdtf_samples_dir) == expected
+    assert {json.loads(expected[name])["kind"] for name in expected if name.startswith("rejected")} == {
         "same name",
         "unreadable",
     }
 
 
-def test_a_killed_process_loses_nothing(small_clips, sample_cache, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_run_with_a_killed_process_is_resumed(small_clips, sample_cache, tmp_path, monkeypatch):
     class Killing(tqdm):
         def update(self, count=1):
             before = self.n
@@ -364,10 +364,10 @@ run_script(datasets_process.main, config)
 """
 
 
-# Verifying, and mending what it finds.
+# Verification and interruption.
 
 
-def test_a_cache_is_verified_and_mended_by_the_same_command(small_clips, sample_cache, tmp_path, capsys):
+def test_corrupted_clips_are_reported_and_prepared_again(small_clips, sample_cache, tmp_path, capsys):
     folder = tmp_path / "cache"
     shutil.copytree(sample_cache.folder, folder)
     config = PrepareConfig(hdtf_dir=small_clips, hdtf_samples_dir=folder)
@@ -380,9 +380,9 @@ def test_a_cache_is_verified_and_mended_by_the_same_command(small_clips, sample_
     content[len(content) // 2] ^= 1
     tensors.write_bytes(content)
     (folder / "clips" / "sample_02.safetensors").unlink()
-    with pytest.raises(SystemExit) as leaving:
+    with pytest.raises(SystemExit) as exit_info:
         run_script(prepare, check)
-    assert leaving.value.code == 2
+    assert exit_info.value.code == 2
     printed = capsys.readouterr()
     assert [line.partition(" ")[0] for line in printed.out.splitlines()] == [
         str(tensors),
@@ -397,46 +397,45 @@ def test_a_cache_is_verified_and_mended_by_the_same_command(small_clips, sample_
     run_script(prepare, check)
 
 
-def test_without_a_cache_there_is_nothing_to_verify(tmp_path):
+def test_only_a_cache_can_be_verified(tmp_path):
     with pytest.raises(CacheError, match="is not a cache"):
         prepare(PrepareConfig(hdtf_samples_dir=tmp_path / "none", verify=True))
     assert not list(tmp_path.iterdir())
 
 
-def ended_well(folder: Path, code: int, words: str) -> dict[str, bytes]:
-    """Check how an interrupted run has ended; gives what it left."""
-    assert code == 130 and "Traceback" not in words
-    assert words.endswith("\ninterrupted; run the same command again to resume\n")
-    left = contents(folder)
-    assert "contact_sheet.png" not in left and not [name for name in left if name.endswith(".partial")]
-    return left
+def check_interrupted(folder: Path, code: int, output: str) -> None:
+    """Checks the exit code, the output and the files of an interrupted run."""
+    assert code == 130 and "Traceback" not in output
+    assert output.endswith("\ninterrupted; run the same command again to resume\n")
+    assert "contact_sheet.png" not in contents(folder) and not list(folder.rglob("*.partial"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_after_ctrl_c_the_same_command_ends_as_if_there_had_been_none(
-    small_clips, sample_cache, tmp_path, interrupt, processes
-):
+def test_after_ctrl_c_the_same_command_resumes(small_clips, sample_cache, tmp_path, interrupt, processes):
     folder = tmp_path / "cache"
     clips = folder / "clips"
     arguments = ["--hdtf-dir", small_clips, "--hdtf-samples-dir", folder]
     command = [ROOT / "datasets_process.py", *arguments] if processes == 1 else ["-c", TWO_PROCESSES, *arguments[1::2]]
-    ended_well(folder, *interrupt(command, lambda: clips.is_dir() and any(clips.glob("*.json"))))
+    check_interrupted(folder, *interrupt(command, lambda: clips.is_dir() and any(clips.glob("*.json"))))
     prepare(tyro.cli(PrepareConfig, args=list(map(str, arguments))))
     assert contents(folder) == contents(sample_cache.folder)
 
 
-def test_the_sigterm_of_a_cluster_is_as_ctrl_c(small_clips, tmp_path):
-    """It comes to the first process alone."""
+@pytest.mark.slow
+def test_sigterm_ends_a_run_like_ctrl_c(small_clips, tmp_path):
+    """Clusters send it to the first process only."""
     arguments = ["datasets_process.py", "--hdtf-dir", small_clips, "--hdtf-samples-dir", tmp_path / "cache"]
-    with open(tmp_path / "words", "w") as words:
-        process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=words, stderr=words)
+    with open(tmp_path / "output", "w") as output:
+        process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=output, stderr=output)
         while not (tmp_path / "cache" / "clips" / "sample_00.json").exists():
             assert process.poll() is None
             time.sleep(0.01)
         process.terminate()
-    ended_well(tmp_path / "cache", process.wait(), (tmp_path / "words").read_text())
+    check_interrupted(tmp_path / "cache", process.wait(), (tmp_path / "output").read_text())
 
 
+@pytest.mark.slow
 def test_real_clips(clips, tmp_path):
     """Part of the clips of ../shared: HEVC, variable frame rate, MPEG-4 Part 2, no audio, a subfolder."""
     videos = tmp_path / "videos"

@@ -107,7 +107,7 @@ NAMES = {
 LONG_NAME = "/".join(["d" * 100] * 4 + ["y" * 246 + ".mp4"])
 
 
-def film(
+def write_film(
     path: Path,
     pictures: Sequence[np.ndarray],
     sound: np.ndarray | None = None,
@@ -176,7 +176,7 @@ def shrunk(picture: np.ndarray, size: int) -> np.ndarray:
     return cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA)
 
 
-def beside(large: np.ndarray, small: np.ndarray, side: str) -> np.ndarray:
+def side_by_side(large: np.ndarray, small: np.ndarray, side: str) -> np.ndarray:
     """Two people in one frame, the smaller one on a side."""
     column = np.full((FRAME_SIZE, 240, 3), GREY, np.uint8)
     column[100:320, 10:230] = shrunk(small, 220)
@@ -184,101 +184,103 @@ def beside(large: np.ndarray, small: np.ndarray, side: str) -> np.ndarray:
 
 
 @dataclass
-class Film:
-    """Material of the videos."""
+class VideoMaker:
+    """Writes videos of two people (`first`, `second`: their frames) and a voice into a folder."""
 
     folder: Path
-    one: list[np.ndarray]
-    other: list[np.ndarray]
+    first: list[np.ndarray]
+    second: list[np.ndarray]
     voice: np.ndarray
 
     def sound(self, frames: int) -> np.ndarray:
         return self.voice[: frames * SAMPLES_PER_FRAME]
 
     def write(self, name: str, pictures: Sequence[np.ndarray], **options) -> Path:
-        return film(self.folder / name, pictures, self.sound(len(pictures)), **options)
+        return write_film(self.folder / name, pictures, self.sound(len(pictures)), **options)
 
 
-def make_broken(films: Film) -> None:
-    folder, faces = films.folder, films.one
+def make_broken(videos: VideoMaker) -> None:
+    folder, faces = videos.folder, videos.first
     (folder / "empty.mp4").touch()
-    (folder / "text.mp4").write_text("this is no video\n" * 50)
+    (folder / "text.mp4").write_text("not a video\n" * 50)
     (folder / "names another file.mp4").write_text("ffconcat version 1.0\nfile plain.mp4\n")
-    whole = films.write("whole.mp4", faces, options={"preset": "ultrafast"}).read_bytes()
+    whole = videos.write("whole.mp4", faces, options={"preset": "ultrafast"}).read_bytes()
     (folder / "whole.mp4").unlink()
     assert whole.index(b"moov") > whole.index(b"mdat")
     (folder / "end cut off.mp4").write_bytes(whole[: len(whole) * 3 // 4])
-    write_video(folder / "whole.mp4", faces, films.sound(len(faces)), AUDIO_SAMPLE_RATE)
+    write_video(folder / "whole.mp4", faces, videos.sound(len(faces)), AUDIO_SAMPLE_RATE)
     whole = (folder / "whole.mp4").read_bytes()
     (folder / "whole.mp4").unlink()
     assert whole.index(b"moov") < whole.index(b"mdat")
     (folder / "middle cut off.mp4").write_bytes(whole[: len(whole) * 7 // 10])
-    (folder / "notes.txt").write_text("not a video, and not named like one")
+    (folder / "notes.txt").write_text("neither a video nor named like one")
 
     for name, covers in (("sound only.mp4", []), ("sound with a cover.mp4", faces[:1])):
         with av.open(str(folder / name), "w") as container:
             packets = [packet for picture in covers for packet in add_cover(container, picture)]
-            for packet in packets + add_sound(container, films.sound(10), "aac", Fraction(0)):
+            for packet in packets + add_sound(container, videos.sound(10), "aac", Fraction(0)):
                 container.mux(packet)
-    film(folder / "no sound.mp4", faces[:3])
-    film(folder / "sound cut short.mkv", faces[:20], films.sound(10), sound_codec="pcm_s16le")
-    film(folder / "sound goes on.mp4", faces[:3], films.sound(100))
-    content = films.write("title in latin-1.mp4", faces[:2]).read_bytes()
+    write_film(folder / "no sound.mp4", faces[:3])
+    write_film(folder / "sound cut short.mkv", faces[:20], videos.sound(10), sound_codec="pcm_s16le")
+    write_film(folder / "sound goes on.mp4", faces[:3], videos.sound(100))
+    content = videos.write("title in latin-1.mp4", faces[:2]).read_bytes()
     assert content.count(b"Lavf") == 1
     (folder / "title in latin-1.mp4").write_bytes(content.replace(b"Lavf", b"L\xe4vf"))
 
 
-def make_faces(films: Film) -> None:
-    one, other = films.one, films.other
-    nobody = np.full_like(one[0], GREY)
-    films.write("plain.mp4", one[:4])
-    films.write("nobody.mp4", [nobody] * 5)
-    films.write("leaves for a second.mp4", one[:8] + [nobody] * 25 + one[8:16])
-    films.write("turns away.mp4", [turned_head(*pair) for pair in zip(one, YAW, strict=True)])
+def make_faces(videos: VideoMaker) -> None:
+    first, second = videos.first, videos.second
+    nobody = np.full_like(first[0], GREY)
+    videos.write("plain.mp4", first[:4])
+    videos.write("nobody.mp4", [nobody] * 5)
+    videos.write("leaves for a second.mp4", first[:8] + [nobody] * 25 + first[8:16])
+    videos.write("turns away.mp4", [turned_head(*pair) for pair in zip(first, YAW, strict=True)])
     small = nobody.copy()
-    small[160:208, 160:208] = shrunk(one[0], 48)  # the face is 0.42 of a frame of the sample
-    films.write("20 pixels.mp4", [small] * 3)
+    small[160:208, 160:208] = shrunk(first[0], 48)  # the face is 0.42 of a frame of the sample
+    videos.write("20 pixels.mp4", [small] * 3)
     for side in ("left", "right"):
-        pairs = zip(one[:8], other[:8], strict=True)
-        films.write(f"two, the smaller {side}.mp4", [beside(*pair, side) for pair in pairs])
-    larger = [nobody if k in HIDDEN else one[k] for k in range(18)]
-    films.write("two, the larger hidden.mp4", [beside(*p, "left") for p in zip(larger, other[:18], strict=True)])
+        pairs = zip(first[:8], second[:8], strict=True)
+        videos.write(f"two, the smaller {side}.mp4", [side_by_side(*pair, side) for pair in pairs])
+    larger = [nobody if k in HIDDEN else first[k] for k in range(18)]
+    videos.write(
+        "two, the larger hidden.mp4", [side_by_side(*p, "left") for p in zip(larger, second[:18], strict=True)]
+    )
 
 
-def make_formats(films: Film) -> None:
-    faces = films.one[:4]
+def make_formats(videos: VideoMaker) -> None:
+    faces = videos.first[:4]
     for degrees in (90, 180, 270):
-        films.write(f"turned by {degrees}.mp4", [np.rot90(f, -degrees // 90).copy() for f in faces], rotation=degrees)
-    films.write("10 bits.mp4", faces, pix_fmt="yuv420p10le")
-    films.write(
+        videos.write(f"turned by {degrees}.mp4", [np.rot90(f, -degrees // 90).copy() for f in faces], rotation=degrees)
+    videos.write("10 bits.mp4", faces, pix_fmt="yuv420p10le")
+    videos.write(
         "10 bits hevc.mp4", faces, codec="libx265", pix_fmt="yuv420p10le", options={"x265-params": "log-level=0"}
     )
-    films.write("full colour.mp4", faces, pix_fmt="yuv444p")
-    films.write("grey.mp4", faces, pix_fmt="gray")
+    videos.write("full colour.mp4", faces, pix_fmt="yuv444p")
+    videos.write("grey.mp4", faces, pix_fmt="gray")
     odd = [face[:381, :383] for face in faces]
-    films.write("odd.mkv", odd, codec="ffv1", pix_fmt="bgr0")
-    films.write("odd old.avi", odd, codec="mpeg4", sound_codec="pcm_s16le")
-    films.write("b-frames.avi", faces, options={"bf": "3"}, sound_codec="pcm_s16le")
-    films.write("stream.ts", faces)
-    films.write("web.webm", faces, codec="libvpx-vp9", options={"cpu-used": "8"}, sound_codec="libopus")
-    films.write("cover first.mp4", faces, cover=np.zeros_like(faces[0]))
+    videos.write("odd.mkv", odd, codec="ffv1", pix_fmt="bgr0")
+    videos.write("odd old.avi", odd, codec="mpeg4", sound_codec="pcm_s16le")
+    videos.write("b-frames.avi", faces, options={"bf": "3"}, sound_codec="pcm_s16le")
+    videos.write("stream.ts", faces)
+    videos.write("web.webm", faces, codec="libvpx-vp9", options={"cpu-used": "8"}, sound_codec="libopus")
+    videos.write("cover first.mp4", faces, cover=np.zeros_like(faces[0]))
 
 
-def make_times(films: Film) -> None:
-    faces = films.one[:4]
-    films.write("one picture.mp4", faces[:1])
+def make_times(videos: VideoMaker) -> None:
+    faces = videos.first[:4]
+    videos.write("one picture.mp4", faces[:1])
     for name, late in (("picture after 100 s.mp4", 100), ("picture after 3 h.mp4", 3 * 3600)):
-        film(films.folder / name, faces, films.sound(4), times=[0, 0.04, 0.08, 0.12 + late])
-    film(films.folder / "sound after 100 s.mkv", faces, films.sound(4), sound_start=Fraction(100))
-    stream = films.write("once.ts", films.one).read_bytes()
-    (films.folder / "two recordings.ts").write_bytes(stream * 2)
-    (films.folder / "once.ts").unlink()
+        write_film(videos.folder / name, faces, videos.sound(4), times=[0, 0.04, 0.08, 0.12 + late])
+    write_film(videos.folder / "sound after 100 s.mkv", faces, videos.sound(4), sound_start=Fraction(100))
+    stream = videos.write("once.ts", videos.first).read_bytes()
+    (videos.folder / "two recordings.ts").write_bytes(stream * 2)
+    (videos.folder / "once.ts").unlink()
 
 
-def make_names(films: Film, outside: Path) -> None:
-    folder = films.folder
+def make_names(videos: VideoMaker, outside: Path) -> None:
+    folder = videos.folder
     face = outside / "inside.mp4"
-    write_video(face, films.one[:2], films.sound(2), AUDIO_SAMPLE_RATE)
+    write_video(face, videos.first[:2], videos.sound(2), AUDIO_SAMPLE_RATE)
     places = [folder / os.fsdecode(name) for name in NAMES] + [folder / LONG_NAME, folder / "people__c.mp4"]
     places += [folder / "people" / "a" / "talk.mp4", folder / "people" / "b" / "talk.mp4"]
     for place in (*places, folder / "folder.mp4" / "inside.mp4"):
@@ -319,10 +321,12 @@ def prepared(tmp_path_factory) -> Prepared:
     videos, outside = root / "videos", root / "outside"
     videos.mkdir()
     outside.mkdir()
-    films = Film(videos, *(list(islice(render_frames(index), len(YAW))) for index in range(2)), clip_script(0).audio)
+    maker = VideoMaker(
+        videos, *(list(islice(render_frames(index), len(YAW))) for index in range(2)), clip_script(0).audio
+    )
     for make in (make_broken, make_faces, make_formats, make_times):
-        make(films)
-    make_names(films, outside)
+        make(maker)
+    make_names(maker, outside)
     before = state(root)
     with redirect_stdout(io.StringIO()) as printed:
         prepare(PrepareConfig(hdtf_dir=videos, hdtf_samples_dir=root / "cache"))
@@ -402,12 +406,12 @@ def test_a_second_run_changes_nothing(prepared):
         assert again[path] == made[path] or not path.startswith("clips")
 
 
-def test_a_truncated_file_is_cached_as_far_as_it_goes(prepared):
+def test_a_truncated_file_is_cached_up_to_its_end(prepared):
     clip = prepared.clips["middle cut off"]
     assert 10 <= len(clip) < len(YAW) and clip.usable[:8].all()
 
 
-def test_a_head_that_turns_is_followed_until_its_face_is_gone(prepared):
+def test_a_turning_head_is_followed_until_its_face_is_hidden(prepared):
     clip = prepared.clips["turns away"]
     assert len(clip) == len(YAW)
     assert clip.usable[YAW < 40].all() and not clip.usable[YAW > 80].any()
@@ -426,7 +430,7 @@ def test_a_head_that_turns_is_followed_until_its_face_is_gone(prepared):
         ("two, the larger hidden", 240 + MIDDLE),
     ],
 )
-def test_of_two_people_the_larger_one_is_followed_in_all_frames(prepared, name, middle):
+def test_the_larger_of_two_people_is_followed_in_all_frames(prepared, name, middle):
     middles = box_middles(prepared.clips[name])
     assert np.abs(middles - middle).max() < 12
     assert max(abs(a - b) for a, b in pairwise(middles)) < 6
@@ -437,10 +441,10 @@ def test_of_two_people_the_larger_one_is_followed_in_all_frames(prepared, name, 
     [f"turned by {degrees}" for degrees in (90, 180, 270)]
     + ["10 bits", "10 bits hevc", "full colour", "grey", "odd", "odd old", "b-frames", "stream", "web", "cover first"],
 )
-def test_the_face_is_found_in_the_same_place_in_every_format(prepared, name):
+def test_the_face_is_at_the_same_place_in_every_format(prepared, name):
     plain, clip = prepared.clips["plain"], prepared.clips[name]
     away = np.linalg.norm(clip.tensor("landmarks") - plain.tensor("landmarks"), axis=-1)
     assert away.mean() < 2.5 and away.max() < 10
     for frame in range(4):
-        one, other = (cv2.cvtColor(c.image(frame), cv2.COLOR_BGR2GRAY).ravel() for c in (plain, clip))
-        assert np.corrcoef(one, other)[0, 1] > 0.9
+        first, second = (cv2.cvtColor(c.image(frame), cv2.COLOR_BGR2GRAY).ravel() for c in (plain, clip))
+        assert np.corrcoef(first, second)[0, 1] > 0.9

@@ -1,4 +1,4 @@
-"""Several processes train as one does."""
+"""Training on several processes equals training on one."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ ROOT = Path(__file__).parents[1]
     begin=st.integers(0, 5),
     count=st.integers(0, 3),
 )
-def test_a_part_of_a_step_holds_the_same_slots_on_any_number_of_processes(batch, world_size, parts, begin, count):
+def test_a_micro_step_has_the_same_slots_for_any_world_size(batch, world_size, parts, begin, count):
     whole, steps = batch * world_size, range(begin, begin + count)
     one = list(SlotSampler(whole * parts, steps, whole))
     shares = [list(SlotSampler(whole * parts, steps, batch, rank, world_size)) for rank in range(world_size)]
     assert one == list(range(begin * whole * parts, (begin + count) * whole * parts))
     for part in range(count * parts):
-        together = [item for share in shares for item in share[part * batch : (part + 1) * batch]]
-        assert together == one[part * whole : (part + 1) * whole]
+        gathered = [item for share in shares for item in share[part * batch : (part + 1) * batch]]
+        assert gathered == one[part * whole : (part + 1) * whole]
 
 
 def run(processes: int, *arguments: object) -> None:
-    """tests/processes.py on some processes."""
+    """Runs tests/processes.py on a number of processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -62,10 +62,11 @@ def tensors(value: object, prefix: str = "") -> dict[str, torch.Tensor]:
     return {prefix: value} if isinstance(value, torch.Tensor) else {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["unet", "wav2lip_narrow", "latentsync_narrow"])
-def test_two_processes_equal_one_also_resumed_on_another_number(sample_cache, tmp_path, what):
-    """In float64: three steps with accumulation; of a UNet with discriminators and adaptive weights, of a sync expert
-    with what its batch norms gather. Asked to stop is the first of the processes alone."""
+def test_two_processes_equal_one_and_can_be_resumed_on_one(sample_cache, tmp_path, what):
+    """Three steps with gradient accumulation in float64: a UNet with discriminators and adaptive weights, and sync
+    experts with batch norms over all processes. Only the first process is asked to stop."""
     run(1, what, sample_cache.folder, tmp_path / "one", 4, 3, "float64")
     run(2, what, sample_cache.folder, tmp_path / "two", 2, 2, "float64")
     run(1, what, sample_cache.folder, tmp_path / "two", 4, 1, "float64")
@@ -75,18 +76,19 @@ def test_two_processes_equal_one_also_resumed_on_another_number(sample_cache, tm
         torch.testing.assert_close(two[name], value, atol=1e-9, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_gradients_of_two_processes_are_those_of_one_in_float32(sample_cache, tmp_path):
+@pytest.mark.slow
+def test_gradients_of_two_processes_equal_those_of_one_in_float32(sample_cache, tmp_path):
     for processes in (1, 2):
         run(processes, "unet", sample_cache.folder, tmp_path / str(processes), 4 // processes, 1, "float32")
     one, two = ({name: x for name, x in state(tmp_path / name, 1).items() if name.endswith("exp_avg")} for name in "12")
     assert one.keys() == two.keys() and len(one) > 50
-    size = torch.cat([value.flatten() for value in one.values()]).norm()
-    apart = torch.cat([(two[name] - value).flatten() for name, value in one.items()]).norm()
-    assert size > 0 and apart / size < 1e-5
+    norm = torch.cat([value.flatten() for value in one.values()]).norm()
+    difference = torch.cat([(two[name] - value).flatten() for name, value in one.items()]).norm()
+    assert norm > 0 and difference / norm < 1e-5
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_other_ways_to_share_a_training_are_refused(monkeypatch, name):
+def test_other_distributed_backends_are_refused(monkeypatch, name):
     from accelerate import DistributedType
 
     class Shared:

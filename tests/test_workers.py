@@ -29,7 +29,7 @@ def begin(number: int, folder: Path) -> Callable[[str, Bar], object]:
     return lambda job, bar: globals()[job.split()[0]](number, folder, bar, *job.split()[1:])
 
 
-def begin_badly(number: int, folder: Path) -> None:
+def fail_to_begin(number: int, folder: Path) -> None:
     raise CacheError("no networks")
 
 
@@ -70,18 +70,18 @@ def write(number: int, folder: Path, bar: Bar, name: str) -> None:
 
 def refuse(number: int, folder: Path, bar: Bar) -> None:
     wait_for(number, folder, bar, "a.partial")
-    raise UserError(f"{folder}: is not fit")
+    raise UserError(f"{folder}: is unsuitable")
 
 
 def fill_disk(number: int, folder: Path, bar: Bar) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
-def stumble(number: int, folder: Path, bar: Bar) -> None:
-    raise KeyError("a mistake")
+def raise_bug(number: int, folder: Path, bar: Bar) -> None:
+    raise KeyError("a bug")
 
 
-class Drawn:
+class RecordingBar:
     """A bar that records its calls."""
 
     def __init__(self) -> None:
@@ -96,8 +96,8 @@ class Drawn:
 def run(tmp_path) -> Callable:
     """A function: jobs, number of processes -> results and the bar. Checks that no process is left."""
 
-    def share(jobs: list[str], count: int, start: str = "begin") -> tuple[dict[str, object], Drawn]:
-        bar = Drawn()
+    def share(jobs: list[str], count: int, start: str = "begin") -> tuple[dict[str, object], RecordingBar]:
+        bar = RecordingBar()
         try:
             return map_jobs(f"tests.test_workers:{start}", (tmp_path,), {job: job for job in jobs}, count, bar), bar
         finally:
@@ -108,7 +108,7 @@ def run(tmp_path) -> Callable:
     return share
 
 
-def test_each_job_is_done_once_and_what_it_says_comes_to_the_bar(run):
+def test_each_job_runs_once_and_reports_to_the_bar(run):
     jobs = [f"double {value}" for value in range(9)]
     results, bar = run(jobs, 2)
     assert results == {f"double {value}": 2 * value for value in range(9)}
@@ -116,12 +116,12 @@ def test_each_job_is_done_once_and_what_it_says_comes_to_the_bar(run):
     assert sorted(bar.lines) == sorted(f"half of {2 * value}" for value in range(9))
 
 
-def test_processes_work_at_the_same_time(run):
-    """With one process less this would never end."""
+def test_processes_run_at_the_same_time(run):
+    """With fewer than three processes the jobs would wait forever."""
     run(["wait_for_three a", "wait_for_three b", "wait_for_three c", "double 1"], 3)
 
 
-def test_a_killed_process_ends_all_in_a_sentence_that_names_its_job(run, tmp_path):
+def test_a_killed_process_ends_all_with_an_error_that_names_its_job(run, tmp_path):
     with pytest.raises(UserError, match="was killed while processing write a, killed, .*num_workers"):
         run(["write a", "killed", "double 3", "double 4", "double 5"], 2)
     assert (tmp_path / "a.tidied").exists()
@@ -130,24 +130,24 @@ def test_a_killed_process_ends_all_in_a_sentence_that_names_its_job(run, tmp_pat
 @pytest.mark.parametrize(
     ("job", "error", "message"),
     [
-        ("refuse", UserError, "is not fit"),
+        ("refuse", UserError, "is unsuitable"),
         ("fill_disk", OSError, os.strerror(errno.ENOSPC)),
-        ("stumble", KeyError, "a mistake"),
+        ("raise_bug", KeyError, "a bug"),
     ],
 )
-def test_an_error_ends_all_processes_and_nothing_is_left_half_written(run, tmp_path, job, error, message):
+def test_an_error_in_a_job_ends_all_processes(run, tmp_path, job, error, message):
     jobs = ["write a", job] if job == "refuse" else [job]
     with pytest.raises(error, match=message) as raised:
         run(jobs, len(jobs))
     assert job != "refuse" or (tmp_path / "a.tidied").exists()
     assert not (tmp_path / "a.partial").exists()
     assert getattr(raised.value, "filename", None) in (None, str(tmp_path))
-    assert job != "stumble" or "in stumble" in str(raised.value.__cause__)  # the traceback of the worker
+    assert job != "raise_bug" or "in raise_bug" in str(raised.value.__cause__)  # the traceback of the worker
 
 
-def test_a_process_that_cannot_begin_ends_all(run):
+def test_an_error_at_the_start_of_a_process_ends_all(run):
     with pytest.raises(CacheError, match="no networks"):
-        run(["double 1"], 1, "begin_badly")
+        run(["double 1"], 1, "fail_to_begin")
 
 
 TWO_AT_WORK = """
@@ -155,9 +155,9 @@ import sys
 from pathlib import Path
 from musetalk.cli import run_script
 from musetalk.data.workers import map_jobs
-from tests.test_workers import Drawn
+from tests.test_workers import RecordingBar
 jobs = {name: f"write {name}" for name in "ab"}
-run_script(lambda folder: map_jobs("tests.test_workers:begin", (folder,), jobs, 2, Drawn()), Path(sys.argv[1]))
+run_script(lambda folder: map_jobs("tests.test_workers:begin", (folder,), jobs, 2, RecordingBar()), Path(sys.argv[1]))
 """
 
 
@@ -165,14 +165,14 @@ def both(folder: Path, ending: str) -> Callable[[], bool]:
     return lambda: all((folder / f"{name}.{ending}").exists() for name in "ab")
 
 
-def test_ctrl_c_ends_all_processes_in_one_sentence(interrupt, tmp_path):
-    code, words = interrupt(["-c", TWO_AT_WORK, tmp_path], both(tmp_path, "partial"))
-    assert code == 130 and "Traceback" not in words
-    assert words.endswith("\ninterrupted; run the same command again to resume\n")
+def test_ctrl_c_ends_all_processes(interrupt, tmp_path):
+    code, output = interrupt(["-c", TWO_AT_WORK, tmp_path], both(tmp_path, "partial"))
+    assert code == 130 and "Traceback" not in output
+    assert output.endswith("\ninterrupted; run the same command again to resume\n")
     assert both(tmp_path, "tidied")()
 
 
-def test_when_the_one_that_gives_the_jobs_is_killed_the_others_end(tmp_path):
+def test_workers_end_when_their_parent_is_killed(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", TWO_AT_WORK, tmp_path], cwd=ROOT, stderr=subprocess.DEVNULL)
     while not both(tmp_path, "partial")():
         time.sleep(0.01)
@@ -183,14 +183,14 @@ def test_when_the_one_that_gives_the_jobs_is_killed_the_others_end(tmp_path):
 
 
 @pytest.mark.parametrize(("memory", "count"), [(64 << 30, 4), (10 << 30, 3), (1 << 30, 1)])
-def test_there_is_a_process_for_each_core_that_has_memory(monkeypatch, memory, count):
+def test_each_core_has_a_process_if_memory_allows(monkeypatch, memory, count):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": memory // 4096}.get)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert most_processes() == count
 
 
-def test_there_are_two_processes_for_each_gpu(monkeypatch):
+def test_each_gpu_has_two_processes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert most_processes() == 16

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -19,7 +20,7 @@ import torch
 import tyro
 from torch import nn
 
-from musetalk.data.face.attention_mesh import REGIONS, SIZE, AttentionMesh
+from musetalk.data.face.attention_mesh import REGIONS, SIZE, AttentionMesh, Region
 from musetalk.data.face.blazeface import POINTS, FullRangeDetector, ShortRangeDetector
 from musetalk.data.face.mediapipe import WEIGHTS
 
@@ -76,7 +77,7 @@ class Graph:
         return densify(values, shape, tensor.Sparsity()) if tensor.Sparsity() else values.reshape(shape)
 
 
-def densify(values: np.ndarray, shape: np.ndarray, sparsity: object) -> np.ndarray:
+def densify(values: np.ndarray, shape: np.ndarray, sparsity: Any) -> np.ndarray:
     """Expands a sparse tensor. Source of the format: TensorFlow Lite's schema, SparsityParameters."""
     order = sparsity.TraversalOrderAsNumpy()
     blocks = sparsity.BlockMapAsNumpy() if sparsity.BlockMapLength() else np.zeros(0, int)
@@ -110,7 +111,7 @@ def densify(values: np.ndarray, shape: np.ndarray, sparsity: object) -> np.ndarr
     return result
 
 
-def integers(dimension: object, name: str) -> np.ndarray:
+def integers(dimension: Any, name: str) -> np.ndarray:
     """Segments or indices of a sparse dimension, which are stored as one of three vector types."""
     import tflite
 
@@ -154,8 +155,9 @@ def order_of_mesh(constants: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
     layers = executed_layers(mesh, SIZE)
     trunk = layers.index(mesh.mesh) + 1
     presence, rest = constants[-1], constants[trunk:-1]
-    shared = len(executed(mesh.regions["lips"].body[:6]))
-    own = len(executed(mesh.regions["lips"])) - shared
+    lips = mesh.regions["lips"]
+    assert isinstance(lips, Region)
+    shared, own = len(layers_of(lips.body[:6])), len(layers_of(lips.body[6:])) + len(layers_of(lips.narrow)) + 1
     branches = {name: rest[index : 3 * shared : 3] for index, name in enumerate(REGIONS)}
     for index, name in ((0, "lips"), (1, "left_eye"), (3, "right_eye")):
         branches[name] = branches[name] + rest[3 * shared + index :: 5]
@@ -163,7 +165,7 @@ def order_of_mesh(constants: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
     return constants[:trunk] + [values for name in REGIONS for values in branches[name]] + [presence]
 
 
-def executed(module: nn.Module) -> list[nn.Module]:
+def layers_of(module: nn.Module) -> list[nn.Module]:
     return [part for part in module.modules() if isinstance(part, nn.Conv2d | nn.PReLU)]
 
 

@@ -52,6 +52,8 @@ def narrow() -> nn.Sequential:
 class Region(nn.Module):
     """Refines the points of a region from features cut about it."""
 
+    points: torch.Tensor
+
     def __init__(self, points: tuple[int, ...], ends: tuple[int, int]) -> None:
         super().__init__()
         self.register_buffer("points", torch.tensor(points), persistent=False)

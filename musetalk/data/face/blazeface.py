@@ -62,6 +62,7 @@ def relu(_: int) -> nn.ReLU:
 class ShortRangeDetector(nn.Module):
     """Detects faces within about two metres of the camera: 128 x 128 pixels, 101,390 parameters."""
 
+    anchors: torch.Tensor
     size = 128  # pixels, width and height of the input
     min_score = 0.5  # of a face
 
@@ -116,6 +117,7 @@ def stage(inputs: int, inner: int, outputs: int, blocks: int = 3) -> nn.Sequenti
 class FullRangeDetector(nn.Module):
     """Detects faces within about five metres of the camera: 192 x 192 pixels, a pyramid, 508,308 parameters."""
 
+    anchors: torch.Tensor
     size = 192
     min_score = 0.6
 

@@ -41,6 +41,8 @@ SAME_FACE_IOU = 0.3  # minimum overlap of detections of one face, which are aver
 FACE_VIEW = 2.0  # side of the square in which a face is detected again, relative to its first box
 MESH_VIEW = 1.5  # side of the mesh's square, relative to the second box
 
+Network = FullRangeDetector | ShortRangeDetector | AttentionMesh
+
 
 class Square(NamedTuple):
     """A square of an image: centre in pixels, side in pixels, and clockwise rotation in radians."""
@@ -70,38 +72,42 @@ class MediapipeFaceMesh:
     """Stateless face backend."""
 
     def __init__(self, device: torch.device) -> None:
-        networks = {"full_range": FullRangeDetector(), "short_range": ShortRangeDetector(), "mesh": AttentionMesh()}
-        modules = nn.ModuleDict(networks)
-        load_strictly(modules, read_tensors(WEIGHTS), WEIGHTS)
-        freeze(modules.to(device, torch.float32, memory_format=torch.channels_last))
         self.device = device
-        self.full_range, self.short_range, self.mesh = networks.values()
+        self.full_range, self.short_range, self.mesh = FullRangeDetector(), ShortRangeDetector(), AttentionMesh()
+        networks = nn.ModuleDict({"full_range": self.full_range, "short_range": self.short_range, "mesh": self.mesh})
+        load_strictly(networks, read_tensors(WEIGHTS), WEIGHTS)
+        freeze(networks.to(device, torch.float32).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
 
     def detect(self, frames: Sequence[np.ndarray]) -> list[list[Face]]:
         """Detects the faces of each frame. frames: BGR uint8 (H, W, 3), of any size.
 
         A face found by the full-range detector counts if the short-range detector and the mesh find it, too.
         """
-        boxes, views = [], []
-        for index, found in enumerate(self._detections(self.full_range, frames)):
-            for points, score in found:
-                low, high = points[:2]
-                boxes.append((index, np.concatenate([low, high]), score))
-                views.append(view(frames[index], (low + high) / 2, FACE_VIEW * (high - low).max()))
-        squares = []
-        for found in self._detections(self.short_range, [image for image, _ in views]):
-            squares.append(mesh_square(found[0][0]) if found else None)
-        kept = [index for index, square in enumerate(squares) if square]
-        meshes = self._meshes([views[index][0] for index in kept], [squares[index] for index in kept])
-        faces: list[list[Face]] = [[] for _ in frames]
-        for index, mesh in zip(kept, meshes, strict=True):
+        candidates = [
+            (index, points[:2], score)
+            for index, faces in enumerate(self._detections(self.full_range, frames))
+            for points, score in faces
+        ]
+        views = [
+            view(frames[index], box.mean(axis=0), FACE_VIEW * np.ptp(box, axis=0).max()) for index, box, _ in candidates
+        ]
+        second = self._detections(self.short_range, [image for image, _ in views])
+        kept = [
+            (*candidate, *view, mesh_square(faces[0][0]))
+            for candidate, view, faces in zip(candidates, views, second, strict=True)
+            if faces
+        ]
+        meshes = self._meshes([image for *_, image, _, _ in kept], [square for *_, square in kept])
+        result: list[list[Face]] = [[] for _ in frames]
+        for (index, box, score, _, corner, _), mesh in zip(kept, meshes, strict=True):
             if mesh is not None:
-                frame, box, score = boxes[index]
-                landmarks = (mesh + views[index][1])[np.array(MESH_TO_68)].mean(axis=1)
-                faces[frame].append(Face(box.astype(np.float32), landmarks.astype(np.float32), score))
-        return faces
+                landmarks = (mesh + corner)[np.array(MESH_TO_68)].mean(axis=1)
+                result[index].append(Face(box.ravel().astype(np.float32), landmarks.astype(np.float32), score))
+        return result
 
-    def _detections(self, detector: nn.Module, images: Sequence[np.ndarray]) -> list[list[tuple[np.ndarray, float]]]:
+    def _detections(
+        self, detector: FullRangeDetector | ShortRangeDetector, images: Sequence[np.ndarray]
+    ) -> list[list[tuple[np.ndarray, float]]]:
         """Detects the faces of BGR images (H, W, 3): points (8, 2) in pixels and score of each, best first."""
         squares = [Square(np.array([image.shape[1], image.shape[0]]) / 2, max(image.shape[:2])) for image in images]
         outputs = self._outputs(detector, images, squares, cv2.BORDER_CONSTANT)
@@ -120,7 +126,7 @@ class MediapipeFaceMesh:
 
     @torch.no_grad()
     def _outputs(
-        self, network: nn.Module, images: Sequence[np.ndarray], squares: Sequence[Square], border: int
+        self, network: Network, images: Sequence[np.ndarray], squares: Sequence[Square], border: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Applies a network to a square of each BGR image and yields its two outputs for each."""
         for batch in batched(list(zip(images, squares, strict=True)), BATCH):

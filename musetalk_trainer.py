@@ -306,9 +306,8 @@ def train(preset: str, config: TrainConfig) -> None:
             if stop:
                 break
         run.finish()
-        run.log.line(
-            f"done at step {state.step}: weights and states in {run.folder}, pictures in {config.log_dir / preset}"
-        )
+        pictures = config.log_dir / preset
+        run.log.line(f"done at step {state.step}: weights and states in {run.folder}, pictures in {pictures}")
 
 
 class Due(NamedTuple):

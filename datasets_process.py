@@ -140,7 +140,7 @@ def prepare_all(folder: Path, writer: CacheWriter, models: Models, sources: list
     for source in sources:
         bar_start, source_records = bar.n, []
         bar.set_postfix_str(printable(source.path.name))
-        metadata = {"source": source.path.as_posix(), "identity": source.identity}
+        metadata: dict[str, str | int] = {"source": source.path.as_posix(), "identity": source.identity}
         try:
             metadata["source_bytes"] = file_size(folder / source.path)
             for record in prepare_source(folder / source.path, metadata, writer, models, bar):
@@ -150,7 +150,7 @@ def prepare_all(folder: Path, writer: CacheWriter, models: Models, sources: list
                 rejected = clip_name(source.path) + source.path.suffix
             else:
                 rejected = clip_name(source.path, len(source_records) or None)  # earlier clips are kept
-            metadata = {"source_bytes": 0} | metadata
+            metadata = {"source_bytes": 0, **metadata}
             source_records.append(writer.reject(rejected, metadata | {"last": True}, error.kind, str(error)))
             bar.write(f"refused: {error}")
         records += source_records
@@ -169,8 +169,9 @@ def load_models(config: PrepareConfig) -> Models:
     )
     if config.device == "cpu":
         torch.set_num_threads(1)  # with more threads the last bits of the output depend on the batch size
-    vae = load_vae(config.models_dir, config.device, getattr(torch, contract.encode_dtype))
-    audio_encoder = load_audio_encoder(config.models_dir, config.device)
+    device = torch.device(config.device)
+    vae = load_vae(config.models_dir, device, getattr(torch, contract.encode_dtype))
+    audio_encoder = load_audio_encoder(config.models_dir, device)
     backend = load_face_backend(config.face_backend, config.models_dir, config.device)
     contract = replace(
         contract,

@@ -116,7 +116,7 @@ class TrainConfig:
     grad_accum_steps: Count = 1  # micro steps in one optimizer step
 
     # Losses: a weight for each term, 0 disables it
-    loss_weights: dict[Literal[LOSSES], PositiveOrZero] = field(
+    loss_weights: dict[Literal[LOSSES], PositiveOrZero] = field(  # type: ignore[valid-type]  # for pydantic
         default_factory=lambda: weights(latent_l1=1.0, pixel_l1=1.0)
     )
     pixel_every: Count = 1  # steps from one with image losses (a pixel step) to the next; they take most of the time
@@ -249,8 +249,9 @@ def train(preset: str, config: TrainConfig) -> None:
     pipeline = LipSyncPipeline(state.unet, vae, contract, config.models_dir)
     validator = None
     if config.val_every:
-        judges = {"distance": objective.distance, "expert": expert}
-        validator = Validator(pipeline, cache, held_clips, config.val_frames, **judges)
+        validator = Validator(
+            pipeline, cache, held_clips, config.val_frames, distance=objective.distance, expert=expert
+        )
     run_sync_check = expert and partial(check_expert, expert, cache, held_clips, config.seed)
     size = sum(parameter.numel() for parameter in state.unet.parameters())
     summary = f"UNet of {size:,} parameters; {len(train_clips)} clips to train on; {split_note}"
@@ -343,6 +344,7 @@ def optimizer_step(
         unet_input = torch.cat([data["masked_latents"], data["reference_latents"]], dim=1).to(dtype)
         pred_latents = state.unet(unet_input, data["audio_window"].to(dtype))
         if due.adaptive and micro_step == 0:
+            assert due.pixel_step is not None
             objective.update_adaptive_weights(pred_latents, state.unet.last_layer_gradient, data, due.pixel_step)
             broadcast(state.adaptive_weights)  # from the main process
         loss, terms, images = objective.generator_loss(
@@ -352,6 +354,7 @@ def optimizer_step(
 
         # Discriminator losses, backward.
         if due.train_disc:
+            assert images is not None
             terms |= objective.discriminator_backward(images, data, 1 / config.grad_accum_steps)
         del pred_latents, images  # or the next micro step would hold them too
         step.add(terms)
@@ -485,8 +488,9 @@ def build_objective(
     tiny = load_tiny_decoder(Path(config.tiny_decoder), vae) if config.tiny_decoder else None
 
     def decoder(pixel_step: int) -> Decode:
-        full = tiny is None or (config.full_decoder_every and pixel_step % config.full_decoder_every == 0)
-        return vae.decode if full else tiny.decode
+        if tiny is None or (config.full_decoder_every and pixel_step % config.full_decoder_every == 0):
+            return vae.decode
+        return tiny.decode
 
     objective = Objective(
         active,

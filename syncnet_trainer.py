@@ -198,7 +198,7 @@ def train(preset: str, config: SyncConfig) -> None:
 
 
 def optimizer_step(
-    state: NetworkState, batches: Iterator[dict], config: SyncConfig, accelerator: Accelerator
+    state: NetworkState[SyncNet], batches: Iterator[dict], config: SyncConfig, accelerator: Accelerator
 ) -> StepResult:
     """Updates the expert unless a gradient is not finite; raises TrainError then, unless steps are skipped."""
     step = OptimizerStep(state.step, config)
@@ -236,7 +236,7 @@ def check_only(config: SyncConfig, cache: Cache, clips: list[str], run: str, dev
     check.require(allow=False)
 
 
-def build_state(config: SyncConfig, accelerator: Accelerator) -> NetworkState:
+def build_state(config: SyncConfig, accelerator: Accelerator) -> NetworkState[SyncNet]:
     """Builds an expert, untrained or from start_from, with its optimizer. Raises WeightsError."""
     expert = build_syncnet(config.architecture, config.seed)
     if config.start_from:

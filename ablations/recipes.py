@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from datasets_process import SAMPLE_DIR
 from musetalk_trainer import PRESETS, TrainConfig
@@ -43,10 +44,10 @@ class Recipe:
     tiny_decoder: bool = False  # whether image losses use a tiny decoder
 
 
-def small(preset: str = "stage1", losses: dict[str, float] | None = None, **changes: object) -> TrainConfig:
+def small(preset: str = "stage1", losses: dict[str, float] | None = None, **changes: Any) -> TrainConfig:
     """A preset for small networks, with the weights of additional losses and other changes."""
     base = PRESETS[preset]
-    constants = {
+    constants: dict[str, Any] = {
         "num_workers": 0,
         "batch_size": FRAMES,
         "loss_weights": base.loss_weights | {"lpips": 0.0} | (losses or {}),
@@ -67,17 +68,17 @@ def small(preset: str = "stage1", losses: dict[str, float] | None = None, **chan
     return replace(base, **constants | changes)
 
 
-def further(losses: dict[str, float] | None = None, **changes: object) -> TrainConfig:
+def further(losses: dict[str, float] | None = None, **changes: Any) -> TrainConfig:
     """Preset stage1 for the UNet that recipe stage1 trained, with image losses in every step."""
-    constants = {"pixel_every": 1, "learning_rate": 1e-3, "warmup_steps": 5, "num_steps": FURTHER_STEPS}
+    constants: dict[str, Any] = {"pixel_every": 1, "learning_rate": 1e-3, "warmup_steps": 5, "num_steps": FURTHER_STEPS}
     return small("stage1", losses, start_from="stage1", **constants | changes)
 
 
 SYNC = {"sync": 0.05}
 ADVERSARIAL = {"adv_g": 0.01, "feat_match": 0.1, "adv_g_mouth": 0.01, "feat_match_mouth": 0.1}
-ADAPTIVE = {"adaptive_every": 5}
-WINDOW = {"frames": FRAMES, "batch_size": 1}
-FOUR_WINDOWS = {"frames": FRAMES, "batch_size": 4}
+ADAPTIVE: dict[str, Any] = {"adaptive_every": 5}
+WINDOW: dict[str, Any] = {"frames": FRAMES, "batch_size": 1}
+FOUR_WINDOWS: dict[str, Any] = {"frames": FRAMES, "batch_size": 4}
 RECIPES = {
     "stage1": Recipe("preset stage1: single frames, latents and pixels", small()),
     "original": Recipe(

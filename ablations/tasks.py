@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -110,7 +111,7 @@ def stages() -> Iterator[list[Task]]:
         yield [Task("measurement", material, (name, seed)) for material, name in recipes]
 
 
-def make_cache(folder: Path, material: str, crop: str) -> dict:
+def make_cache(folder: Path, material: str, crop: Literal["rigid", "musetalk_v15", "musetalk_v1"]) -> dict:
     """Prepares all videos. Returns the numbers of clips, frames and usable frames."""
     prepare(PrepareConfig(MATERIALS[material].videos, folder, models_dir=MODELS, contract=crop))
     clips = Cache(folder).clips.values()
@@ -188,7 +189,7 @@ def make_measurement(folder: Path, material: str, recipe: str, seed: str) -> dic
     return {"figures": validation.figures, "openings": [openings(result) for result in validation.results]}
 
 
-KINDS = {
+KINDS: dict[str, Callable[..., dict]] = {
     "cache": make_cache,
     "expert": make_expert,
     "decoder": make_decoder,

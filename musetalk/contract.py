@@ -104,9 +104,9 @@ class FeatureContract:
         if not isinstance(values, dict):
             raise ContractError(f"{source}: contains no feature contract")
         if unknown := sorted(str(name)[:40] for name in set(values).difference(names)):
-            unknown = ", ".join(unknown[:5])
             raise ContractError(
-                f"{source}: its feature contract has unknown fields: {unknown}; use the version that wrote it, or newer"
+                f"{source}: its feature contract has unknown fields: {', '.join(unknown[:5])}; use the version that "
+                "wrote it, or newer"
             )
         if missing := [name for name in FINGERPRINTS if name in names and name not in values]:
             raise ContractError(f"{source}: its feature contract lacks {', '.join(missing)}; recreate it")

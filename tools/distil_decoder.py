@@ -81,6 +81,8 @@ class DistilConfig:
     keep_states: Count = 2  # newest training states
     seed: Seed = 1234
 
+    keep_weights = keep_weights_every = 0  # weights are saved only at the end
+
 
 def main(config: DistilConfig) -> None:
     """Distils until `num_steps`, resuming from the newest training state; saves, measures and draws the result."""
@@ -134,7 +136,7 @@ def main(config: DistilConfig) -> None:
 
 
 def optimizer_step(
-    state: NetworkState, vae: VAE, batches: Iterator[dict], config: DistilConfig, accelerator: Accelerator
+    state: NetworkState[TinyDecoder], vae: VAE, batches: Iterator[dict], config: DistilConfig, accelerator: Accelerator
 ) -> StepResult:
     """Updates the tiny decoder on the absolute difference of its images from the VAE decoder's."""
     step = OptimizerStep(state.step, config)
@@ -181,8 +183,8 @@ def compare(
         with torch.no_grad():
             rows.append([truth[0].numpy(), *(to_uint8(decode(target_latents))[0] for decode in decoders)])
         losses = [pixel_l1(decode(latents), to_tensor(truth.to(device))) for decode in decoders]
-        gradients = [torch.autograd.grad(loss, latents)[0].flatten() for loss in losses]
-        cosines.append(functional.cosine_similarity(*gradients, dim=0).item())
+        own, tiny = (torch.autograd.grad(loss, latents)[0].flatten() for loss in losses)
+        cosines.append(functional.cosine_similarity(own, tiny, dim=0).item())
     pairs = {"psnr_own": (1, 0), "psnr_tiny": (2, 0), "psnr": (2, 1)}
     similarity = {name: float(np.mean([psnr(row[a], row[b]) for row in rows])) for name, (a, b) in pairs.items()}
     similarity["gradient_cosine"] = float(np.mean(cosines))  # of pixel_l1, at the latents

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import librosa
 import numpy as np
@@ -28,6 +29,8 @@ SEGMENT_SAMPLES = whisper.audio.N_SAMPLES  # 30 s, the input length of Whisper
 SEGMENT_MEL_FRAMES = whisper.audio.N_FRAMES  # 3000
 FULL_SCALE = 2**15  # of 16-bit audio
 SYNC_MEL_BLOCK = 60 * SYNC_MEL_RATE  # mel frames computed at a time, to bound memory
+
+Frames = TypeVar("Frames", int, np.ndarray)
 
 
 def audio_features(audio: np.ndarray, encoder: AudioEncoder, contract: FeatureContract) -> np.ndarray:
@@ -63,7 +66,7 @@ def _log_mel(samples: torch.Tensor, mel_bins: int) -> torch.Tensor:
     return whisper.audio.log_mel_spectrogram(torch.nn.functional.pad(samples, (0, padding)), mel_bins)
 
 
-def window_start(frames: int | np.ndarray) -> int | np.ndarray:
+def window_start(frames: Frames) -> Frames:
     """Index of the first feature in the window of a frame; negative before the start of the clip."""
     return FEATURES_PER_FRAME * (frames - CONTEXT_FRAMES)
 
@@ -98,7 +101,7 @@ def clip_audio(audio: np.ndarray, start: int, frames: int) -> np.ndarray:
     return np.clip(np.round(samples * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
 
 
-def mel_start(frame: int | np.ndarray) -> int | np.ndarray:
+def mel_start(frame: Frames) -> Frames:
     """Index of the sync expert's first mel frame at a video frame (3.2 mel frames per video frame). Source: Wav2Lip."""
     return SYNC_MEL_RATE * frame // VIDEO_FPS
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path, PurePath
 from reprlib import repr as short
+from typing import Any
 
 import cv2
 import numpy as np
@@ -152,9 +153,9 @@ def _read_record(path: Path) -> dict:
     return values
 
 
-def _is_valid(name: str, value: object) -> bool:
+def _is_valid(name: str, value: Any) -> bool:
     """Checks the value of a field of a record. Unknown fields may be anything but dictionaries and lists."""
-    kind = KNOWN.get(name)
+    kind: Any = KNOWN.get(name)
     if kind is None:
         return not isinstance(value, dict | list)
     if type(value) is not kind:
@@ -380,9 +381,11 @@ def verify(folder: Path) -> Iterator[CacheError | None]:
     read_contract(folder)
     for record in sorted((folder / "clips").glob("*.json")):
         try:
-            yield Clip(folder, record.stem).verify()
+            Clip(folder, record.stem).verify()
         except CacheError as error:
             yield error
+        else:
+            yield None
 
 
 def _check_tensors(source: str, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> None:

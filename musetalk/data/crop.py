@@ -68,12 +68,12 @@ def find_person(frames: Iterable[np.ndarray], backend: FaceBackend, contract: Fe
         ]
         for count in counts
     ]
-    faces = follow_person(candidates)
-    boxes = np.zeros((len(faces), len(contract.margins), 4), np.int32)
-    for index, face in enumerate(faces):
-        if face is not None:
-            boxes[index] = _boxes(face, shapes[index], contract)
-    return Person(faces, boxes)
+    tracked = follow_person(candidates)
+    boxes = np.zeros((len(tracked), len(contract.margins), 4), np.int32)
+    for index, main_face in enumerate(tracked):
+        if main_face is not None:
+            boxes[index] = _boxes(main_face, shapes[index], contract)
+    return Person(tracked, boxes)
 
 
 def _boxes(face: Face, frame_shape: Sequence[int], contract: FeatureContract) -> list[np.ndarray] | None:
@@ -81,7 +81,8 @@ def _boxes(face: Face, frame_shape: Sequence[int], contract: FeatureContract) ->
     boxes = [
         face_box(face.landmarks, frame_shape, contract.bbox_shift, margin, contract.crop) for margin in contract.margins
     ]
-    return None if any(box is None for box in boxes) else boxes
+    found = [box for box in boxes if box is not None]
+    return found if len(found) == len(boxes) else None
 
 
 def crop_person(frames: Iterable[np.ndarray], person: Person) -> Iterator[list[np.ndarray] | None]:

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -131,10 +131,10 @@ class FaceDataset(Dataset):
     def __len__(self) -> int:
         return 2**62  # unlimited steps
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return self.read(self.draw(*divmod(index, self.slots)))
 
-    def read(self, sample: Sample) -> dict[str, torch.Tensor | str]:
+    def read(self, sample: Sample) -> dict[str, Any]:
         """masked_latents, reference_latents, target_latents float16 (T, 4, 32, 32) · audio_window float16 (T, W, D)
         · target_image uint8 (T, 256, 256, 3) BGR · mouth_box float32 (T, 4) in pixels of the target
         · mel float16 (mel_frames, 80) if mel_frames > 0 · where: position for messages."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from torch.nn.init import dirac_
 
 from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS
@@ -78,12 +79,12 @@ def _write(conv: torch.nn.Conv2d, matrix: torch.Tensor, kernel: torch.Tensor) ->
     outputs, inputs = matrix.shape
     conv.weight[:outputs] = 0
     conv.weight[:outputs, :inputs] = matrix[:, :, None, None] * kernel
-    conv.bias[:outputs] = 0
+    conv.get_parameter("bias")[:outputs] = 0
 
 
 def _pair_colours(
-    first: torch.nn.Module,
-    later: Iterable[torch.nn.Module],
+    first: ResnetBlock2D,
+    later: Iterable[ResnetBlock2D],
     conv_out: torch.nn.Conv2d,
     num_constants: int,
     matrix: torch.Tensor,
@@ -103,7 +104,7 @@ def _pair_colours(
         conv.bias[rows] = 0
     # Mean squares in a group: colours 1/4, other channels 1/2, roughly
     gain = math.sqrt((2 * num_constants * CONSTANT**2 + 2 / 4 + (size - reserved) / 2) / size)
-    conv_out.bias[:3] = 0
+    conv_out.get_parameter("bias")[:3] = 0
     conv_out.weight[:3] *= 0.1
     for c in range(3):
         shortcut.weight[c * size : c * size + 2, c, 0, 0] = signs[:2]

@@ -53,6 +53,7 @@ class KillAnyTime(Fault):
     def outside(self, process: BaseProcess) -> None:
         process.join(self.moment)
         if process.is_alive():
+            assert process.pid is not None
             os.kill(process.pid, signal.SIGUSR1)  # makes it print its stack
             time.sleep(0.01)
             process.kill()
@@ -129,7 +130,8 @@ class FullDisk(Fault):
         subprocess.run(["mount", "-t", "tmpfs", *remount, "tmpfs", folder], check=True, capture_output=True)
 
     def inside(self, folder: Path) -> None:
-        shutil.disk_usage = lambda _: SimpleNamespace(free=sys.maxsize)  # passes the check at the start
+        # Passes the check at the start.
+        shutil.disk_usage = lambda _: SimpleNamespace(free=sys.maxsize)  # type: ignore[assignment, return-value]
 
     def after(self, folder: Path) -> None:
         subprocess.run(["umount", folder], check=True)

@@ -53,15 +53,15 @@ class Person:
     boxes: np.ndarray
     file: BinaryIO
 
-    def crops(self) -> Iterator[np.ndarray | None]:
-        """Yields the crops of each frame, BGR uint8 (K, 256, 256, 3), None where there is no face."""
+    def crops(self) -> Iterator[list[np.ndarray] | None]:
+        """Yields the K crops of each frame, BGR uint8 (256, 256, 3), None where there is no face."""
         shape = self.boxes.shape[1], IMAGE_SIZE, IMAGE_SIZE, 3
         for face in self.faces:
             if face is None:
                 yield None
             else:
                 self.file.seek(face.number * math.prod(shape))
-                yield np.frombuffer(self.file.read(math.prod(shape)), np.uint8).reshape(shape)
+                yield list(np.frombuffer(self.file.read(math.prod(shape)), np.uint8).reshape(shape))
 
 
 def crop_person(frames: Iterable[np.ndarray], backend: FaceBackend, contract: FeatureContract) -> Person:
@@ -81,8 +81,8 @@ def crop_person(frames: Iterable[np.ndarray], backend: FaceBackend, contract: Fe
             for face in sorted(faces, key=lambda face: area(face.box), reverse=True)[:MAX_FACES]:
                 if (boxes := _boxes(face, frame.shape, contract)) is not None:
                     dtype = face.landmarks.dtype
-                    values = [face.box, face.landmarks.ravel(), [face.score]]
-                    numbers += np.concatenate(values, dtype=np.float64).tobytes()
+                    values = np.concatenate([face.box, face.landmarks.ravel(), [face.score]], dtype=np.float64)
+                    numbers += values.tobytes()
                     file.writelines(crop_face(frame, box).data for box in boxes)
                     counts[-1] += 1
     rows = enumerate(np.frombuffer(numbers).reshape(-1, 4 + 2 * 68 + 1))
@@ -94,11 +94,11 @@ def crop_person(frames: Iterable[np.ndarray], backend: FaceBackend, contract: Fe
         for count in counts
     ]
     person = follow_person(candidates)
-    all_boxes = np.zeros((len(person), len(contract.margins), 4), np.int32)
-    for index, face in enumerate(person):
-        if face is not None:
-            all_boxes[index] = _boxes(face, shapes[index], contract)
-    return Person(person, all_boxes, file)
+    person_boxes = np.zeros((len(person), len(contract.margins), 4), np.int32)
+    for index, main_face in enumerate(person):
+        if main_face is not None:
+            person_boxes[index] = _boxes(main_face, shapes[index], contract)
+    return Person(person, person_boxes, file)
 
 
 def _boxes(face: Face, frame_shape: Sequence[int], contract: FeatureContract) -> list[np.ndarray] | None:

@@ -199,9 +199,9 @@ def prepare_source(source: Path, metadata: dict, writer: CacheWriter, models: Mo
     mel = sync_mel(audio)
     features = audio_features(audio, models.audio_encoder, models.contract)
     first_part = len(finished)
-    first_pass, second_pass = (read_frames(source, first_part * MAX_CLIP_FRAMES) for _ in range(PASSES))
-    clips = crop_clips(relative, (counted(first_pass, bar), second_pass), models.backend, models.contract, first_part)
-    for part, (name, person, crops, last) in enumerate(clips, first_part):
+    frames = counted(read_frames(source, first_part * MAX_CLIP_FRAMES), bar)
+    clips = crop_clips(relative, frames, models.backend, models.contract, first_part)
+    for part, (name, person, last) in enumerate(clips, first_part):
         start = part * MAX_CLIP_FRAMES
         clip_metadata = metadata | {"start": start, "last": last}
         has_face = np.array([face is not None for face in person.faces])
@@ -211,7 +211,7 @@ def prepare_source(source: Path, metadata: dict, writer: CacheWriter, models: Mo
         usable = has_face & has_audio & (np.arange(len(has_face)) >= (CONTEXT_FRAMES if part else 0))
         if usable.any():
             audio_inputs = features[FEATURES_PER_FRAME * start :], mel[SYNC_MEL_RATE * start // VIDEO_FPS :]
-            tensors = clip_tensors(name, person, counted(crops, bar), usable, audio_inputs, models)
+            tensors = clip_tensors(name, person, counted(person.crops(), bar), usable, audio_inputs, models)
             tensors["audio"] = clip_audio(audio, start, len(usable))
             yield writer.write(name, tensors, clip_metadata)
             continue
@@ -244,7 +244,7 @@ def clip_tensors(
 ) -> dict[str, np.ndarray]:
     """Builds the tensors of a clip, see TENSORS in musetalk/data/cache.py.
 
-    crops: K images of each of T frames, as `crop_person` yields them; only those of usable frames are stored.
+    crops: those of `person`; only those of usable frames are stored.
     audio_inputs: features and mel from the first frame of the clip to the end of the source.
     """
     features, mel = audio_inputs

@@ -75,10 +75,9 @@ def preprocess_nonmodel_ratio(workplace: Workplace) -> Measured:
     folder.mkdir()
 
     def ours() -> None:
-        readers = read_frames(video), read_frames(video)
-        for name, _, crops, _ in crop_clips(PurePath(video.name), readers, backend, RIGID):
+        for name, person, _ in crop_clips(PurePath(video.name), read_frames(video), backend, RIGID):
             jpegs = JpegBuffer()
-            vae.encode_clip(name, jpegs.passing(crops, 1), RIGID)
+            vae.encode_clip(name, jpegs.passing(person.crops(), 1), RIGID)
 
     return ratio(lambda: list(original.crop_frames(video, box, folder)), ours)
 

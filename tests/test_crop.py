@@ -24,7 +24,6 @@ from musetalk.data.crop import (
     crop_mouth,
     crop_person,
     face_box,
-    find_person,
     in_crop,
     mouth_box,
     paste_back,
@@ -394,8 +393,8 @@ def test_the_largest_person_is_cropped_in_every_variant():
     contract = FeatureContract(margins=(0, 10), bbox_shift=2)
     backend = FakeBackend({0: [face_at(100, eyes=15), face_at(eyes=40)], 1: []})
     frames = numbered_frames([0, 0, 1, 0])
-    person = find_person(iter(frames), backend, contract)
-    crops = list(crop_person(iter(frames), person))
+    person = crop_person(iter(frames), backend, contract)
+    crops = list(person.crops())
     for values in (person.faces, crops):
         assert [value is None for value in values] == [False, False, True, False]
     assert person.boxes.shape == (4, 2, 4) and person.boxes.dtype == np.int32 and (person.boxes[2] == 0).all()
@@ -409,7 +408,7 @@ def test_the_largest_person_is_cropped_in_every_variant():
 def test_the_faces_found_equal_the_detected_ones(dtype):
     faces = [face_at(300 + k / 3, score=1 / 3) for k in range(20)]
     faces = [Face(face.box.astype(dtype), face.landmarks.astype(dtype) / 3, face.score) for face in faces]
-    person = find_person(numbered_frames(range(20)), FakeBackend(dict(enumerate([face] for face in faces))), RIGID)
+    person = crop_person(numbered_frames(range(20)), FakeBackend(dict(enumerate([face] for face in faces))), RIGID)
     for found, face in zip(person.faces, faces, strict=True):
         assert found.score == face.score and found.landmarks.dtype == found.box.dtype == dtype
         np.testing.assert_array_equal(found.landmarks, face.landmarks)
@@ -418,18 +417,17 @@ def test_the_faces_found_equal_the_detected_ones(dtype):
 
 def test_a_face_that_cannot_be_cropped_is_ignored():
     frames = numbered_frames([0, 0])
-    person = find_person(frames, FakeBackend({0: [face_at(x=1500)]}), FeatureContract())
-    assert person.faces == [None, None] and list(crop_person(frames, person)) == [None, None]
+    person = crop_person(frames, FakeBackend({0: [face_at(x=1500)]}), FeatureContract())
+    assert person.faces == [None, None] and list(person.crops()) == [None, None]
 
 
 @pytest.mark.parametrize("count", [1, 16, 40])
 def test_the_detector_gets_every_frame_once_in_small_batches(count):
     backend = FakeBackend({0: []})
-    find_person(numbered_frames([0] * count), backend, FeatureContract())
+    crop_person(numbered_frames([0] * count), backend, FeatureContract())
     assert sum(backend.batches) == count and max(backend.batches) <= crop.DETECT_BATCH
 
 
-@pytest.mark.parametrize("consume", [True, False], ids=["cropped", "not cropped"])
 @pytest.mark.parametrize(
     ("count", "part", "expected"),
     [
@@ -441,36 +439,33 @@ def test_the_detector_gets_every_frame_once_in_small_batches(count):
         (2, 3, [("a__b-0003", 2, True)]),
     ],
 )
-def test_a_long_source_is_split_into_numbered_clips(monkeypatch, count, part, expected, consume):
+def test_a_long_source_is_split_into_numbered_clips(monkeypatch, count, part, expected):
     monkeypatch.setattr(crop, "MAX_CLIP_FRAMES", 5)
     backend = FakeBackend({k: [face_at(300 + k)] for k in range(count)})
     frames = numbered_frames(range(count))
     found, nose_positions = [], []
-    for name, person, crops, last in crop_clips(PurePath("a/b.mp4"), (frames, frames), backend, RIGID, part):
+    for name, person, last in crop_clips(PurePath("a/b.mp4"), frames, backend, RIGID, part):
         start = len(nose_positions)
         found.append((name, len(person.faces), last))
         nose_positions += [face.landmarks[29, 0] for face in person.faces]
-        if consume or last:  # the crops of the last clip are right even if those of earlier clips were not read
-            for frame, boxes, images in zip(frames[start:], person.boxes, crops, strict=False):
-                np.testing.assert_array_equal(images[0], crop_face(frame, boxes[0]))
+        for frame, boxes, images in zip(frames[start:], person.boxes, person.crops(), strict=False):
+            np.testing.assert_array_equal(images[0], crop_face(frame, boxes[0]))
     assert found == expected
     assert nose_positions == [300 + k for k in range(count)]  # no frame is lost or repeated
 
 
 def test_a_clip_is_complete_before_the_next_one_is_read(monkeypatch):
     monkeypatch.setattr(crop, "MAX_CLIP_FRAMES", 5)
-    read = {"find": 0, "crop": 0}
+    read = []
 
-    def frames(purpose):
-        for _ in range(20):
-            read[purpose] += 1
+    def frames():
+        for index in range(20):
+            read.append(index)
             yield frame_of(0)
 
-    readers = frames("find"), frames("crop")
-    _, _, crops, _ = next(crop_clips(PurePath("a.mp4"), readers, FakeBackend({0: [face_at()]}), RIGID))
-    assert read == {"find": 6, "crop": 0}  # one frame ahead tells whether the clip is the last
-    assert len(list(crops)) == 5
-    assert read == {"find": 6, "crop": 5}
+    _, person, _ = next(crop_clips(PurePath("a.mp4"), frames(), FakeBackend({0: [face_at()]}), RIGID))
+    assert len(read) == 6  # one frame ahead tells whether the clip is the last
+    assert len(list(person.crops())) == 5
 
 
 def measure_growth(count: int) -> int:
@@ -489,7 +484,7 @@ def measure_growth(count: int) -> int:
             sizes.append(resident_bytes())
 
     sizes: list[int] = []
-    assert len(find_person(frames(), AlwaysFound(), RIGID).faces) == count
+    assert len(crop_person(frames(), AlwaysFound(), RIGID).faces) == count
     return sizes[-1] - sizes[50]
 
 
@@ -502,11 +497,11 @@ def test_no_frame_is_kept_while_a_person_is_found():
 
 def test_the_nose_is_in_the_middle_of_real_crops(clips, face_backend):
     frames = list(islice(read_frames(clips / "talking_b.mp4"), 6))
-    person = find_person(frames, face_backend, RIGID)
+    person = crop_person(frames, face_backend, RIGID)
     assert all(face is not None for face in person.faces)
     for face, (x1, y1, x2, y2) in zip(person.faces, person.boxes[:, 0], strict=True):
         assert abs(face.landmarks[29, 1] - (y1 + y2) / 2) <= 1.5
         mouth = face.landmarks[48:68]
         assert (mouth > (x1, (y1 + y2) / 2)).all() and (mouth < (x2, y2)).all()
-    first = next(crop_person(frames, person))
+    first = next(person.crops())
     assert cv2.Laplacian(first[0], cv2.CV_64F).var() > 5  # a picture

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from musetalk.contract import RIGID, FeatureContract
 from musetalk.data.audio import audio_windows
 from musetalk.data.cache import Cache, CacheError, CacheWriter
-from musetalk.data.crop import find_person, mouth_box
+from musetalk.data.crop import crop_person, mouth_box
 from musetalk.data.dataset import (
     FaceDataset,
     Sample,
@@ -254,7 +254,7 @@ def test_matched_references_use_the_landmarks_of_the_cache(tmp_path, random_tens
 @pytest.mark.slow
 def test_matched_references_of_a_real_face_have_nearer_poses_and_other_mouths(clips, face_backend):
     """Compared with random references, by measures that the choice does not use: the nose and the mouth opening."""
-    faces = find_person(islice(read_frames(clips / "talking_b.mp4"), 100), face_backend, RIGID).faces
+    faces = crop_person(islice(read_frames(clips / "talking_b.mp4"), 100), face_backend, RIGID).faces
     points = np.stack([face.landmarks for face in faces if face])
     noses, openings = points[:, 30] - points[:, 27], points[:, 66, 1] - points[:, 62, 1]
     shapes = face_shapes(points)

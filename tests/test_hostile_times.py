@@ -18,7 +18,7 @@ from scipy.io import wavfile
 
 from musetalk.contract import AUDIO_SAMPLE_RATE, SAMPLES_PER_FRAME, VIDEO_FPS
 from musetalk.data.video import MediaError, count_frames, read_audio, read_frames, write_video
-from tests.test_hostile_videos import film
+from tests.test_hostile_videos import write_film
 from tests.test_video import numbered, numbers
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +50,7 @@ def test_frames_of_avi_are_in_order_although_it_stores_decoding_times_only(tmp_p
     audio[count // 2 * SAMPLES_PER_FRAME :] = 0.5
     pictures = [numbered(k) for k in range(count)]
     options = {"bf": str(b_frames)}
-    path = film(tmp_path / "old.avi", pictures, audio, codec=codec, options=options, sound_codec="pcm_s16le")
+    path = write_film(tmp_path / "old.avi", pictures, audio, codec=codec, options=options, sound_codec="pcm_s16le")
     assert numbers(path) == list(range(count))
     assert abs(int(np.argmax(read_audio(path) > 0.2)) - count // 2 * SAMPLES_PER_FRAME) <= 32
 
@@ -59,7 +59,7 @@ def test_audio_stays_in_sync_if_a_stream_starts_between_key_frames(tmp_path):
     """The first frames cannot be decoded, but their audio can."""
     beep = np.zeros(150 * SAMPLES_PER_FRAME, np.float32)
     beep[100 * SAMPLES_PER_FRAME : 101 * SAMPLES_PER_FRAME] = 0.5
-    path = film(tmp_path / "cut.ts", [numbered(k) for k in range(150)], beep, keyframe_every=40)
+    path = write_film(tmp_path / "cut.ts", [numbered(k) for k in range(150)], beep, keyframe_every=40)
     content = path.read_bytes()
     path.write_bytes(content[len(content) // 188 // 5 * 188 :])  # without a fifth of its packets
     shown = numbers(path)
@@ -69,7 +69,7 @@ def test_audio_stays_in_sync_if_a_stream_starts_between_key_frames(tmp_path):
 
 
 def test_a_video_with_a_gap_of_more_than_30_seconds_is_refused(tmp_path):
-    path = film(tmp_path / "late.mkv", [numbered(k) for k in range(3)], times=[0, 31, 31.04])
+    path = write_film(tmp_path / "late.mkv", [numbered(k) for k in range(3)], times=[0, 31, 31.04])
     with pytest.raises(MediaError, match=r"its video jumps from second 0\.0 to 31\.0") as refused:
         list(read_frames(path))
     assert refused.value.kind == "gap in time"
@@ -109,13 +109,13 @@ OPEN_GOP = "keyint=12:min-keyint=12:bframes=4:b-adapt=0:open-gop=1"  # frames sh
     ],
 )
 def test_slices_are_exact_without_closed_groups_of_pictures(tmp_path, suffix, codec, options):
-    path = film(tmp_path / f"clip.{suffix}", [numbered(k) for k in range(60)], codec=codec, options=options)
+    path = write_film(tmp_path / f"clip.{suffix}", [numbered(k) for k in range(60)], codec=codec, options=options)
     for start in range(0, 60, 3):
         assert numbers(path, start, start + 2) == list(range(start, start + 2)), start
 
 
 def test_a_slice_is_exact_if_the_index_is_broken(tmp_path):
-    path = film(tmp_path / "clip.mp4", [numbered(k) for k in range(60)])
+    path = write_film(tmp_path / "clip.mp4", [numbered(k) for k in range(60)])
     content = bytearray(path.read_bytes())
     at = content.index(b"stss") + 12
     content[at : at + 4] = (1 << 31).to_bytes(4, "big")  # number of the first key frame
@@ -199,7 +199,7 @@ def test_frames_that_are_too_large_for_memory_are_refused(tmp_path):
 def test_a_rotation_is_rounded_to_quarter_turns(tmp_path, matrix, quarters):
     picture = np.zeros((48, 64, 3), np.uint8)
     picture[:24] = 255
-    path = film(tmp_path / "turned.mp4", [picture] * 2, options={"crf": "1"}, rotation=90)
+    path = write_film(tmp_path / "turned.mp4", [picture] * 2, options={"crf": "1"}, rotation=90)
     content = bytearray(path.read_bytes())
     start = content.index(b"tkhd") + 44
     a, b, c, d = matrix
@@ -234,8 +234,8 @@ def intact(tmp_path_factory, voice) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("intact")
     pictures, audio = [numbered(k) for k in range(12)], voice(12 / VIDEO_FPS)
     write_video(folder / "a.mp4", pictures, audio, AUDIO_SAMPLE_RATE)
-    film(folder / "a.avi", pictures, audio, sound_codec="pcm_s16le")
-    film(folder / "a.ts", pictures, audio)
+    write_film(folder / "a.avi", pictures, audio, sound_codec="pcm_s16le")
+    write_film(folder / "a.ts", pictures, audio)
     wavfile.write(folder / "a.wav", AUDIO_SAMPLE_RATE, (audio * 32_767).astype(np.int16))
     return {path.suffix: path.read_bytes() for path in folder.iterdir()}
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from musetalk.contract import CONTRACTS
-from musetalk.data.crop import crop_person, find_person, in_crop
+from musetalk.data.crop import crop_person, in_crop
 from musetalk.data.face.face import Face
 from musetalk.data.video import read_frames
 from musetalk.inference.metrics import (
@@ -100,10 +100,10 @@ def test_landmarks_detected_in_real_crops_are_those_of_the_frames(clips, face_ba
     missed, distances = [], []
     for name in names:
         frames = list(islice(read_frames(clips / f"{name}.mp4"), 0, 100, 10))
-        person = find_person(frames, face_backend, CONTRACTS[contract])
+        person = crop_person(frames, face_backend, CONTRACTS[contract])
         faces = [(face, box) for face, (box,) in zip(person.faces, person.boxes, strict=True) if face is not None]
         truth = [Face(box, in_crop(face.landmarks, box), face.score) for face, box in faces]
-        crops = [images[0] for images in crop_person(frames, person) if images is not None]
+        crops = [images[0] for images in person.crops() if images is not None]
         detected = detect_in_crops(crops, face_backend)
         missed += [face is None for face in detected]
         distances.append(mouth_landmark_distance(detected, truth))

@@ -59,7 +59,7 @@ def make_config(cache: Cache, folder: Path) -> SyncConfig:
         checkpoint_dir=folder / "checkpoints",
         log_dir=folder / "log",
         architecture="wav2lip_narrow",
-        held_out=0.25,
+        held_out_identities=("c",),
         num_workers=0,
         batch_size=2,
         learning_rate=2e-3,

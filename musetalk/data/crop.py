@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
+import math
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import PurePath
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -32,48 +34,71 @@ MOUTH_SIZE = (64, 128)  # pixels, height and width of a mouth crop
 
 
 @dataclass(frozen=True)
+class StoredFace(Face):
+    """A face of a clip, and its number among all faces whose crops are stored."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Person:
-    """The main person of a clip of T frames, with boxes in K margin variants.
+    """The main person of a clip of T frames, cropped in K margin variants.
 
     faces: T faces, None where the person is not detected.
     boxes: int32 (T, K, 4) in source pixels, zero where there is no face.
+    file: the crops of all faces of the clip, in an unnamed temporary file: those of a minute take 300 MB.
     """
 
-    faces: list[Face | None]
+    faces: list[StoredFace | None]
     boxes: np.ndarray
+    file: BinaryIO
+
+    def crops(self) -> Iterator[list[np.ndarray] | None]:
+        """Yields the K crops of each frame, BGR uint8 (256, 256, 3), None where there is no face."""
+        shape = self.boxes.shape[1], IMAGE_SIZE, IMAGE_SIZE, 3
+        for face in self.faces:
+            if face is None:
+                yield None
+            else:
+                self.file.seek(face.number * math.prod(shape))
+                yield list(np.frombuffer(self.file.read(math.prod(shape)), np.uint8).reshape(shape))
 
 
-def find_person(frames: Iterable[np.ndarray], backend: FaceBackend, contract: FeatureContract) -> Person:
-    """Detects and tracks the main person of a clip. frames: BGR uint8 (H, W, 3), none of which is kept.
+def crop_person(frames: Iterable[np.ndarray], backend: FaceBackend, contract: FeatureContract) -> Person:
+    """Detects, tracks and crops the main person of a clip in one pass over its frames, BGR uint8 (H, W, 3).
 
-    A face too small or too far outside the frame for any of its boxes is ignored.
+    All faces of a frame are cropped at once, since tracking chooses the person only after the last frame. A face too
+    small or too far outside the frame for any of its boxes is ignored.
     """
     # One block for the numbers of all faces: small arrays allocated between frames fragment the heap, so that each
     # frame takes new memory, 4 GB for a minute of 1280 x 720.
     numbers, counts, shapes, dtype = bytearray(), [], [], None
+    file = tempfile.TemporaryFile()
     for batch in batched(frames, DETECT_BATCH):
         for frame, faces in zip(batch, backend.detect(batch), strict=True):
-            largest = sorted(faces, key=lambda face: area(face.box), reverse=True)[:MAX_FACES]
-            faces = [face for face in largest if _boxes(face, frame.shape, contract) is not None]
-            for face in faces:
-                dtype = face.landmarks.dtype
-                numbers += np.concatenate([face.box, face.landmarks.ravel(), [face.score]], dtype=np.float64).tobytes()
-            counts.append(len(faces))
+            counts.append(0)
             shapes.append(frame.shape[:2])
-    rows = iter(np.frombuffer(numbers).reshape(-1, 4 + 2 * 68 + 1))
+            for face in sorted(faces, key=lambda face: area(face.box), reverse=True)[:MAX_FACES]:
+                if (boxes := _boxes(face, frame.shape, contract)) is not None:
+                    dtype = face.landmarks.dtype
+                    values = np.concatenate([face.box, face.landmarks.ravel(), [face.score]], dtype=np.float64)
+                    numbers += values.tobytes()
+                    file.writelines(crop_face(frame, box).data for box in boxes)
+                    counts[-1] += 1
+    rows = enumerate(np.frombuffer(numbers).reshape(-1, 4 + 2 * 68 + 1))
     candidates = [
         [
-            Face(row[:4].astype(dtype), row[4:-1].astype(dtype).reshape(68, 2), float(row[-1]))
-            for row in islice(rows, count)
+            StoredFace(row[:4].astype(dtype), row[4:-1].astype(dtype).reshape(68, 2), float(row[-1]), number)
+            for number, row in islice(rows, count)
         ]
         for count in counts
     ]
-    tracked = follow_person(candidates)
-    boxes = np.zeros((len(tracked), len(contract.margins), 4), np.int32)
-    for index, main_face in enumerate(tracked):
+    person = follow_person(candidates)
+    person_boxes = np.zeros((len(person), len(contract.margins), 4), np.int32)
+    for index, main_face in enumerate(person):
         if main_face is not None:
-            boxes[index] = _boxes(main_face, shapes[index], contract)
-    return Person(tracked, boxes)
+            person_boxes[index] = _boxes(main_face, shapes[index], contract)
+    return Person(person, person_boxes, file)
 
 
 def _boxes(face: Face, frame_shape: Sequence[int], contract: FeatureContract) -> list[np.ndarray] | None:
@@ -85,36 +110,23 @@ def _boxes(face: Face, frame_shape: Sequence[int], contract: FeatureContract) ->
     return found if len(found) == len(boxes) else None
 
 
-def crop_person(frames: Iterable[np.ndarray], person: Person) -> Iterator[list[np.ndarray] | None]:
-    """Yields the K crops of a person in each of T frames, BGR uint8 (256, 256, 3), None where there is no face."""
-    for frame, face, boxes in zip(frames, person.faces, person.boxes, strict=True):
-        yield None if face is None else [crop_face(frame, box) for box in boxes]
-
-
 def crop_clips(
     source: PurePath,
-    readers: tuple[Iterable[np.ndarray], Iterable[np.ndarray]],
+    frames: Iterable[np.ndarray],
     backend: FaceBackend,
     contract: FeatureContract,
     part: int = 0,
-) -> Iterator[tuple[str, Person, Iterator[list[np.ndarray] | None], bool]]:
-    """Splits a video into clips of at most a minute. Yields name, person, crops, and whether it is the last clip.
+) -> Iterator[tuple[str, Person, bool]]:
+    """Splits a video into clips of at most a minute and crops each. Yields name, person, and whether it is the last.
 
-    The crops are read from the video as they are consumed, and only until the next clip is requested.
-
-    source: relative path of the video, for the names. readers: two separate iterators over the same frames, from the
-    first frame of `part` on. The first serves to find the person, who is known only after the last frame of a clip;
-    the second follows, a clip behind, to crop that person.
+    source: relative path of the video, for the names. frames: from the first frame of `part` on.
     """
-    frames, same_frames = map(iter, readers)
+    frames = iter(frames)
     ahead = list(islice(frames, 1))
     while ahead:
-        person = find_person(chain(ahead, islice(frames, MAX_CLIP_FRAMES - 1)), backend, contract)
+        person = crop_person(chain(ahead, islice(frames, MAX_CLIP_FRAMES - 1)), backend, contract)
         ahead = list(islice(frames, 1))
-        clip_frames = islice(same_frames, len(person.faces))
-        yield clip_name(source, part if part or ahead else None), person, crop_person(clip_frames, person), not ahead
-        if ahead:
-            deque(clip_frames, maxlen=0)  # skips what was not cropped
+        yield clip_name(source, part if part or ahead else None), person, not ahead
         part += 1
 
 

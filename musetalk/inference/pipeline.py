@@ -200,14 +200,14 @@ class LipSyncPipeline:
         contract = replace(self.contract, margins=(margin,))
         self.contract.require(contract, ("margins",), "the UNet")
         frames = tqdm(read_frames(path), f"find the face in {path.name}", count_frames(path), unit="frame")
-        clips = crop_clips(PurePath(path.name), (frames, read_frames(path)), self.backend, contract)
+        clips = crop_clips(PurePath(path.name), frames, self.backend, contract)
         faces, boxes, latents = [], [], []
         timer = StageTimer()
-        for name, person, crops, _ in timer.iterate("find the face", clips):
+        for name, person, _ in timer.iterate("find and crop the face", clips):
             faces += person.faces
             boxes.append(person.boxes[:, 0])
-            with timer("crop and encode it"):
-                latents.append(self.vae.encode_clip(name, crops, contract))
+            with timer("encode it"):
+                latents.append(self.vae.encode_clip(name, person.crops(), contract))
         if all(face is None for face in faces):
             raise MediaError("no face", f"{path}: no face was found in it")
         timer.report(len(faces))

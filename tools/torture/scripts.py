@@ -40,7 +40,6 @@ STAGES = {
         "audio_features": "audio",
         "sync_mel": "audio",
         "detect": "find faces",
-        "find_person": "find faces",
         "crop_person": "crop",
         "encode_clip": "encode",
         "extend": "encode",

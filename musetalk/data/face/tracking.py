@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from musetalk.contract import VIDEO_FPS
 from musetalk.data.face.face import Face, area, overlap
+
+FaceT = TypeVar("FaceT", bound=Face)
 
 SAME_PERSON_IOU = 0.3  # minimum overlap of a person's boxes in consecutive frames
 MAX_GAP = 2 * VIDEO_FPS  # frames without detection after which a track ends
 
 
-def follow_person(faces: Sequence[Sequence[Face]]) -> list[Face | None]:
+def follow_person(faces: Sequence[Sequence[FaceT]]) -> list[FaceT | None]:
     """Returns the face of the main person in each of T frames, None where it is not detected.
 
     Faces that overlap from frame to frame form a track. The main person is the track with the largest sum of box
     areas, which excludes passers-by and people shown only before a cut.
     """
-    tracks: list[dict[int, Face]] = []
+    tracks: list[dict[int, FaceT]] = []
     for index, candidates in enumerate(faces):
         active = [track for track in tracks if index - next(reversed(track)) <= MAX_GAP]
         pairs = [

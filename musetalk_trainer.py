@@ -149,6 +149,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, or the CPU without one
     check: bool = False  # train nothing; check that all the run needs is present
     num_steps: Count = 250_000  # optimizer updates
+    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"  # of the figures in stats.jsonl
     log_every: Count = 100
     sample_every: Count = 2000
     val_every: CountOrZero = 10_000  # steps between validations on held-out clips, and after the last one; 0: none

@@ -97,6 +97,7 @@ class SyncConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, or the CPU without one
     check_only: bool = False  # train nothing; check the expert of start_from, or the newest of the preset
     num_steps: Count = 200_000  # optimizer updates
+    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"  # of the figures in stats.jsonl
     log_every: Count = 100
     val_every: Count = 2500
     save_every: Count = 2500

@@ -49,6 +49,7 @@ class Config:
     keep_states: int = 2
     keep_weights: int = 1
     keep_weights_every: int = 0
+    tracker: str = "tensorboard"
     seed: int = 0
     grad_accum_steps: int = 1
     max_grad_norm: float = 1e9

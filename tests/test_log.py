@@ -8,8 +8,10 @@ import re
 import cv2
 import numpy as np
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from musetalk.errors import UserError
 from musetalk.training.log import RunLog
 
 
@@ -18,13 +20,13 @@ def start(tmp_path):
     """A function that opens the log of a run at a step."""
     logs = []
 
-    def open_log(step: int) -> RunLog:
-        logs.append(RunLog(tmp_path / "log", "demo", step))
+    def open_log(step: int, tracker: str = "tensorboard") -> RunLog:
+        logs.append(RunLog(tmp_path / "log", "demo", step, tracker))
         return logs[-1]
 
     yield open_log
     for log in logs:
-        log.board.close()
+        log.close()
 
 
 def stats(log: RunLog) -> list[dict]:
@@ -41,6 +43,47 @@ def test_a_record_is_written_as_text_as_json_and_to_tensorboard(start, capsys):
     assert stats(log) == [{"step": 3, "latent_l1": 0.123456789, "grad_norm": 2.0}]
     events = EventAccumulator(str(log.folder)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("grad_norm")] == [(3, 2.0)]
+
+
+def test_figures_go_to_the_chosen_tracker(start, monkeypatch):
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, tracker = "wandb", False, None
+        figures, finished = [], False
+
+        def __init__(self, run: str, **_) -> None:
+            super().__init__()
+            self.run = run
+
+        def start(self) -> None:
+            pass
+
+        def store_init_configuration(self, values: dict) -> None:
+            pass
+
+        def log(self, values: dict, step: int, **_) -> None:
+            self.figures.append((self.run, step, values))
+
+        def finish(self) -> None:
+            Tracker.finished = True
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Tracker)
+    monkeypatch.setattr("musetalk.training.log.find_spec", lambda name: name)
+    log = start(0, "wandb")
+    log.store(3, {"latent_l1": 0.5})
+    log.close()
+    assert Tracker.figures == [("demo", 3, {"latent_l1": 0.5})] and Tracker.finished
+
+
+def test_without_a_tracker_figures_are_in_the_record_alone(start):
+    log = start(0, "none")
+    log.store(3, {"latent_l1": 0.5})
+    assert [path.name for path in log.folder.iterdir()] == ["stats.jsonl"]
+
+
+def test_a_tracker_that_is_not_installed_is_refused(start, monkeypatch):
+    monkeypatch.setattr("musetalk.training.log.find_spec", lambda _: None)
+    with pytest.raises(UserError, match="tracker = 'wandb' .* pip install wandb"):
+        start(0, "wandb")
 
 
 def test_lines_of_all_runs_are_kept(start, tmp_path):

@@ -75,6 +75,7 @@ class DistilConfig:
     # Run
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, or the CPU without one
     num_steps: Count = 10_000
+    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"  # of the figures in stats.jsonl
     log_every: Count = 100
     save_every: Count = 1000
     save_minutes: PositiveOrZero = 20.0  # a state is also saved when the last save is this old; 0: never

@@ -96,8 +96,8 @@ def crop_person(frames: Iterable[np.ndarray], backend: FaceBackend, contract: Fe
     person = follow_person(candidates)
     person_boxes = np.zeros((len(person), len(contract.margins), 4), np.int32)
     for index, main_face in enumerate(person):
-        if main_face is not None:
-            person_boxes[index] = _boxes(main_face, shapes[index], contract)
+        if main_face and (boxes := _boxes(main_face, shapes[index], contract)):
+            person_boxes[index] = boxes
     return Person(person, person_boxes, file)
 
 
@@ -145,15 +145,15 @@ def face_box(
     clipped to the frame.
     """
     points = landmarks.astype(np.int32)  # truncated, as in MuseTalk
-    centre = points[NOSE_POINT, 1] + bbox_shift
+    centre = int(points[NOSE_POINT, 1]) + bbox_shift
     if crop == "rigid":
         size = skull_size(landmarks)
         middle = landmarks[list(EYE_CORNERS), 0].mean()
         left, right = round(middle - RIGID_HALF_WIDTH * size), round(middle + RIGID_HALF_WIDTH * size)
         half = round(RIGID_HALF_HEIGHT * size)
     else:
-        left, right = points[:, 0].min(), points[:, 0].max()
-        half = points[:, 1].max() - centre
+        left, right = int(points[:, 0].min()), int(points[:, 0].max())
+        half = int(points[:, 1].max()) - centre
     box = np.array([left, centre - half, right, centre + half + margin])
     height, width = frame_shape[:2]
     box = np.clip(box, 0, [width, height, width, height]).astype(np.int32)

@@ -6,15 +6,18 @@ import json
 import math
 import re
 import time
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from musetalk.errors import UserError
 from musetalk.files import append_line, atomic_write_bytes
 
 COMPARED = re.compile("_(truth|reference)$")  # suffixes of the bounds of a validation metric
@@ -27,13 +30,13 @@ class RunLog:
 
     <log_dir>/trainer.log                   lines of all runs, with timestamps
     <log_dir>/<run>/stats.jsonl             one record per report: {"step": ..., name: value, ...}
-    <log_dir>/<run>/events.out.tfevents.*   the same for TensorBoard
+    <log_dir>/<run>/events.out.tfevents.*   the same for TensorBoard, if that is the tracker
     <log_dir>/<run>/curves.png              all figures over the steps
     <log_dir>/<run>/<kind>/<step>.png       images; one kind is samples
     """
 
-    def __init__(self, log_dir: Path, run: str, step: int) -> None:
-        """step: the step the run resumes at; records of later steps are dropped."""
+    def __init__(self, log_dir: Path, run: str, step: int, tracker: str = "tensorboard") -> None:
+        """step: the step the run resumes at; records of later steps are dropped. tracker: see `start_tracker`."""
         self.lines = log_dir / "trainer.log"
         self.folder = log_dir / run
         self.stats = self.folder / "stats.jsonl"
@@ -41,7 +44,7 @@ class RunLog:
         if self.stats.exists():
             lines = self.stats.read_text(encoding="utf-8", errors="replace").splitlines()
             atomic_write_bytes(self.stats, "".join(f"{line}\n" for line in lines if _step(line) <= step).encode())
-        self.board = SummaryWriter(self.folder, purge_step=step + 1)
+        self.tracker = start_tracker(tracker, log_dir, run, step)
 
     def line(self, text: str) -> None:
         """Prints a line above any progress bar and appends it to trainer.log."""
@@ -54,11 +57,10 @@ class RunLog:
         self.store(step, values)
 
     def store(self, step: int, values: dict[str, float]) -> None:
-        """Logs the figures of a step as a record only, in stats.jsonl and TensorBoard."""
+        """Logs the figures of a step as a record only, in stats.jsonl and the tracker."""
         append_line(self.stats, json.dumps({"step": step} | values))
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
-        self.board.flush()
+        if self.tracker:
+            self.tracker.log(values, step=step)
 
     def picture(self, step: int, image: np.ndarray, kind: str = "samples") -> Path:
         """Writes an image of a step, BGR uint8 (H, W, 3), and returns its path."""
@@ -87,6 +89,11 @@ class RunLog:
         atomic_write_bytes(path, cv2.imencode(".png", rendered(figure))[1].tobytes())
         return path
 
+    def close(self) -> None:
+        """Ends the tracker's run, which uploads what is left."""
+        if self.tracker:
+            self.tracker.finish()
+
 
 class SilentLog:
     """The log of the processes other than the first: does nothing."""
@@ -94,7 +101,26 @@ class SilentLog:
     def _nothing(self, *_: object, **__: object) -> None:
         pass
 
-    line = record = store = picture = curves = _nothing
+    line = record = store = picture = curves = close = _nothing
+
+
+def start_tracker(kind: str, log_dir: Path, run: str, step: int) -> GeneralTracker | None:
+    """Starts accelerate's tracker "tensorboard", "wandb" or "trackio"; none for "none".
+
+    step: the step the run resumes at. Raises UserError if its package is not installed.
+    """
+    if kind == "none":
+        return None
+    if find_spec(kind) is None:
+        raise UserError(f"tracker = {kind!r} needs a package that is not installed; pip install {kind}")
+    options: dict[str, dict[str, Any]] = {
+        "tensorboard": {"logging_dir": log_dir, "purge_step": step + 1},
+        "wandb": {"dir": log_dir / run},
+        "trackio": {},
+    }
+    tracker = LOGGER_TYPE_TO_CLASS[kind](run, **options[kind])
+    tracker.start()
+    return tracker
 
 
 def rendered(figure: Figure) -> np.ndarray:

@@ -24,6 +24,9 @@ class RunConfig(Protocol):
     keep_weights_every: int
     seed: int
 
+    @property
+    def tracker(self) -> str: ...
+
 
 class State(Protocol):
     """The state of a training."""

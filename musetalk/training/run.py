@@ -139,7 +139,9 @@ def open_run(
         if accelerator.is_main_process:
             check_disk(folder, config, state, weights)
         ranks = Ranks()
-        log = RunLog(config.log_dir, name, state.step) if accelerator.is_main_process else SilentLog()
+        main = accelerator.is_main_process
+        log = RunLog(config.log_dir, name, state.step, config.tracker) if main else SilentLog()
+        stack.callback(log.close)
         log.line(f"{name}: {json.dumps(vars(config), default=str)}")
         devices = f"{accelerator.num_processes} x ({describe(accelerator.device)}), {accelerator.mixed_precision}"
         log.line(f"on {devices}; at step {state.step}")

@@ -119,15 +119,15 @@ def check_expert(expert: SyncNet, cache: Cache, clips: Sequence[str], seed: int)
     if not windows:
         raise CacheError(f"{cache.folder}: no clip has {expert.frames} usable frames in a row; prepare longer videos")
     windows = [windows[k] for k in np.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).astype(int)]
-    face_embeddings, audio_embeddings, similarities = [], [], []
+    face_embeddings, audio_embeddings, clip_similarities = [], [], []
     with evaluating(expert):
         for name, group in groupby(windows, key=lambda window: window[0]):
             clip, starts = cache.clips[name], np.array([start for _, start in group])
             faces = _embed_faces(expert, (read_images(clip, start, expert.frames) for start in starts))
             face_embeddings.append(faces)
             audio_embeddings.append(_embed_mel(expert, (read_mel(clip, start, expert.frames) for start in starts)))
-            similarities.append(_similarities(expert, faces, starts, clip.tensor("mel")))
-    similarities = np.concatenate(similarities)  # (N, 31)
+            clip_similarities.append(_similarities(expert, faces, starts, clip.tensor("mel")))
+    similarities = np.concatenate(clip_similarities)  # (N, 31)
     cosines = (torch.cat(face_embeddings) @ torch.cat(audio_embeddings).T).cpu().numpy()  # (N, N), faces x mel
     if not np.isfinite(cosines).all():
         raise SyncError("the outputs of the sync expert are not finite; use other weights")

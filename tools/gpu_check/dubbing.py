@@ -40,7 +40,7 @@ def dub(config: GpuCheckConfig, accelerator: Accelerator, report: Callable) -> N
         source = config.output / f"source_{height}.mp4"
         faces, boxes = write_source(clip, height, source)
         start = time.perf_counter()
-        crops = [[clip.image(frame)] for frame in np.flatnonzero(clip.usable)]
+        crops = [[clip.image(frame)] for frame in np.flatnonzero(clip.usable).tolist()]
         masked, full = vae.encode_clip(clip.name, crops, cache.contract)
         encoded = len(crops) / (time.perf_counter() - start)
         prepared = PreparedVideo(source, faces, boxes, masked[:, 0], full[:, 0])

@@ -146,7 +146,7 @@ class TrainConfig:
     compile: bool = False  # torch.compile the UNet: minutes at the start, faster steps on a GPU
 
     # Run
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, or the CPU without one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA's GPU, or the CPU without one
     check: bool = False  # train nothing; check that all the run needs is present
     num_steps: Count = 250_000  # optimizer updates
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"  # of the figures in stats.jsonl

@@ -94,7 +94,7 @@ class SyncConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"  # in a step with a non-finite gradient
 
     # Run
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, or the CPU without one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA's GPU, or the CPU without one
     check_only: bool = False  # train nothing; check the expert of start_from, or the newest of the preset
     num_steps: Count = 200_000  # optimizer updates
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"  # of the figures in stats.jsonl

@@ -12,7 +12,6 @@ that prevents training; the exit code is then 2. Weights that only some configur
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
@@ -33,7 +32,7 @@ from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, LATENT_SIZE, SYNC_MEL
 from musetalk.data.cache import Cache
 from musetalk.data.face.dwpose import INPUT_HEIGHT, INPUT_WIDTH, DWPose, load_dwpose
 from musetalk.data.face.dwpose import WEIGHTS as DWPOSE
-from musetalk.devices import choose_device, describe
+from musetalk.devices import choose_device, cpu_cores, describe
 from musetalk.errors import UserError
 from musetalk.models.audio_encoder import SEGMENT_STATES, AudioEncoder, load_audio_encoder
 from musetalk.models.face_parser import WEIGHTS as FACE_PARSER
@@ -90,7 +89,7 @@ def machine(config: CheckConfig) -> Iterator[Finding]:
         yield Finding(f"device: {describe(choose_device(config.device))}")
     except UserError as error:
         yield Finding(f"device: {error}", fault=True)
-    memory, cores = psutil.virtual_memory(), len(os.sched_getaffinity(0))
+    memory, cores = psutil.virtual_memory(), cpu_cores()
     yield Finding(f"memory: {memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB available; cores: {cores}")
     folder = config.checkpoint_dir.absolute()
     while not folder.is_dir():

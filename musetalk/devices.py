@@ -20,14 +20,18 @@ class DeviceError(UserError):
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called "cpu", "cuda", "cuda:<number>" or "auto", which is the GPU if there is one, else the CPU.
+    """The device called "cpu", "cuda", "cuda:<number>", "mps" or "auto": CUDA's GPU if there is one, else the CPU.
 
     Raises DeviceError for another name, and if CUDA is requested but cannot be used. "auto" requests CUDA if there is
     an NVIDIA device that CUDA_VISIBLE_DEVICES does not hide, so that it never falls back to the CPU silently.
     """
-    if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,2})?", name):
-        raise DeviceError(f"device must be auto, cpu, cuda or cuda:<number>, not {name!r}")
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available() and not nvidia_present()):
+    if not re.fullmatch("auto|cpu|mps|cuda(:[0-9]{1,2})?", name):
+        raise DeviceError(f"device must be auto, cpu, mps, cuda or cuda:<number>, not {name!r}")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError('device = "mps" needs a Mac with an Apple GPU; set device = "auto"')
+    if name in ("cpu", "mps"):
+        return torch.device(name)
+    if name == "auto" and not torch.cuda.is_available() and not nvidia_present():
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise DeviceError(
@@ -74,13 +78,23 @@ def driver() -> str:
 def describe(device: torch.device) -> str:
     """A device in one line: "NVIDIA H100 80GB HBM3, 79.2 GiB, driver 580.159, torch 2.13.0 (CUDA 13.0)"."""
     if device.type == "cpu":
-        return f"CPU, {len(os.sched_getaffinity(0))} cores, torch {torch_version()}"
+        return f"CPU, {cpu_cores()} cores, torch {torch_version()}"
+    if device.type == "mps":
+        return f"Apple GPU, torch {torch_version()}"
     gpu = torch.cuda.get_device_properties(device)
     return ", ".join(filter(None, [gpu.name, f"{gpu.total_memory / 2**30:.1f} GiB", driver(), torch_build()]))
 
 
 def supports_bf16(device: torch.device | str) -> bool:
     """Whether a device supports bfloat16 in hardware; others are several times slower in it than in float32."""
-    if torch.device(device).type == "cuda":
+    kind = torch.device(device).type
+    if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    return kind == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def cpu_cores() -> int:
+    """The number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS has no affinity

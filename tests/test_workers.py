@@ -10,7 +10,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -185,7 +187,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
 @pytest.mark.parametrize(("memory", "count"), [(64 << 30, 4), (10 << 30, 3), (1 << 30, 1)])
 def test_each_core_has_a_process_if_memory_allows(monkeypatch, memory, count):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
-    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": memory // 4096}.get)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert most_processes() == count
 

@@ -73,7 +73,7 @@ class DistilConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"  # in a step with a non-finite gradient
 
     # Run
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, or the CPU without one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA's GPU, or the CPU without one
     num_steps: Count = 10_000
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"  # of the figures in stats.jsonl
     log_every: Count = 100

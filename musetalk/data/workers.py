@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import pkgutil
 import signal
 import threading
@@ -17,9 +16,11 @@ from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Lock
 from typing import Any, TypeAlias
 
+import psutil
 import torch
 from tqdm import tqdm
 
+from musetalk.devices import cpu_cores
 from musetalk.errors import UserError
 
 MEMORY = 3 << 30  # bytes per process: up to 2 GB for networks and libraries, the rest for frames and audio
@@ -64,8 +65,7 @@ def most_processes() -> int:
     """
     if torch.cuda.is_available():
         return 2 * torch.cuda.device_count()
-    total_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(len(os.sched_getaffinity(0)), total_memory // MEMORY))
+    return max(1, min(cpu_cores(), psutil.virtual_memory().total // MEMORY))
 
 
 def map_jobs(start: str, arguments: tuple, jobs: Mapping[str, object], count: int, bar: tqdm) -> dict[str, Any]:

@@ -49,7 +49,7 @@ from musetalk.models.vae import VAE, load_vae
 from musetalk.models.weights import find
 
 OUTPUT_SAMPLE_RATE = 48_000  # of the soundtrack of the output video
-BATCH = {"cpu": 2, "cuda": 16}  # frames generated at once, by device; larger batches are slower on a CPU
+BATCH = {"cpu": 2, "mps": 16, "cuda": 16}  # frames generated at once, by device; larger batches are slower on a CPU
 
 Item = TypeVar("Item")
 
@@ -145,7 +145,7 @@ class LipSyncPipeline:
         face_backend: "mediapipe", "dwpose" or "mmpose"; by default that of training, or mediapipe if unknown.
         blend: how the generated face is masked: by "landmarks", or by a face parser: "jaw" and "raw" as in MuseTalk's
         offline script for v1.5 and v1 weights, "musetalk_v1" as in v1.0 when it was released.
-        device: "cpu", "cuda", "cuda:<number>", or "auto", the GPU if there is one.
+        device: "cpu", "cuda", "cuda:<number>", "mps", or "auto": CUDA's GPU if there is one, else the CPU.
 
         Raises UserError for an unknown name, DeviceError if the GPU cannot be used, WeightsError for missing or
         invalid files, ContractError if the VAE or the landmarks are not those of training.

@@ -28,7 +28,11 @@ FILES = tuple(
     for folder in ("sd-vae-ft-mse", "sd-vae")
     for ending in ("safetensors", "bin")
 )
-ENCODE_BATCH = {"cpu": 1, "cuda": 16}  # frames; on a CPU images are encoded one by one, and larger batches are slower
+ENCODE_BATCH = {
+    "cpu": 1,
+    "mps": 16,
+    "cuda": 16,
+}  # frames; on a CPU images are encoded one by one, and larger batches are slower
 
 
 class VAE:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_leaves
 
+from musetalk.devices import cpu_cores
 from musetalk.errors import UserError
 from musetalk.files import saved_files
 from musetalk.training.checkpoint import STATE_NAME, WEIGHTS_NAME
@@ -78,7 +79,7 @@ def local_processes() -> int:
 
 def workers_that_fit() -> int:
     """Returns how many workers each process of this node can start with one core for each."""
-    return min(MOST_WORKERS, len(os.sched_getaffinity(0)) // local_processes())
+    return min(MOST_WORKERS, cpu_cores() // local_processes())
 
 
 def check_shared_memory(sample: dict, batch_size: int, workers: int, prefetch: int) -> None:

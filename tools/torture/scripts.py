@@ -110,7 +110,7 @@ def train(cache: Path) -> None:
     config = replace(
         musetalk_trainer.PRESETS["demo"],
         hdtf_samples_dir=cache,
-        held_out_identities=(),
+        held_out_identities=("sample_01-0000",),
         models_dir=MODELS,
         batch_size=2,
         pixel_every=2,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
@@ -9,8 +12,7 @@ from torch import nn
 from benchmarks import ROOT
 from benchmarks.workplace import WHISPER_TINY
 from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, LATENT_SIZE, RIGID
-from musetalk.data.face.attention_mesh import AttentionMesh
-from musetalk.data.face.blazeface import FullRangeDetector, ShortRangeDetector
+from musetalk.data.face.face import Face
 from musetalk.data.face.mediapipe import MediapipeFaceMesh
 from musetalk.files import read_json
 from musetalk.inference.pipeline import LipSyncPipeline
@@ -22,7 +24,7 @@ def silent_pipeline() -> LipSyncPipeline:
     """The inference pipeline with stub networks."""
     unet = Silent(LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
     pipeline = LipSyncPipeline(unet, silent_vae(), RIGID, ROOT / "models")  # type: ignore[arg-type]  # a stub
-    pipeline.backend, pipeline.audio_encoder = silent_backend(), SilentAudioEncoder()  # type: ignore[assignment]  # stubs
+    pipeline.backend, pipeline.audio_encoder = SilentBackend(), SilentAudioEncoder()  # type: ignore[assignment]  # stubs
     return pipeline
 
 
@@ -56,24 +58,14 @@ def silent_vae() -> VAE:
     return VAE(autoencoder)
 
 
-class Repeated(nn.Module):
-    """A face network that runs once and then returns its outputs for the first image for every image."""
+class SilentBackend:
+    """MediaPipe's face backend that detects faces once: all frames get the faces of the first."""
 
-    def __init__(self, network: ShortRangeDetector | FullRangeDetector | AttentionMesh) -> None:
-        super().__init__()
-        self.network, self.size = network, network.size
-        self.min_score = getattr(network, "min_score", None)
-        self.outputs: tuple[torch.Tensor, ...] = ()
+    def __init__(self) -> None:
+        self.backend = MediapipeFaceMesh(torch.device("cpu"))
+        self.faces: list[list[Face]] = []
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(B, 3, size, size) -> the network's outputs."""
-        self.outputs = self.outputs or self.network(images)
-        return tuple(output[:1].expand(len(images), *output.shape[1:]) for output in self.outputs)
-
-
-def silent_backend() -> MediapipeFaceMesh:
-    """The face backend without its networks: all frames get the face of the first."""
-    backend = MediapipeFaceMesh(torch.device("cpu"))
-    for name in ("full_range", "short_range", "mesh"):
-        setattr(backend, name, Repeated(getattr(backend, name)))
-    return backend
+    def detect(self, frames: Sequence[np.ndarray]) -> list[list[Face]]:
+        """Returns the first frame's faces for each frame. frames: BGR uint8 (H, W, 3)."""
+        self.faces = self.faces or self.backend.detect(frames[:1])
+        return self.faces * len(frames)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks import original
-from benchmarks.silent import silent_backend, silent_vae
+from benchmarks.silent import SilentBackend, silent_vae
 from benchmarks.workplace import Measured, UnavailableError, Workplace, cut, prepare_quietly
 from datasets_process import PrepareConfig
 from musetalk.contract import IMAGE_SIZE, RIGID
@@ -69,7 +69,7 @@ def loader_ratio(workplace: Workplace) -> Measured:
 
 def preprocess_nonmodel_ratio(workplace: Workplace) -> Measured:
     """CPU time of preparing the frames of a 720p video without the networks, the original's divided by ours."""
-    video, backend, vae = workplace.video, silent_backend(), silent_vae()
+    video, backend, vae = workplace.video, SilentBackend(), silent_vae()
     _, box = first_face(video, backend)
     folder = workplace.folder / "crops"
     folder.mkdir()

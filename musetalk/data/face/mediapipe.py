@@ -130,10 +130,12 @@ class MediapipeFaceMesh:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Applies a network to a square of each BGR image and yields its two outputs for each."""
         for batch in batched(list(zip(images, squares, strict=True)), BATCH):
-            crops = [square.cut(image, network.size, border) for image, square in batch]
+            crops = [
+                cv2.cvtColor(square.cut(image, network.size, border), cv2.COLOR_BGR2RGB) for image, square in batch
+            ]
             if len(crops) == 1:
                 crops *= 2  # torch computes a single image in another way, which changes the last bits
-            pixels = torch.from_numpy(np.stack(crops)).to(self.device).permute(0, 3, 1, 2).flip(1)  # RGB
+            pixels = torch.from_numpy(np.stack(crops)).to(self.device).permute(0, 3, 1, 2)
             points, scores = network((pixels / 255).contiguous(memory_format=torch.channels_last))
             yield from zip(points.cpu().numpy()[: len(batch)], scores.cpu().numpy(), strict=False)
 

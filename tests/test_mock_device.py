@@ -29,6 +29,8 @@ from benchmarks.training import fake_tensors, training, zero_batch
 from benchmarks.workplace import WHISPER_TINY
 from musetalk.contract import IMAGE_SIZE, RIGID, SYNC_MEL_BINS
 from musetalk.data.audio import audio_features
+from musetalk.data.face.attention_mesh import AttentionMesh
+from musetalk.data.face.blazeface import FullRangeDetector, ShortRangeDetector
 from musetalk.data.face.dwpose import DWPose, RTMPose
 from musetalk.files import read_json
 from musetalk.inference.pipeline import LipSyncPipeline
@@ -178,7 +180,11 @@ def test_a_step_and_the_evaluation_of_a_distillation(vae):
 
 def test_preparation(vae, monkeypatch):
     """Landmarks, latents including those of frames without a face, and audio features."""
-    assert DWPose(RTMPose().to(MOCK)).points([np.zeros((60, 80, 3), np.uint8)])[0].shape == (1, 133, 2)
+    frame = np.zeros((60, 80, 3), np.uint8)
+    assert DWPose(RTMPose().to(MOCK)).points([frame])[0].shape == (1, 133, 2)
+    for network in (FullRangeDetector(), ShortRangeDetector(), AttentionMesh()):
+        points, scores = network.to(MOCK)(torch.zeros(2, 3, network.size, network.size, device=MOCK))
+        assert points.device == scores.device == MOCK and points.shape[-1] == 2
     crops = [[np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)], None, [np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)]]
     contract = replace(RIGID, posterior="sample")
     assert [latents.shape for latents in vae.encode_clip("clip", crops, contract)] == [(3, 1, 4, 32, 32)] * 2

@@ -134,7 +134,7 @@ class FeatureContract:
                 own = name in OWN_CONSTANTS
                 remedy = f"set {name} to {short(have)}" if own else "use the contract and the models it was made with"
                 raise ContractError(
-                    f"{source} was made with {name} = {short(have)}, but {short(want)} is asked for; "
+                    f"{source} was made with {name} = {short(have)}, but {short(want)} is requested; "
                     f"{remedy}, or recreate it"
                 )
 

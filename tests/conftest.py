@@ -1,4 +1,4 @@
-"""What several test files need: real clips, the small networks, small videos and made-up clips of a cache."""
+"""Fixtures of several test files: real clips, small networks, small videos and synthetic clips of a cache."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def assert_equal(x: dict, y: dict) -> None:
 
 @pytest.fixture(autouse=True)
 def begin_as_a_new_process() -> None:
-    """The precision of a training holds for its process; here each test begins without one."""
+    """Resets the precision of accelerate, which holds for a whole process, before each test."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """With more threads a batch of another size gives other last bits, and small networks are slower."""
+    """Runs torch on one thread: with more, the last bits depend on the batch size, and small networks are slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -69,7 +69,7 @@ def one_thread():
 
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c():
-    """Ctrl-C means what it means at a terminal, also where a shell has started the tests in its background."""
+    """Restores the handler of Ctrl-C, which a shell disables for jobs in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -140,7 +140,7 @@ def face_backend():
 
 @pytest.fixture(scope="session")
 def voice() -> Callable[[float], np.ndarray]:
-    """A function: seconds -> float32 samples at 16 kHz of a made-up voice, different at every moment."""
+    """A function: seconds -> float32 samples at 16 kHz of a synthetic voice that never repeats."""
 
     def make(seconds: float) -> np.ndarray:
         time = np.arange(round(seconds * AUDIO_SAMPLE_RATE)) / AUDIO_SAMPLE_RATE
@@ -155,7 +155,7 @@ def voice() -> Callable[[float], np.ndarray]:
 
 @pytest.fixture(scope="session")
 def write_source() -> Callable:
-    """A function that writes a video as other programs would: any container, codec, time of each picture, audio."""
+    """A function that writes a video with any container, codec, frame times and audio."""
 
     def write(
         path: Path,
@@ -168,7 +168,7 @@ def write_source() -> Callable:
         audio: np.ndarray | None = None,
         audio_start: Fraction = Fraction(0),
     ) -> Path:
-        """times: of each picture in seconds, k / rate if none are given; audio: mono at 16 kHz."""
+        """times: seconds of each frame, k / rate by default; audio: mono at 16 kHz."""
         options = {"crf": "8", "preset": "veryfast"} if codec == "libx264" else {}
         with av.open(str(path), "w") as container:
             stream = container.add_stream(codec, rate=rate, options=options)
@@ -198,7 +198,7 @@ def write_source() -> Callable:
 
 @pytest.fixture(scope="session")
 def random_tensors() -> Callable[..., dict[str, np.ndarray]]:
-    """A function: sizes -> the tensors of a made-up clip, as musetalk/data/cache.py lists them."""
+    """A function: sizes -> the tensors of a synthetic clip, see musetalk/data/cache.py."""
     from musetalk.data.cache import JpegBuffer
 
     def make(
@@ -267,7 +267,7 @@ def make_cache(small_clips, tmp_path_factory) -> Callable[[str], Cache]:
 
 @pytest.fixture
 def interrupt(tmp_path) -> Callable[[list, Callable[[], bool]], tuple[int, str]]:
-    """A function that runs a script as people do and presses Ctrl-C when it is ready: its exit code, its words.
+    """A function that runs a script, sends Ctrl-C when it is ready, and returns its exit code and output.
 
     The signal goes to the whole group of processes, as a terminal sends it; none of them may be left.
     """

@@ -64,7 +64,7 @@ def small_unet(width: int) -> UNet:
 
 @contextmanager
 def stop_after(steps: int, *, patient: bool) -> Iterator[StopRequests]:
-    """Repaths `stop_requests`: the first process alone is requested to stop after some steps."""
+    """Replaces `stop_requests`: only the first process gets a request, after some steps."""
     calls = iter(range(1, 10**9))
 
     class StopAfter(StopRequests):

@@ -300,7 +300,7 @@ def test_the_positional_encoding_is_part_of_the_contract(one_step):
     path = without.checkpoint_dir / "demo/unet-0000001.safetensors"
     assert not read_unet_contract(path).positional_encoding
     assert not LipSyncPipeline.from_checkpoint(path, without.models_dir).unet.positions.any()
-    with pytest.raises(ContractError, match="False, but True is asked for; set positional_encoding to False"):
+    with pytest.raises(ContractError, match="False, but True is requested; set positional_encoding to False"):
         train("demo", one_step)
 
 
@@ -347,7 +347,7 @@ def test_check_reads_existing_weights_to_start_from(config, sample_cache, mini):
     unet = build_unet(mini, 3, positional_encoding=True)
     save_unet(run.checkpoint_dir / "stage1", 1, unet.model.state_dict(), sample_cache.contract)
     train("stage2", run)
-    with pytest.raises(ContractError, match="positional_encoding = True, but False is asked for"):
+    with pytest.raises(ContractError, match="positional_encoding = True, but False is requested"):
         train("stage2", replace(run, positional_encoding=False))
     assert [path.name for path in run.checkpoint_dir.iterdir()] == ["stage1"]
 
@@ -410,7 +410,7 @@ def test_an_invalid_constant_is_refused_by_name_before_anything_is_done(name, va
         ({"hdtf_samples_dir": Path("nowhere")}, CacheError, "nowhere is not a cache.*datasets_process.py"),
         ({"held_out_identities": ("nobody",)}, UserError, "held_out_identities names 'nobody', which is none of the 3"),
         ({"models_dir": Path("nowhere")}, WeightsError, "nowhere/sd-vae-ft-mse/.* is missing; get it from"),
-        ({"contract": "musetalk_v1"}, ContractError, "crop = 'rigid', but 'nose_centred' is asked for"),
+        ({"contract": "musetalk_v1"}, ContractError, "crop = 'rigid', but 'nose_centred' is requested"),
     ],
 )
 def test_constants_that_cannot_work_are_refused(config, change, error, message):

@@ -203,7 +203,7 @@ def prepare_source(source: Path, metadata: dict, writer: CacheWriter, models: Mo
     clips = crop_clips(relative, frames, models.backend, models.contract, first_part)
     for part, (name, person, last) in enumerate(clips, first_part):
         start = part * MAX_CLIP_FRAMES
-        clip_metadata = metadata | {"start": start, "last": last}
+        clip_metadata = metadata | {"start": start, "last": last, "device": models.vae.autoencoder.device.type}
         has_face = np.array([face is not None for face in person.faces])
         has_audio = FEATURES_PER_FRAME * (start + np.arange(len(has_face))) < len(features)
         # The windows of the first frames of a later part start before the part: training would see padding where

@@ -74,7 +74,7 @@ CLIP_DEFAULTS = {
     "scores": {},  # name -> number, for filters of training
     "audio_offset": 0,  # video frames by which the audio lags the video
 }
-KNOWN = CLIP_RECORD | REJECTED_RECORD | {"start": int, "scores": dict, "audio_offset": int}
+KNOWN = CLIP_RECORD | REJECTED_RECORD | {"start": int, "device": str, "scores": dict, "audio_offset": int}
 MAX_NUMBER = 2**53  # in a record
 MIN_NUMBER = {"frames": 1, "audio_offset": -MAX_NUMBER}  # 0 for other fields
 

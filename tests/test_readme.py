@@ -36,6 +36,8 @@ from musetalk_trainer import PRESETS
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 NOTEBOOK = nbformat.read(ROOT / "demo.ipynb", as_version=4)
+if not shutil.which("git"):
+    pytest.skip("needs git", allow_module_level=True)
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 PAGES = [name for name in TRACKED if name.endswith(".md")]
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)

@@ -89,16 +89,21 @@ def clip_name(source: PurePath, part: int | None = None) -> str:
     The name is valid on any file system: control characters are escaped, and a very long name is shortened to a hash
     and its end.
     """
-    name = printable("__".join(source.with_suffix("").parts))
+    name = printable("__".join(_parts(source)))
     content = name.encode()
     if len(content) > MAX_NAME:
         name = f"{hashlib.sha256(content).hexdigest()[:16]}-{content[-MAX_NAME // 2 :].decode(errors='ignore')}"
     return name if part is None else f"{name}-{part:04d}"
 
 
+def _parts(source: PurePath) -> tuple[str, ...]:
+    """The parts of a relative path without its suffix; Python 3.13's `with_suffix` refuses names such as "..mp4"."""
+    return *source.parent.parts, source.stem
+
+
 def identity_of(source: PurePath, identities: dict[str, str]) -> str:
     """Returns the identity in a source: from identities.json, from HDTF's naming scheme, or else its own path."""
-    path = source.with_suffix("").as_posix()
+    path = "/".join(_parts(source))
     hdtf = HDTF_NAME.match(source.stem)
     return identities.get(path) or (hdtf[1] if hdtf else path)
 

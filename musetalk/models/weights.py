@@ -50,7 +50,8 @@ IGNORED_GLOBALS = (
     *("mmengine.config.config.Config", "mmengine.config.config.ConfigDict"),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
     *("numpy.ndarray", "numpy.dtype", "builtins.getattr", "builtins.bytes"),
-    *("argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath"),
+    *(f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
+    "argparse.Namespace",
 )
 
 

@@ -199,7 +199,7 @@ def test_features_and_windows_of_long_audio_are_those_of_the_official_inference(
 
     frames = [747, 748, 749, 750, 751, 752]
     windows = audio_windows(features, frames, contract).reshape(len(frames), 10, *encoder.shape)
-    for window, first in zip(windows, [10, 8, 6, 4, 2, 0], strict=True):  # steps that are of the first segment
+    for window, first in zip(windows, [10, 8, 6, 4, 2, 0], strict=True):  # steps in the first segment
         expected = np.concatenate([parts[0][1500 - first :], parts[1][: 10 - first]])
         np.testing.assert_allclose(window, expected, rtol=2e-3, atol=1e-2)
 

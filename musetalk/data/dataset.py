@@ -203,7 +203,7 @@ def split_clips(cache: Cache, share: float, names: Sequence[str] = ()) -> tuple[
     share: identities are held out whose names have a hash below it, in [0, 1): every machine holds out the same ones,
     and more data moves none to the other set. At least one is held out and one is left to train on, by their hashes.
     names: identities to hold out instead of a share.
-    With a single identity, clips are split by their names in the same way; a single clip is not held out.
+    If all clips show one identity, they are split by their own names; a single clip is not held out.
     Raises UserError if a name is unknown or nothing is left to train on.
     """
     groups = {name: clip.identity for name, clip in cache.clips.items()}

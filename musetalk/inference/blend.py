@@ -56,9 +56,8 @@ def face_alpha(landmarks: np.ndarray, box: np.ndarray) -> np.ndarray:
     height, width = y2 - y1, x2 - x1
     radius = max(1, round(FEATHER * width))
     jaw = np.round(landmarks[JAW] - (x1, y1)).astype(np.int32)
-    bottom = max(
-        height, int(jaw[:, 1].max()) + radius // 2 + 2
-    )  # so that blurring lowers the chin by less than a tenth
+    # Low enough for blurring to reduce the share at the chin by less than a tenth.
+    bottom = max(height, int(jaw[:, 1].max()) + radius // 2 + 2)
     mask = np.zeros((bottom, width), np.uint8)
     cv2.fillConvexPoly(mask, cv2.convexHull(jaw), 255)
     mask = cv2.dilate(mask, np.ones((2 * radius + 1, radius)))  # so that the feather begins below the chin

@@ -36,7 +36,7 @@ INNER_LIPS = (78, 81, 13, 311, 308, 402, 14, 178)
 MESH_TO_68 = [p if isinstance(p, tuple) else (p, p) for p in (*JAW, *BROWS, *NOSE, *EYES, *OUTER_LIPS, *INNER_LIPS)]
 
 BATCH = 8  # images of a network at once
-MIN_PRESENCE = 0.5  # score of the mesh that there is a face
+MIN_PRESENCE = 0.5  # minimum score of a face, from the mesh
 SAME_FACE_IOU = 0.3  # minimum overlap of detections of one face, which are averaged
 FACE_VIEW = 2.0  # side of the square in which a face is detected again, relative to its first box
 MESH_VIEW = 1.5  # side of the mesh's square, relative to the second box

@@ -60,17 +60,20 @@ class AudioEncoder:
         mel: (mel_bins, 3000), 30 s. final_layer_norm: whether the last state is taken after the final layer norm
         (MuseTalk v1.5) or before it (v1.0).
         """
-        states: list[torch.Tensor] = []
-        hooks = [self.encoder.blocks[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))]
-        hooks += [
-            block.register_forward_hook(lambda _, __, output: states.append(output)) for block in self.encoder.blocks
-        ]
-        normed = self.encoder(mel[None].to(self.encoder.conv1.weight))  # (1, 1500, D)
-        for hook in hooks:
-            hook.remove()
-        if final_layer_norm:
-            states[-1] = normed
-        return torch.stack(states, dim=2)[0].float()  # (1500, S, D)
+        return hidden_states(self.encoder, mel.to(self.encoder.conv1.weight), final_layer_norm).float()
+
+
+def hidden_states(encoder: WhisperEncoder, mel: torch.Tensor, final_layer_norm: bool) -> torch.Tensor:
+    """The hidden states of an encoder, (1500, S, D), see `AudioEncoder`. mel: (mel_bins, 3000)."""
+    states: list[torch.Tensor] = []
+    hooks = [encoder.blocks[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))]
+    hooks += [block.register_forward_hook(lambda _, __, output: states.append(output)) for block in encoder.blocks]
+    normed = encoder(mel[None])  # (1, 1500, D)
+    for hook in hooks:
+        hook.remove()
+    if final_layer_norm:
+        states[-1] = normed
+    return torch.stack(states, dim=2)[0]
 
 
 def build_encoder(dims: ModelDimensions) -> WhisperEncoder:

@@ -1,24 +1,25 @@
-"""The constants of the small networks."""
+"""The constants of the small VAE."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from tools.make_mini.material import MaterialConfig
 
 
 @dataclass(frozen=True)
 class Config:
     """The constants; override them on the command line."""
 
-    clips: Path = Path("../shared/clips")  # folder of videos, searched to any depth
+    material: MaterialConfig = field(default_factory=MaterialConfig)
     models_dir: Path = Path(__file__).parents[2] / "models" / "mini"
     seed: int = 0
     num_threads: int = 1
 
     # Crops
-    frame_step: int = 5  # every 5th frame of a clip
-    sample_frame_step: int = 20  # for the built-in sample, which shows one person
-    held_out_frame_step: int = 25  # for held-out clips
+    frames_per_identity: int = 40  # to train on
+    validation_frames: int = 12  # of each identity
     max_margin: int = 20  # source px below the chin
     max_zoom_out: float = 1.8  # size of the largest crop, relative to MuseTalk's
     max_shift: float = 0.15  # largest offset of a wide crop, relative to its size
@@ -28,8 +29,8 @@ class Config:
     norm_num_groups: int = 4
 
     # Training
-    num_steps: int = 5600
-    num_whole_steps: int = 900  # the last steps use whole crops, for the statistics of GroupNorm
+    num_steps: int = 5000
+    num_whole_steps: int = 800  # the last steps use whole crops, for the statistics of GroupNorm
     batch_size: int = 8  # patches
     whole_batch_size: int = 2  # crops
     patch_size: int = 128  # px

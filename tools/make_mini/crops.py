@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,38 +13,63 @@ from musetalk.data.crop import crop_face, face_box, in_crop
 from musetalk.data.face import load_face_backend
 from musetalk.data.face.face import FaceBackend
 from musetalk.data.face.tracking import follow_person
-from musetalk.data.sample import SEEDS, render_frames
-from musetalk.data.video import read_frames
+from musetalk.data.video import count_frames, read_frames
 from tools.make_mini.config import Config
-
-HELD_OUT = ("talking_b", "portrait_hevc_1080x1920", "person_3", "person_5", "person_l8")
+from tools.make_mini.material import find_videos
 
 
 def training_crops(config: Config, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Crops of all people not held out and of the sample: BGR uint8 (N, 256, 256, 3), landmarks (N, 68, 2)."""
-    backend = load_face_backend("mediapipe", Path(), "cpu")
-    paths = [path for path in sorted(config.clips.rglob("*.mp4")) if path.stem not in HELD_OUT]
-    sources = [islice(read_frames(path), 0, None, config.frame_step) for path in paths]
-    sources += [islice(render_frames(k), 0, None, config.sample_frame_step) for k in range(len(SEEDS))]
+    """Crops of the people to train on: BGR uint8 (N, 256, 256, 3), landmarks (N, 68, 2).
+
+    Of each identity `frames_per_identity` frames in two crops each: MuseTalk's, and a wider one.
+    """
     images, points = [], []
-    for frames in tqdm(sources, "crops", unit="clip"):
-        for frame, landmarks, box in face_boxes(frames, backend, config.max_margin, rng):
+    groups = faces_by_identity(config, "train", config.frames_per_identity, rng)
+    for faces in tqdm(groups.values(), "crops", unit="identity"):
+        for frame, landmarks, box in faces:
             for crop in (box, wider_box(box, frame.shape, config, rng)):
                 images.append(crop_face(frame, crop))
                 points.append(in_crop(landmarks, crop))
     return np.stack(images), np.stack(points)
 
 
-def held_out_crops(config: Config) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Crops of the held-out people: for each clip images (N, 256, 256, 3), landmarks (N, 68, 2)."""
-    backend, rng = load_face_backend("mediapipe", Path(), "cpu"), np.random.default_rng(config.seed)
-    crops = {}
-    for path in sorted(path for path in config.clips.rglob("*.mp4") if path.stem in HELD_OUT):
-        frames = islice(read_frames(path), 0, None, config.held_out_frame_step)
-        faces = list(face_boxes(frames, backend, config.max_margin, rng))
-        images = np.stack([crop_face(frame, box) for frame, _, box in faces])
-        crops[path.stem] = images, np.stack([in_crop(landmarks, box) for _, landmarks, box in faces])
+def validation_crops(config: Config) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Crops of the validation people: for each identity images (N, 256, 256, 3), landmarks (N, 68, 2)."""
+    rng, crops = np.random.default_rng(config.seed), {}
+    for identity, faces in faces_by_identity(config, "validation", config.validation_frames, rng).items():
+        found = list(faces)
+        images = np.stack([crop_face(frame, box) for frame, _, box in found])
+        crops[identity] = images, np.stack([in_crop(landmarks, box) for _, landmarks, box in found])
     return crops
+
+
+def faces_by_identity(
+    config: Config, split: str, count: int, rng: np.random.Generator
+) -> dict[str, Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """The faces, see `face_boxes`, in about `count` evenly spaced frames of each identity of a split."""
+    backend = load_face_backend("mediapipe", Path(), "cpu")
+    groups: dict[str, list[Path]] = defaultdict(list)
+    for video in find_videos(config.material):
+        if video.split == split:
+            groups[video.identity].append(video.path)
+    return {
+        identity: (
+            face
+            for frames in spaced_frames(paths, count)
+            for face in face_boxes(frames, backend, config.max_margin, rng)
+        )
+        for identity, paths in groups.items()
+    }
+
+
+def spaced_frames(paths: Sequence[Path], count: int) -> Iterator[list[np.ndarray]]:
+    """`count` evenly spaced frames of some videos, BGR uint8 (H, W, 3), in a list for each video."""
+    lengths = [count_frames(path) for path in paths]
+    positions = np.unique(np.linspace(0, sum(lengths) - 1, count).astype(int))
+    for path, start, length in zip(paths, np.cumsum([0, *lengths]), lengths, strict=False):
+        wanted = set(positions - start)
+        if wanted.intersection(range(length)):
+            yield [frame for index, frame in enumerate(read_frames(path)) if index in wanted]
 
 
 def face_boxes(

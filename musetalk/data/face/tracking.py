@@ -16,7 +16,8 @@ MAX_GAP = 2 * VIDEO_FPS  # frames without detection after which a track ends
 
 def people(faces: Sequence[Sequence[FaceT]]) -> list[FaceT]:
     """Returns the faces of the first frame that shows the most, from left to right. faces: those of each frame."""
-    return sorted(max(faces, key=len, default=[]), key=lambda face: face.box[0] + face.box[2])
+    most: Sequence[FaceT] = max(faces, key=len, default=[])
+    return sorted(most, key=lambda face: face.box[0] + face.box[2])
 
 
 def follow_person(faces: Sequence[Sequence[FaceT]], chosen: FaceT | None = None) -> list[FaceT | None]:

@@ -143,12 +143,13 @@ class TrainState:
         """Loads UNet weights to start from, of this project or another. Returns a sentence for the log.
 
         path: a file, or a folder whose newest weights are loaded. Raises WeightsError; ContractError if they were
-        trained under another contract.
+        trained under another contract, except for the precision of the latents, which depends on the machine.
         """
         file = find_unet(path)
         contract = read_unet_contract(file)
         if contract:
-            contract.require(self.contract, ALL_FIELDS, str(file))
+            fields = tuple(field for field in ALL_FIELDS if field != "encode_dtype")
+            contract.require(self.contract, fields, str(file))
         load_strictly(self.unet.model, unwrap(read_tensors(file), file), file)
         self.ema = host_copy(self.unet)
         return f"starts from {file}" + ("" if contract else ", which carries no contract; this run's is assumed")

@@ -164,7 +164,7 @@ def finite_mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
-def bootstrap_interval(values: Sequence[float], groups: Sequence[str]) -> tuple[float, float]:
+def bootstrap_interval(values: Sequence[float] | np.ndarray, groups: Sequence[str]) -> tuple[float, float]:
     """The 95 % interval of the mean of N values over resampled groups, such as identities; the same at each call.
 
     Each of `RESAMPLES` resamples draws as many groups as there are, with replacement, and averages all their values.

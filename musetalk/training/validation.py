@@ -131,7 +131,8 @@ class Validator:
 
     def __call__(self) -> Validation:
         """Generates images for each window and averages their figures."""
-        rows, results = [], []
+        rows: list[dict[str, float]] = []
+        results: list[ClipResult] = []
         for window, other in zip(self.windows, self.windows[1:] + self.windows[:1], strict=True):
             result = self._generate_all(window, other)
             unrelated = [x.openings for x in self.windows if x is not window]
@@ -242,7 +243,7 @@ class Validator:
         true_faces, decoded_faces = (detect_in_crops(x, self.backend) for x in images[1:3])
         still = detect_in_crops(reference, self.backend) * len(truth)
         faces = (result.faces["prediction"], true_faces, decoded_faces, still)
-        figures = {}
+        figures: dict[str, float] = {}
         for column, x, mouth, found in zip(COLUMNS, images, mouths, faces, strict=True):
             row = self._mouth_figures(window, x, found)
             row |= {"sharpness": sharpness(x), "sharpness_mouth": sharpness(mouth)}

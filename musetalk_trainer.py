@@ -64,8 +64,10 @@ from musetalk.models.syncnet import SyncNet, load_syncnet
 from musetalk.models.tiny_decoder import load_tiny_decoder
 from musetalk.models.unet import build_unet
 from musetalk.models.vae import VAE
+from musetalk.training.bounds import BOUNDS_SAMPLES, first_batch, report_bounds
 from musetalk.training.checkpoint import save_unet
 from musetalk.training.distributed import prepare_model, start_processes
+from musetalk.training.pictures import GRID_ROWS, draw_grid
 from musetalk.training.run import open_run
 from musetalk.training.state import (
     OPTIMIZERS,
@@ -77,7 +79,7 @@ from musetalk.training.state import (
 )
 from musetalk.training.step import OptimizerStep, StepResult
 from musetalk.training.sync_check import SyncCheck, check_expert
-from musetalk.training.validation import GRID_ROWS, Validator, draw_grid
+from musetalk.training.validation import Validator
 
 LOSSES = (
     *("latent_l1", "pixel_l1", "lpips", "sync"),
@@ -153,7 +155,8 @@ class TrainConfig:
     log_every: Count = 100
     sample_every: Count = 2000
     val_every: CountOrZero = 10_000  # steps between validations on held-out clips, and after the last one; 0: none
-    val_frames: Count = 50  # of each of four clips
+    val_clips: Count = 8  # most of them, spread over the identities
+    val_frames: Count = 50  # most of each clip, at most half of its usable ones
     save_every: Count = 2000
     save_minutes: PositiveOrZero = 20.0  # a state is also saved when the last save is this old; 0: never
     keep_states: Count = 2  # newest training states: 13.6 GB each at full size
@@ -240,7 +243,11 @@ def train(preset: str, config: TrainConfig) -> None:
     open_train_set = partial(open_dataset, config, cache, train_clips, contract, world_size=accelerator.num_processes)
     dataset = open_train_set(sync_offset=0)
     held_clips = held_clips or train_clips
-    grid_dataset = FaceDataset(cache, held_clips, contract, seed=config.seed, slots=GRID_ROWS)
+    open_held_set = partial(FaceDataset, cache, held_clips, contract, seed=config.seed)
+    grid_dataset = open_held_set(slots=GRID_ROWS)
+    bounds_dataset = open_held_set(
+        slots=BOUNDS_SAMPLES, references=config.references, min_reference_gap=config.min_reference_gap
+    )
     vae = load_pixel_vae(config.models_dir, accelerator)
     cache.contract.require(replace(cache.contract, vae=vae.fingerprint), ("vae",), str(cache.folder))
     state = build_state(config, contract, accelerator)
@@ -250,9 +257,8 @@ def train(preset: str, config: TrainConfig) -> None:
     pipeline = LipSyncPipeline(state.unet, vae, contract, config.models_dir)
     validator = None
     if config.val_every:
-        validator = Validator(
-            pipeline, cache, held_clips, config.val_frames, distance=objective.distance, expert=expert
-        )
+        limits = config.val_clips, config.val_frames
+        validator = Validator(pipeline, cache, held_clips, *limits, distance=objective.distance, expert=expert)
     run_sync_check = expert and partial(check_expert, expert, cache, held_clips, config.seed)
     size = sum(parameter.numel() for parameter in state.unet.parameters())
     summary = f"UNet of {size:,} parameters; {len(train_clips)} clips to train on; {split_note}"
@@ -265,7 +271,7 @@ def train(preset: str, config: TrainConfig) -> None:
     with open_run(preset, config, state, accelerator, state.ema) as run:
         run.log.line(summary)
 
-        # A new run: load weights to start from, check the sync expert.
+        # A new run: load weights to start from, check the sync expert, print what the losses can reach.
         if config.start_from and not run.resumed:
             run.log.line(state.load_pretrained(pretrained_path(config)))
         if run_sync_check and not run.resumed:
@@ -275,6 +281,10 @@ def train(preset: str, config: TrainConfig) -> None:
             state.sync_offset = check.require(config.unfit_expert)
         if state.sync_offset:
             dataset = open_train_set(sync_offset=state.sync_offset)
+
+        if accelerator.is_main_process and not run.resumed:
+            bounds = objective.bounds(to_device(first_batch(bounds_dataset), accelerator.device))
+            report_bounds(bounds, run.log)
 
         batches = run.batches(dataset)
         for _ in run.steps():

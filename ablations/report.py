@@ -52,7 +52,7 @@ MEASURES = (
     Measure(
         "silence",
         "opening in silence minus that of a closed mouth, relative to the mean opening",
-        lambda f: (f["opening_in_silence"] - f["opening_closed"]) / f["opening_mean"],
+        lambda f: (f["opening_in_silence"] - f["opening_in_silence_reference"]) / f["opening_truth"],
         0,
     ),
     Measure(

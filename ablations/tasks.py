@@ -33,8 +33,9 @@ from musetalk.data.dataset import split_clips
 from musetalk.files import atomic_write_bytes, read_json
 from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.syncnet import SyncNet, load_syncnet
+from musetalk.training.pictures import ClipResult
 from musetalk.training.sync_check import check_expert
-from musetalk.training.validation import ClipResult, Validator
+from musetalk.training.validation import Validator
 from tools.distil_decoder import DistilConfig
 from tools.distil_decoder import main as distil
 

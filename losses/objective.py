@@ -73,6 +73,29 @@ class Objective:
         )
         return loss + (pred_latents * branch.gradient).sum(), terms | branch.terms, branch.images
 
+    @torch.no_grad()
+    def bounds(self, batch: Batch) -> dict[str, tuple[float, float]]:
+        """Floor and ceiling of latent_l1, pixel_l1 and lpips, as far as active, on a batch with reference_latents too.
+
+        The floor is the term of the true latents: 0 for latent_l1, what the VAE's round trip loses for the others. The
+        ceiling is that of the reference's latents: a UNet reaches it by copying its reference.
+        """
+        floor, ceiling = (
+            self._reconstruction(batch[f"{name}_latents"].float(), batch) for name in ("target", "reference")
+        )
+        return {name: (floor[name].item(), ceiling[name].item()) for name in floor}
+
+    def _reconstruction(self, latents: torch.Tensor, batch: Batch) -> Terms:
+        """latent_l1, pixel_l1 and lpips of latents (N, 4, 32, 32), as far as active."""
+        terms = {"latent_l1": latent_l1(latents, batch["target_latents"])} if "latent_l1" in self.weights else {}
+        if self.has_pixel_terms(adversarial=False):
+            for start in range(0, len(latents), self.chunk_size):
+                chunk = slice(start, start + self.chunk_size)
+                images = self.decoder(0)(latents[chunk])
+                for name, value in self._image_terms(batch, False, images, chunk).items():
+                    terms[name] = terms.get(name, 0) + len(images) / len(latents) * value
+        return terms
+
     def discriminator_backward(self, images: torch.Tensor, batch: Batch, share: float) -> Terms:
         """Adds `share` of each discriminator's loss to its gradients. Returns the losses, detached.
 

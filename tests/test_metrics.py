@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
+import cv2
 import numpy as np
 import pytest
 
@@ -13,13 +14,18 @@ from musetalk.data.face.face import Face
 from musetalk.data.video import read_frames
 from musetalk.inference.metrics import (
     CROP_BORDER,
+    bootstrap_interval,
+    closures,
     correlation,
     detect_in_crops,
+    lip_leak,
+    mouth_aspect_ratio,
     mouth_jitter,
     mouth_landmark_distance,
     mouth_opening,
     mouth_openings,
     psnr,
+    sharpness,
     ssim,
 )
 
@@ -184,3 +190,62 @@ def test_jitter_needs_three_consecutive_faces():
     assert np.isnan(mouth_jitter([still, still, None, still, still])) and np.isnan(mouth_jitter([]))
     assert mouth_jitter([still, still, None, still, still, still]) == 0
     assert np.isfinite(mouth_jitter([face((0, 0, 0), eyes=0)] * 3))
+
+
+def test_sharpness_is_the_variance_of_the_laplacian():
+    """Blurring lowers it, and in a checkerboard of single pixels the Laplacian is 4 times the contrast, up and down."""
+    board = np.indices((64, 64)).sum(axis=0) % 2 * 20
+    images = np.repeat(board[None, ..., None], 3, axis=-1).astype(np.uint8)
+    assert sharpness(images) == pytest.approx(80**2)
+    blurred = np.stack([cv2.GaussianBlur(image, (0, 0), 1) for image in images])
+    assert sharpness(blurred) < 100
+    assert sharpness(np.concatenate([images, np.zeros_like(images)])) == pytest.approx(80**2 / 2)
+
+
+# Mouth shapes.
+
+
+def test_mouth_aspect_ratio_by_hand():
+    x = face((6, 9, 3), eyes=60)
+    x.landmarks[60], x.landmarks[64] = (15, 70), (39, 70)
+    assert mouth_aspect_ratio(x) == pytest.approx(6 / 24)
+    assert np.isnan(mouth_aspect_ratio(None))
+
+
+def test_lip_leak_is_the_share_of_open_mouths():
+    assert lip_leak(np.array([0.3, 0.2, np.nan, 0.24, 0.26])) == 0.5
+    assert np.isnan(lip_leak(np.array([np.nan]))) and np.isnan(lip_leak(np.zeros(0)))
+
+
+def test_closures_may_come_a_frame_early_or_late():
+    closed, open_ = 0.001, 0.1
+    truth = np.array([open_] * 3 + [closed] + [open_] * 3)
+    for frame, share in ((1, 0), (2, 1), (3, 1), (4, 1), (5, 0)):
+        prediction = np.full(7, open_)
+        prediction[frame] = closed
+        assert closures(prediction, truth) == share
+    assert closures(np.full(7, np.nan), truth) == 0
+    assert np.isnan(closures(truth, np.full(7, open_)))
+    assert closures(np.array([closed, open_, open_, open_]), np.array([closed, closed, closed, open_])) == 2 / 3
+
+
+# Intervals.
+
+
+def test_a_bootstrap_interval_covers_the_true_mean_as_often_as_it_says():
+    """With 20 groups of 3 equal values it is that of 20 values: it narrows with more groups, not with more copies."""
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(100):
+        values = np.repeat(rng.standard_normal(20), 3)
+        low, high = bootstrap_interval(values, [str(i // 3) for i in range(60)])
+        hits += low < 0 < high
+    assert 85 <= hits <= 99
+    assert bootstrap_interval(values, [str(i // 3) for i in range(60)]) == (low, high)
+
+
+def test_an_interval_needs_two_groups_with_values():
+    nan = float("nan")
+    assert np.isnan(bootstrap_interval([1.0, 2.0], ["a", "a"])).all()
+    assert np.isnan(bootstrap_interval([1.0, nan], ["a", "b"])).all()
+    assert bootstrap_interval([1.0, nan, 3.0], ["a", "b", "b"]) == (1, 3)

@@ -35,8 +35,9 @@ from musetalk_trainer import LOSSES, PRESETS, TrainConfig, TrainError, parse, tr
 
 
 @pytest.fixture
-def config(sample_cache, tmp_path) -> TrainConfig:
+def config(sample_cache, tmp_path, monkeypatch) -> TrainConfig:
     """Four steps of preset demo in small batches, without validation."""
+    monkeypatch.setattr("musetalk_trainer.BOUNDS_SAMPLES", 2)
     return replace(
         PRESETS["demo"],
         hdtf_samples_dir=sample_cache.folder,
@@ -80,7 +81,9 @@ def every_loss(config, tmp_path) -> TrainConfig:
 
 
 def records_of(config: TrainConfig) -> list[dict]:
-    return [json.loads(line) for line in (config.log_dir / "demo/stats.jsonl").read_text().splitlines()]
+    """The records after the first step."""
+    records = [json.loads(line) for line in (config.log_dir / "demo/stats.jsonl").read_text().splitlines()]
+    return [record for record in records if record["step"]]
 
 
 def log_of(config: TrainConfig) -> str:
@@ -307,22 +310,31 @@ def test_the_positional_encoding_is_part_of_the_contract(one_step):
 # Validation.
 
 
-def test_validation_after_the_last_step_measures_what_the_mouth_follows(one_step):
+def test_a_new_run_reports_what_its_losses_start_below_and_cannot_fall_under(config):
+    run = replace(config, num_steps=2)
+    train("demo", run)
+    bounds = json.loads((config.log_dir / "demo/stats.jsonl").read_text().splitlines()[0])
+    assert bounds["step"] == bounds["latent_l1_floor"] == 0
+    assert 0 < bounds["pixel_l1_floor"] < bounds["pixel_l1_ceiling"] and bounds["latent_l1_ceiling"] > 0
+    assert "ceiling: copying" in log_of(run)
+    train("demo", config)  # resumes
+    assert log_of(config).count("ceiling: copying") == 1
+
+
+def test_validation_after_the_last_step_records_figures_and_pictures(one_step):
     train("demo", replace(one_step, val_every=1000))
     _, record = records_of(one_step)
-    for name in ("psnr", "ssim", "psnr_mouth", "ssim_mouth"):
-        assert all(f"val_{name}{column}" in record for column in ("", "_truth", "_reference"))
-    assert record["val_lmd_truth"] < record["val_lmd_reference"]
-    assert record["val_psnr_truth"] > record["val_psnr_reference"] > record["val_psnr"]
-    probes = ("r_own_audio", "r_other_audio", "reference_share", "opening_in_silence", "opening_closed")
-    assert all(name in log_of(one_step) for name in probes)  # the table; the record only has those that are defined
+    for name in ("psnr", "ssim", "psnr_mouth", "ssim_mouth", "sharpness"):
+        assert all(f"val_{name}{column}" in record for column in ("", "_vae", "_reference"))
+    assert record["val_lmd_vae"] < record["val_lmd_reference"]
+    assert record["val_psnr_vae"] > record["val_psnr_reference"] > record["val_psnr"]
     for kind in ("validation", "mouths"):
         assert cv2.imread(str(one_step.log_dir / "demo" / kind / "0000001.png")) is not None
     assert (one_step.log_dir / "demo/curves.png").is_file()
 
 
 def test_a_validation_that_cannot_work_is_refused_before_the_first_step(config, monkeypatch):
-    monkeypatch.setattr("musetalk.training.validation.MIN_FRAMES", 30)
+    monkeypatch.setattr("musetalk.training.windows.MIN_FRAMES", 30)
     with pytest.raises(CacheError, match="no held-out clip has 40 consecutive usable frames"):
         train("demo", replace(config, val_every=1000))
     assert not config.checkpoint_dir.exists()

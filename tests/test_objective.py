@@ -70,6 +70,7 @@ class Setup:
         self.x = torch.randn(count, 2, 8, 8).double()
         self.batch = {
             "target_latents": torch.randn(count, 4, 8, 8).double(),
+            "reference_latents": torch.randn(count, 4, 8, 8).double(),
             "target_image": torch.rand(count, 3, 16, 16).double(),
             "mouth_box": torch.arange(count)[:, None].expand(-1, 4) % 3,
             "mel": torch.randn(CLIPS, 7, 80).double(),
@@ -171,3 +172,19 @@ def test_adaptive_weights_equalise_the_gradient_norms_of_the_first_chunk():
     plain_terms, _ = plain.backward(pixel_step=1, adversarial=True)
     assert adaptive_terms == plain_terms
     torch.testing.assert_close(gradients, plain.gradients(), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("active", [("latent_l1", "pixel_l1", "lpips", "sync", "adv_g"), ("latent_l1",)])
+def test_bounds_are_the_losses_of_the_true_latents_and_of_the_reference(active):
+    setup = Setup({name: WEIGHTS[name] for name in active}, chunk_size=4)
+    setup.objective.decoder = lambda _: lambda latents: setup.decoder(latents.double())
+    bounds = setup.objective.bounds(setup.batch)
+    assert list(bounds) == [name for name in ("latent_l1", "pixel_l1", "lpips") if name in active]
+    assert bounds["latent_l1"][0] == pytest.approx(0, abs=1e-6)
+    for index, latents in enumerate(("target_latents", "reference_latents")):
+        pixel_step = 1 if len(active) > 1 else None
+        _, terms, _ = setup.objective.generator_loss(
+            setup.batch[latents], setup.batch, pixel_step=pixel_step, adversarial=False
+        )
+        for name, values in bounds.items():
+            assert values[index] == pytest.approx(terms[name].item(), abs=1e-6)

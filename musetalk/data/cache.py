@@ -326,6 +326,10 @@ class Clip:
         if digest != self.metadata["sha256"]:
             raise CacheError(f"{self.path} is corrupted (its sha256 differs from its record); {self.repair_hint()}")
 
+    def has(self, name: str) -> bool:
+        """Whether the clip has a tensor, which may be one of `OPTIONAL_TENSORS`."""
+        return name in self._slices
+
     def rows(self, name: str) -> int:
         """Number of rows of a tensor of `TENSORS`."""
         return self._slices[name].get_shape()[0]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from musetalk.errors import UserError
 from musetalk.files import append_line, atomic_write_bytes
 
-COMPARED = re.compile("_(truth|reference)$")  # suffixes of the bounds of a validation metric
+COMPARED = re.compile("_(truth|vae|reference|low|high|floor|ceiling)$")  # suffixes of the bounds of a figure
 CURVES_ACROSS = 4  # plots in a row of curves.png
 MARKED = 30  # series with fewer points have markers
 

@@ -29,7 +29,7 @@ from musetalk.training.preflight import workers_that_fit
 from musetalk.training.run import resume as restore_latest
 from musetalk.training.state import TrainState, load_pixel_vae, training_contract
 from musetalk.training.step import StepResult
-from musetalk.training.validation import true_openings
+from musetalk.training.windows import true_openings
 from musetalk_trainer import (
     PRESETS,
     TrainConfig,

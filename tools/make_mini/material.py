@@ -27,7 +27,9 @@ from musetalk.files import atomic_write_bytes, read_json
 
 HELD_OUT = read_json(Path(__file__).with_name("held_out.json"))
 LEFT_OUT = ("grid_unk", "cartoon")  # unknown speakers, who may be others of the corpus; a drawn face without audio
-FREE = ("grid_", "anitalker_", "gen_")  # prefixes of identities whose material is freely licensed
+# Prefixes of identities whose material is freely licensed, and of those known to be in sync
+FREE = ("grid_", "anitalker_", "gen_")
+IN_SYNC = ("grid_", "person_", "gen_")
 
 
 @dataclass(frozen=True)

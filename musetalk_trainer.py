@@ -15,9 +15,9 @@ predictions with other audio, with another reference and in silence) and mouths/
 run the same command again; the result is the same as without the interruption. Ctrl-C, or SIGTERM as clusters send it,
 stops the run after the current step and saves the training state.
 
-Each loss counts by its weight in `loss_weights`; 0 disables it: latent_l1 on latents, pixel_l1 and lpips on images,
-sync by the expert named by `sync_expert`, adv_g and feat_match by a discriminator trained along with the UNet,
-adv_g_mouth and feat_match_mouth by a second discriminator on crops of the mouth.
+Each loss counts by its weight in `loss_weights`; 0 disables it: latent_l1 on latents, latent_l1_mouth on those of the
+mouth, pixel_l1 and lpips on images, sync by the expert named by `sync_expert`, adv_g and feat_match by a discriminator
+trained along with the UNet, adv_g_mouth and feat_match_mouth by a second discriminator on crops of the mouth.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ from musetalk.training.sync_check import SyncCheck, check_expert
 from musetalk.training.validation import Validator
 
 LOSSES = (
-    *("latent_l1", "pixel_l1", "lpips", "sync"),
+    *("latent_l1", "latent_l1_mouth", "pixel_l1", "lpips", "sync"),
     *("adv_g", "feat_match", "adv_g_mouth", "feat_match_mouth"),
 )
-DISC_CROPS = {"face": lambda images, _: images, "mouth": crop_mouth}  # what the discriminator of each region sees
+CROPS = {"face": lambda images, _: images, "mouth": crop_mouth}  # regions, each with a discriminator if it has a term
 
 
 def weights(**given: float) -> dict[str, float]:
@@ -419,7 +419,7 @@ def check_config(config: TrainConfig) -> None:
     check_constants(config)
     check_weight_decay(config.optimizer, config.weight_decay)
     active = active_weights(config).keys()
-    adv_terms = {term_name(name, region) for name in ADVERSARIAL for region in DISC_CROPS}
+    adv_terms = {term_name(name, region) for name in ADVERSARIAL for region in CROPS}
     if not active:
         raise TrainError("loss_weights must have a term with a weight over 0")
     if config.pixel_every > 1 and "latent_l1" not in active:
@@ -476,7 +476,7 @@ def build_state(config: TrainConfig, contract: FeatureContract, accelerator: Acc
     ema = {name: value.clone() for name, value in unet.model.state_dict().items()}
     unet = prepare_model(unet, accelerator)
     active, gan_losses, adaptive_weights = active_weights(config), {}, {}
-    for region in DISC_CROPS:
+    for region in CROPS:
         if any(term_name(name, region) in active for name in ADVERSARIAL):
             torch.manual_seed(config.seed)
             network = PatchDiscriminator(config.discriminator_width).to(accelerator.device)
@@ -511,7 +511,7 @@ def build_objective(
         distance=load_lpips(config.models_dir, *frozen) if "lpips" in active else None,
         embed=expert and expert.embed,
         gan_losses=state.gan_losses,
-        crops={region: DISC_CROPS[region] for region in state.gan_losses},
+        crops=CROPS,
         adaptive_weights=state.adaptive_weights,
     )
     return objective, expert

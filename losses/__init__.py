@@ -1,8 +1,9 @@
 """Training losses. A loss is a dict name -> value, its weights a dict with the same names.
 
-latent_l1 is on latents. The others are on decoded images, RGB in [-1, 1]: pixel_l1, lpips, sync (on windows of frames),
-adv_g and feat_match (the generator's losses from the face discriminator), adv_d (the loss of that discriminator), and
-adv_g_mouth, feat_match_mouth, adv_d_mouth (the same for a second discriminator, which sees crops of the mouth).
+latent_l1 is on latents, latent_l1_mouth on those of the mouth. The others are on decoded images, RGB in [-1, 1]:
+pixel_l1, lpips, sync (on windows of frames), adv_g and feat_match (the generator's losses from the face discriminator),
+adv_d (the loss of that discriminator), and adv_g_mouth, feat_match_mouth, adv_d_mouth (the same for a second
+discriminator, which sees crops of the mouth).
 """
 
 from __future__ import annotations

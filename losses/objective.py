@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from losses import weighted_sum
+from losses import full_precision, weighted_sum
 from losses.adversarial import GANLoss, adaptive_weight
 from losses.perceptual import Distance, lpips
 from losses.pixel_branch import Terms, pixel_branch
@@ -19,6 +19,7 @@ Batch = dict[str, torch.Tensor]
 Decode = Callable[[torch.Tensor], torch.Tensor]
 Crop = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+LATENT = ("latent_l1", "latent_l1_mouth")  # terms that need no decoded images
 ADVERSARIAL = ("adv_g", "feat_match")  # the generator's terms from a discriminator, whose own is adv_d
 
 
@@ -48,7 +49,7 @@ class Objective:
     def has_pixel_terms(self, adversarial: bool) -> bool:
         """Whether any active term needs decoded images, with or without the adversarial ones."""
         adv_terms = {term_name(name, region) for name in ADVERSARIAL for region in self.gan_losses}
-        return bool(self.weights.keys() - {"latent_l1"} - (set() if adversarial else adv_terms))
+        return bool(self.weights.keys() - set(LATENT) - (set() if adversarial else adv_terms))
 
     def generator_loss(
         self, pred_latents: torch.Tensor, batch: Batch, *, pixel_step: int | None, adversarial: bool
@@ -58,7 +59,7 @@ class Objective:
         pred_latents: (N, 4, 32, 32). pixel_step: index of this step among those with pixel losses, None if it has none.
         adversarial: include the discriminators' terms.
         """
-        terms = {"latent_l1": latent_l1(pred_latents, batch["target_latents"])} if "latent_l1" in self.weights else {}
+        terms = self._latent_terms(pred_latents, batch)
         loss = weighted_sum(terms, self.weights)
         terms = {name: value.detach() for name, value in terms.items()}
         if pixel_step is None:
@@ -75,10 +76,10 @@ class Objective:
 
     @torch.no_grad()
     def bounds(self, batch: Batch) -> dict[str, tuple[float, float]]:
-        """Floor and ceiling of latent_l1, pixel_l1 and lpips, as far as active, on a batch with reference_latents too.
+        """Floor and ceiling of the active reconstruction losses on a batch with reference_latents too.
 
-        The floor is the term of the true latents: 0 for latent_l1, what the VAE's round trip loses for the others. The
-        ceiling is that of the reference's latents: a UNet reaches it by copying its reference.
+        The floor is the term of the true latents: 0 for losses on latents, what the VAE's round trip loses for the
+        others. The ceiling is that of the reference's latents: a UNet reaches it by copying its reference.
         """
         floor, ceiling = (
             self._reconstruction(batch[f"{name}_latents"].float(), batch) for name in ("target", "reference")
@@ -86,8 +87,8 @@ class Objective:
         return {name: (floor[name].item(), ceiling[name].item()) for name in floor}
 
     def _reconstruction(self, latents: torch.Tensor, batch: Batch) -> Terms:
-        """latent_l1, pixel_l1 and lpips of latents (N, 4, 32, 32), as far as active."""
-        terms = {"latent_l1": latent_l1(latents, batch["target_latents"])} if "latent_l1" in self.weights else {}
+        """The active reconstruction losses of latents (N, 4, 32, 32)."""
+        terms = self._latent_terms(latents, batch)
         if self.has_pixel_terms(adversarial=False):
             for start in range(0, len(latents), self.chunk_size):
                 chunk = slice(start, start + self.chunk_size)
@@ -142,8 +143,18 @@ class Objective:
         }
 
     def _crop(self, region: str, images: torch.Tensor, batch: Batch, chunk: slice = slice(None)) -> torch.Tensor:
-        """The part of the images that a region's discriminator sees."""
+        """A region of images or latents."""
         return self.crops[region](images, batch["mouth_box"][chunk])
+
+    def _latent_terms(self, latents: torch.Tensor, batch: Batch) -> Terms:
+        """The active terms of latents (N, 4, 32, 32): their difference from the true ones, in all and at the mouth."""
+        target, terms = batch["target_latents"], {}
+        if "latent_l1" in self.weights:
+            terms["latent_l1"] = latent_l1(latents, target)
+        if "latent_l1_mouth" in self.weights:
+            mouths = [self._crop("mouth", full_precision(values), batch) for values in (latents, target)]
+            terms["latent_l1_mouth"] = latent_l1(*mouths)
+        return terms
 
     def _image_terms(self, batch: Batch, adversarial: bool, images: torch.Tensor, chunk: slice) -> Terms:
         """Terms of a chunk of images, each a mean over them."""

@@ -28,7 +28,7 @@ from musetalk.models.unet import UNet
 from musetalk.training import distributed, run
 from musetalk.training.distributed import start_processes
 from musetalk.training.run import open_run
-from musetalk_trainer import DISC_CROPS, TrainConfig, build_state, open_dataset, optimizer_step, weights
+from musetalk_trainer import CROPS, TrainConfig, build_state, open_dataset, optimizer_step, weights
 from syncnet_trainer import SyncConfig
 
 LOSS_WEIGHTS = {"latent_l1": 1.0, "pixel_l1": 1.0, "adv_g": 0.1, "feat_match": 0.1, "adv_g_mouth": 0.1}
@@ -92,7 +92,7 @@ def train_unet(cache: Cache, config: TrainConfig) -> None:
         lambda images: to_tensor(images).to(torch.get_default_dtype()),
         config.chunk_size,
         gan_losses=state.gan_losses,
-        crops={region: DISC_CROPS[region] for region in state.gan_losses},
+        crops=CROPS,
         adaptive_weights=state.adaptive_weights,
     )
     with open_run("unet", config, state, accelerator) as run:

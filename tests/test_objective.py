@@ -9,11 +9,11 @@ from torch.nn.functional import interpolate
 
 from losses.adversarial import GANLoss
 from losses.discriminator import PatchDiscriminator
-from losses.objective import ADVERSARIAL, Objective, term_name
+from losses.objective import ADVERSARIAL, LATENT, Objective, term_name
 
 CLIPS, FRAMES = 2, 3
 WEIGHTS = {
-    **{"latent_l1": 0.7, "pixel_l1": 1.3, "lpips": 0.2, "sync": 0.4},
+    **{"latent_l1": 0.7, "latent_l1_mouth": 0.3, "pixel_l1": 1.3, "lpips": 0.2, "sync": 0.4},
     **{"adv_g": 0.3, "feat_match": 0.5, "adv_g_mouth": 0.6, "feat_match_mouth": 0.8},
 }
 
@@ -32,7 +32,7 @@ class SyncNet(nn.Module):
 
 def mouth(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     """A part of each image at the left edge of its box, resized."""
-    crops = [image[:, int(box[0]) : int(box[0]) + 8] for image, box in zip(images, boxes, strict=True)]
+    crops = [image[:, int(box[0]) : int(box[0]) + 6] for image, box in zip(images, boxes, strict=True)]
     return interpolate(torch.stack(crops), (12, 16), mode="bilinear")
 
 
@@ -111,7 +111,7 @@ def test_the_gradient_is_the_sum_of_those_of_each_term_and_reaches_the_generator
     sums = [torch.zeros_like(gradient) for gradient in together.gradients()]
     for name, weight in WEIGHTS.items():
         alone = Setup({name: weight}, 4)
-        terms, _ = alone.backward(pixel_step=None if name == "latent_l1" else 1, adversarial=True)
+        terms, _ = alone.backward(pixel_step=None if name in LATENT else 1, adversarial=True)
         assert list(terms) == [name]
         assert any(gradient.abs().max() > 1e-9 for gradient in alone.gradients()), name
         networks = [alone.decoder, alone.features, alone.syncnet, *(x.network for x in alone.gan_losses.values())]
@@ -125,9 +125,9 @@ def test_the_gradient_is_the_sum_of_those_of_each_term_and_reaches_the_generator
 def test_disabled_terms_are_not_computed():
     setup = Setup(WEIGHTS, 2)
     terms, images = setup.backward(pixel_step=None, adversarial=True)
-    assert list(terms) == ["latent_l1"] and images is None
+    assert list(terms) == list(LATENT) and images is None
     terms, images = setup.backward(pixel_step=1, adversarial=False)
-    assert terms.keys() == {"latent_l1", "pixel_l1", "lpips", "sync"} and images.shape == (6, 3, 16, 16)
+    assert terms.keys() == {*LATENT, "pixel_l1", "lpips", "sync"} and images.shape == (6, 3, 16, 16)
 
 
 def test_images_are_decoded_only_for_terms_that_need_them():

@@ -219,9 +219,9 @@ def mouth_box(landmarks: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 
 def crop_mouth(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """Crops boxes (N, 4) of `mouth_box` from images (N, 3, 256, 256), float32 or float64, resized to (N, 3, 64, 128).
+    """Crops boxes (N, 4) of `mouth_box` from images (N, C, 256, 256), float32 or float64, resized to (N, C, 64, 128).
 
-    Bilinear and differentiable.
+    Bilinear and differentiable. Images may have another size, as latents do; the boxes are in pixels of 256 x 256.
     """
     height, width = MOUTH_SIZE
     x1, y1, x2, y2 = boxes.to(images).T[..., None]  # (N, 1) each

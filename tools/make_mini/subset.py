@@ -1,7 +1,7 @@
 """Links the clips of some people from a cache into a cache of its own, which is then complete and takes no space.
 
-    python -m tools.make_mini.subset in_sync --cache data/mini/cache --folder data/mini/in_sync
-    python -m tools.make_mini.subset free --cache data/mini/cache --folder data/mini/free
+python -m tools.make_mini.subset in_sync --cache data/mini/cache --folder data/mini/in_sync
+python -m tools.make_mini.subset free --cache data/mini/cache --folder data/mini/free
 """
 
 from __future__ import annotations

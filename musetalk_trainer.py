@@ -444,7 +444,7 @@ def open_dataset(
         mel_frames=sync_mel_frames(config.frames) if config.loss_weights.get("sync") else 0,
         sync_offset=sync_offset,
     )
-    if slots > (count := int(dataset.ends[-1])):
+    if slots > (count := dataset.sampler.count):
         raise TrainError(
             f"batch_size x grad_accum_steps x processes is {slots}, but {cache.folder} has {count} samples to train on"
         )

@@ -265,7 +265,7 @@ def open_dataset(config: SyncConfig, cache: Cache, clips: list[str], frames: int
         gaps=config.gaps,
         other_clips=config.other_clips,
     )
-    if slots > (count := int(dataset.ends[-1])):
+    if slots > (count := dataset.sampler.count):
         raise TrainError(
             f"batch_size x grad_accum_steps x processes is {slots}, but {cache.folder} has {count} windows to train on"
         )

@@ -312,7 +312,7 @@ def test_the_mel_starts_with_the_window_plus_the_offset(cache_with_mel, offset, 
 def test_windows_with_incomplete_mel_are_not_drawn(tmp_path, random_tensors, mels, offset, first, last):
     cache = write_clip_with_mel(tmp_path, random_tensors, mels)
     dataset = open_dataset(cache, ["c"], frames=5, mel_frames=16, sync_offset=offset)
-    assert dataset.starts["c"].tolist() == list(range(first, last + 1))
+    assert dataset.sampler.starts["c"].tolist() == list(range(first, last + 1))
 
 
 def test_a_cache_without_complete_mel_is_refused(tmp_path, random_tensors):

@@ -20,6 +20,7 @@ from musetalk.contract import CACHE_FIELDS, WINDOW_STEPS, FeatureContract
 from musetalk.data.audio import audio_windows, mel_start, window_start
 from musetalk.data.cache import Cache, CacheError, Clip
 from musetalk.data.crop import EYE_CORNERS, INNER_LIPS, JAW, mouth_box, skull_size
+from musetalk.data.sampling import WindowSampler, window_starts
 from musetalk.errors import UserError
 
 References = Literal["random", "pose_and_mouth", "adjacent"]
@@ -53,6 +54,7 @@ class FaceDataset(Dataset):
         min_reference_gap: int = 5,
         mel_frames: int = 0,
         sync_offset: int = 0,
+        identity_cap_minutes: float = 0.0,
     ) -> None:
         """slots: samples per optimizer step, over gradient accumulation and ranks. frames: T.
 
@@ -63,6 +65,7 @@ class FaceDataset(Dataset):
         the window, as measured with the expert. Only the mel is shifted: whether the offset stems from the expert
         (Wav2Lip's is one frame off) or from the data, shifting the UNet's audio too would not help and would disturb
         published weights.
+        identity_cap_minutes: see `WindowSampler`.
         The contract's model fields shape the audio windows; its margins select the variants.
         Raises ContractError if the cache was made under another contract, CacheError if no clip has such a window.
         """
@@ -72,42 +75,35 @@ class FaceDataset(Dataset):
         self.references, self.min_reference_gap = references, 1 if references == "adjacent" else min_reference_gap
         self.mel_frames, self.sync_offset = mel_frames, sync_offset
         self.variants = [cache.contract.margins.index(margin) for margin in contract.margins]
-        self.starts = {}  # clip -> first frames of valid windows
-        for name in clips:
-            starts = self._window_starts(cache.clips[name])
-            if len(starts):
-                self.starts[name] = starts
-        if not self.starts:
+        starts = {name: self._window_starts(cache.clips[name]) for name in clips}
+        starts = {name: frames for name, frames in starts.items() if len(frames)}
+        if not starts:
             mel = f" with {mel_frames} mel frames at an offset of {sync_offset} frames" if mel_frames else ""
             raise CacheError(
                 f"{cache.folder}: no clip has {frames} consecutive usable frames{mel} and a reference frame "
                 f"{self.min_reference_gap} frames away; prepare longer videos"
             )
-        self.names = list(self.starts)
-        self.ends = np.cumsum([len(starts) for starts in self.starts.values()])
+        identities = {name: cache.clips[name].identity for name in starts}
+        self.sampler = WindowSampler(starts, identities, identity_cap_minutes)
         self._shapes: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # clip -> `face_shapes`, 200 bytes a frame
 
     def _window_starts(self, clip: Clip) -> np.ndarray:
         """Returns the first frames of windows of usable frames with a reference frame each and mel in range."""
         usable = np.flatnonzero(clip.usable)
-        if len(clip) < self.frames or not len(usable):
-            return np.zeros(0, int)
+        if not len(usable):
+            return usable
         index = np.arange(len(clip))
         far = (index - usable[0] >= self.min_reference_gap) | (usable[-1] - index >= self.min_reference_gap)
-        windows = np.lib.stride_tricks.sliding_window_view(clip.usable & far, self.frames)
-        starts = np.flatnonzero(windows.all(axis=1))
+        starts = window_starts(clip.usable & far, self.frames)
         if not self.mel_frames:
             return starts
-        mel = mel_start(starts + self.sync_offset)
+        mel = mel_start(clip.audio_frame(starts) + self.sync_offset)
         return starts[(mel >= 0) & (mel + self.mel_frames <= clip.rows("mel"))]
 
     def draw(self, step: int, slot: int) -> Sample:
-        """Draws the sample of a slot at a step, uniformly over all windows of all clips."""
+        """Draws the sample of a slot at a step: an identity, then one of its windows."""
         rng = np.random.default_rng([self.seed, step, slot])
-        pick = int(rng.integers(self.ends[-1]))
-        which = int(np.searchsorted(self.ends, pick, side="right"))
-        name = self.names[which]
-        start = int(self.starts[name][pick - self.ends[which]])
+        name, start = self.sampler.draw(rng)
         references = tuple(
             int(rng.choice(self._candidates(name, frame))) for frame in range(start, start + self.frames)
         )
@@ -151,7 +147,7 @@ class FaceDataset(Dataset):
             "mouth_box": np.stack([mouth_box(landmarks, box) for landmarks, box in regions]),
         }
         if self.mel_frames:
-            first = mel_start(start + self.sync_offset)
+            first = mel_start(clip.audio_frame(start) + self.sync_offset)
             arrays["mel"] = clip.tensor("mel", first, first + self.mel_frames)
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         return tensors | {"where": f"{sample.clip}, frame {start}"}
@@ -189,7 +185,11 @@ def pose_matched_candidates(jaw: np.ndarray, mouth: np.ndarray, frame: int, cand
 
 
 def read_windows(clip: Clip, start: int, stop: int, contract: FeatureContract) -> np.ndarray:
-    """Reads the audio windows of frames [start, stop) of a clip, float16 (stop - start, W, D)."""
+    """Reads the audio windows of video frames [start, stop) of a clip, corrected by its audio offset.
+
+    Returns float16 (stop - start, W, D). Positions beyond the clip's audio are padded as in `audio_windows`.
+    """
+    start, stop = clip.audio_frame(start), clip.audio_frame(stop)
     count = clip.rows("audio_features")
     first = int(np.clip(window_start(start), 0, count - 1))
     last = int(np.clip(window_start(stop - 1) + WINDOW_STEPS, first + 1, count))

@@ -259,7 +259,7 @@ def choose_window(clip: Clip, frames: int) -> Window | None:
 
 def sync_figures(expert: SyncNet, window: Window, images: np.ndarray) -> dict[str, float]:
     """Sync confidence and offset of images BGR uint8 (F, 256, 256, 3) of a window."""
-    similarities = offset_sweep(expert, images, window.clip.tensor("mel"), window.start)
+    similarities = offset_sweep(expert, images, window.clip.tensor("mel"), window.clip.audio_frame(window.start))
     return {"sync_confidence": sync_confidence(similarities), "sync_offset": float(sync_offset(similarities))}
 
 

@@ -107,6 +107,9 @@ class TrainConfig:
     positional_encoding: bool = True  # of audio tokens; MuseTalk adds it at inference but not in training
     held_out: Share = 0.1  # share of identities (of clips, if there is one identity) for samples and validation
     held_out_identities: tuple[str, ...] = ()  # names of those (of clips, if there is one identity) to hold out instead
+    identity_cap_minutes: PositiveOrZero = (
+        3.0  # an identity counts as at most this much video (HDTF: 2.6 per video); 0: no cap
+    )
     references: Literal["random", "pose_and_mouth", "adjacent"] = "pose_and_mouth"  # similar pose, different mouth
     min_reference_gap: Count = 5  # frames between a frame and its reference, unless that is adjacent
     frames: Count = 1  # consecutive ones in a sample; with a sync loss, the window of its expert
@@ -443,6 +446,7 @@ def open_dataset(
         min_reference_gap=config.min_reference_gap,
         mel_frames=sync_mel_frames(config.frames) if config.loss_weights.get("sync") else 0,
         sync_offset=sync_offset,
+        identity_cap_minutes=config.identity_cap_minutes,
     )
     if slots > (count := dataset.sampler.count):
         raise TrainError(

@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
@@ -46,6 +47,7 @@ from musetalk.cli import (
     PositiveOrZero,
     Seed,
     Share,
+    ShareOrZero,
     Workers,
     check_constants,
     parse_preset,
@@ -73,6 +75,7 @@ from musetalk.training.state import (
     check_weight_decay,
     frozen_dtype,
     load_pixel_vae,
+    load_silence,
     training_contract,
 )
 from musetalk.training.step import OptimizerStep, StepResult
@@ -110,6 +113,7 @@ class TrainConfig:
     identity_cap_minutes: PositiveOrZero = (
         3.0  # an identity counts as at most this much video (HDTF: 2.6 per video); 0: no cap
     )
+    silence_share: ShareOrZero = 0.0  # of samples that hear silence, with a closed mouth as the target
     references: Literal["random", "pose_and_mouth", "adjacent"] = "pose_and_mouth"  # similar pose, different mouth
     min_reference_gap: Count = 5  # frames between a frame and its reference, unless that is adjacent
     frames: Count = 1  # consecutive ones in a sample; with a sync loss, the window of its expert
@@ -240,7 +244,10 @@ def train(preset: str, config: TrainConfig) -> None:
     cache = Cache(config.hdtf_samples_dir)
     contract = training_contract(config.contract, cache, config.positional_encoding)
     train_clips, held_clips, split_note = split_clips(cache, config.held_out, config.held_out_identities)
-    open_train_set = partial(open_dataset, config, cache, train_clips, contract, world_size=accelerator.num_processes)
+    silence = load_silence(config.models_dir, cache, accelerator.device) if config.silence_share else None
+    open_train_set = partial(
+        open_dataset, config, cache, train_clips, contract, silence, world_size=accelerator.num_processes
+    )
     dataset = open_train_set(sync_offset=0)
     held_clips = held_clips or train_clips
     grid_dataset = FaceDataset(cache, held_clips, contract, seed=config.seed, slots=GRID_ROWS)
@@ -431,7 +438,14 @@ def active_weights(config: TrainConfig) -> dict[str, float]:
 
 
 def open_dataset(
-    config: TrainConfig, cache: Cache, clips: list[str], contract: FeatureContract, *, world_size: int, sync_offset: int
+    config: TrainConfig,
+    cache: Cache,
+    clips: list[str],
+    contract: FeatureContract,
+    silence: np.ndarray | None,
+    *,
+    world_size: int,
+    sync_offset: int,
 ) -> FaceDataset:
     """Opens the training set. Raises TrainError if it has fewer samples than one optimizer step takes."""
     slots = config.batch_size * config.grad_accum_steps * world_size
@@ -447,6 +461,8 @@ def open_dataset(
         mel_frames=sync_mel_frames(config.frames) if config.loss_weights.get("sync") else 0,
         sync_offset=sync_offset,
         identity_cap_minutes=config.identity_cap_minutes,
+        silence_share=config.silence_share,
+        silence=silence,
     )
     if slots > (count := dataset.sampler.count):
         raise TrainError(

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from musetalk.contract import CACHE_FIELDS, WINDOW_STEPS, FeatureContract
+from musetalk.contract import CACHE_FIELDS, FEATURES_PER_FRAME, WINDOW_STEPS, FeatureContract
 from musetalk.data.audio import audio_windows, mel_start, window_start
 from musetalk.data.cache import Cache, CacheError, Clip
-from musetalk.data.crop import EYE_CORNERS, INNER_LIPS, JAW, mouth_box, skull_size
+from musetalk.data.crop import CLOSED, EYE_CORNERS, INNER_LIPS, JAW, lip_gaps, mouth_box, skull_size
 from musetalk.data.sampling import WindowSampler, window_starts
 from musetalk.errors import UserError
 
@@ -36,6 +36,7 @@ class Sample:
     references: tuple[int, ...]
     variant: int
     reference_variants: tuple[int, ...]
+    silence: tuple[int, int] | None = None  # instead of the clip's audio: which silence, and the first frame in it
 
 
 class FaceDataset(Dataset):
@@ -55,6 +56,8 @@ class FaceDataset(Dataset):
         mel_frames: int = 0,
         sync_offset: int = 0,
         identity_cap_minutes: float = 0.0,
+        silence_share: float = 0.0,
+        silence: np.ndarray | None = None,
     ) -> None:
         """slots: samples per optimizer step, over gradient accumulation and ranks. frames: T.
 
@@ -66,6 +69,9 @@ class FaceDataset(Dataset):
         (Wav2Lip's is one frame off) or from the data, shifting the UNet's audio too would not help and would disturb
         published weights.
         identity_cap_minutes: see `WindowSampler`.
+        silence_share: share of samples that hear silence instead of the clip's audio, all their frames or none. Their
+        windows are drawn among those of the clip whose mouth is closed throughout; a sample of a clip without such a
+        window hears its own audio. The mel stays that of the clip. silence: of `audio.silence_features`.
         The contract's model fields shape the audio windows; its margins select the variants.
         Raises ContractError if the cache was made under another contract, CacheError if no clip has such a window.
         """
@@ -85,6 +91,14 @@ class FaceDataset(Dataset):
             )
         identities = {name: cache.clips[name].identity for name in starts}
         self.sampler = WindowSampler(starts, identities, identity_cap_minutes)
+        self.silence_share, self.silence, self.closed_starts = silence_share, silence, {}
+        if silence is not None:
+            self.closed_starts = {name: self._closed_starts(name) for name in starts}
+            if not any(map(len, self.closed_starts.values())):
+                raise CacheError(
+                    f"{cache.folder}: no clip has {frames} consecutive frames with a closed mouth; "
+                    "set silence_share to 0"
+                )
         self._shapes: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # clip -> `face_shapes`, 200 bytes a frame
 
     def _window_starts(self, clip: Clip) -> np.ndarray:
@@ -100,15 +114,25 @@ class FaceDataset(Dataset):
         mel = mel_start(clip.audio_frame(starts) + self.sync_offset)
         return starts[(mel >= 0) & (mel + self.mel_frames <= clip.rows("mel"))]
 
+    def _closed_starts(self, name: str) -> np.ndarray:
+        """Returns those windows of a clip whose mouth is closed in each frame."""
+        closed = lip_gaps(self.cache.clips[name].tensor("landmarks"), EYE_CORNERS) < CLOSED
+        return np.intersect1d(self.sampler.starts[name], window_starts(closed, self.frames))
+
     def draw(self, step: int, slot: int) -> Sample:
         """Draws the sample of a slot at a step: an identity, then one of its windows."""
         rng = np.random.default_rng([self.seed, step, slot])
         name, start = self.sampler.draw(rng)
+        silence = None
+        if self.silence is not None and rng.random() < self.silence_share and len(self.closed_starts[name]):
+            kinds, features = self.silence.shape[:2]
+            start = int(rng.choice(self.closed_starts[name]))
+            silence = int(rng.integers(kinds)), int(rng.integers(features // FEATURES_PER_FRAME - self.frames + 1))
         references = tuple(
             int(rng.choice(self._candidates(name, frame))) for frame in range(start, start + self.frames)
         )
         variant, *others = (int(variant) for variant in rng.choice(self.variants, 1 + self.frames))
-        return Sample(name, start, references, variant, tuple(others))
+        return Sample(name, start, references, variant, tuple(others), silence)
 
     def _candidates(self, name: str, frame: int) -> np.ndarray:
         """Returns the frames of a clip that may serve as reference of a frame."""
@@ -142,7 +166,7 @@ class FaceDataset(Dataset):
             "masked_latents": clip.tensor("masked_latents", start, stop)[:, variant],
             "reference_latents": np.stack([clip.tensor("latents", frame, frame + 1)[0, v] for frame, v in references]),
             "target_latents": clip.tensor("latents", start, stop)[:, variant],
-            "audio_window": read_windows(clip, start, stop, self.contract),
+            "audio_window": self._audio_windows(sample),
             "target_image": np.stack([clip.image(frame, variant) for frame in range(start, stop)]),
             "mouth_box": np.stack([mouth_box(landmarks, box) for landmarks, box in regions]),
         }
@@ -151,6 +175,14 @@ class FaceDataset(Dataset):
             arrays["mel"] = clip.tensor("mel", first, first + self.mel_frames)
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         return tensors | {"where": f"{sample.clip}, frame {start}"}
+
+    def _audio_windows(self, sample: Sample) -> np.ndarray:
+        """Returns the audio windows of a sample, float16 (T, W, D)."""
+        if sample.silence is None:
+            return read_windows(self.cache.clips[sample.clip], sample.start, sample.start + self.frames, self.contract)
+        assert self.silence is not None
+        kind, first = sample.silence
+        return audio_windows(self.silence[kind], range(first, first + self.frames), self.contract)
 
 
 def face_shapes(landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

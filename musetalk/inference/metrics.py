@@ -9,22 +9,17 @@ import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from musetalk.contract import IMAGE_SIZE, VIDEO_FPS
-from musetalk.data.crop import EYE_CORNERS, LIPS
+from musetalk.data.crop import EYE_CORNERS, LIPS, lip_gaps
 from musetalk.data.face.face import Face, FaceBackend, area
 from musetalk.data.face.tracking import follow_person
 from musetalk.images import batched
 
-LIP_PAIRS = ((61, 67), (62, 66), (63, 65))  # upper and lower points of the inner lips, indices of the 68 landmarks
 CROP_BORDER = IMAGE_SIZE // 4  # pixels of black padding, without which detectors miss faces that fill the image
 
 
 def mouth_opening(face: Face | None) -> float:
     """Distance between the inner lips divided by the distance between the outer eye corners; nan for None."""
-    if face is None:
-        return float("nan")
-    gaps = [np.linalg.norm(face.landmarks[low] - face.landmarks[up]) for up, low in LIP_PAIRS]
-    left, right = face.landmarks[list(EYE_CORNERS)]
-    return float(np.mean(gaps) / max(np.linalg.norm(right - left), 1e-6))
+    return float("nan") if face is None else float(lip_gaps(face.landmarks, EYE_CORNERS))
 
 
 def mouth_openings(frames: Iterable[np.ndarray], backend: FaceBackend) -> np.ndarray:

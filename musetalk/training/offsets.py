@@ -61,20 +61,17 @@ def write_offsets(expert: SyncNet, cache: Cache) -> list[OffsetResult]:
 
 
 def offset_table(results: Iterable[OffsetResult]) -> str:
-    """A row for each folder of sources and one for all: clips with an offset, its spread, and why others have none."""
-    results = list(results)
-    groups = {folder: [r for r in results if r.folder == folder] for folder in sorted({r.folder for r in results})}
-    if len(groups) > 1:
-        groups["all"] = results
-    header = (
-        f"{'folder':<28}{'clips':>6}{'written':>9}{'10 %':>6}{'median':>8}{'90 %':>6}{'unsure':>8}{'too short':>11}"
-    )
-    rows = [f"audio offset in frames, at a confidence of {MIN_CONFIDENCE} or more", header]
-    for folder, group in groups.items():
+    """A row for each folder of sources and one for all: clips with offsets, their quantiles, and clips without."""
+    groups: dict[str, list[OffsetResult]] = {}
+    for result in results:
+        for folder in (result.folder, "all"):
+            groups.setdefault(folder, []).append(result)
+    table = [("folder", "clips", "written", "10 %", "median", "90 %", "unsure", "too short")]
+    for folder, group in sorted(groups.items(), key=lambda item: (item[0] == "all", item[0])):
         offsets = [result.offset for result in group if result.accepted]
-        low, median, high = np.quantile(offsets, (0.1, 0.5, 0.9)) if offsets else (np.nan,) * 3
+        quantiles = [f"{value:+.1f}" for value in np.quantile(offsets, (0.1, 0.5, 0.9))] if offsets else ["-"] * 3
         short = sum(bool(np.isnan(result.confidence)) for result in group)
         unsure = len(group) - len(offsets) - short
-        spread = f"{low:>+6.0f}{median:>+8.1f}{high:>+6.0f}"
-        rows.append(f"{folder[-27:]:<28}{len(group):>6}{len(offsets):>9}{spread}{unsure:>8}{short:>11}")
-    return "\n".join(rows)
+        table.append((folder[-27:], *map(str, (len(group), len(offsets))), *quantiles, str(unsure), str(short)))
+    rows = [f"{row[0]:<28}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in table]
+    return "\n".join([f"audio offsets in frames, of clips with a confidence of at least {MIN_CONFIDENCE}", *rows])

@@ -454,6 +454,24 @@ def test_a_long_source_is_split_into_numbered_clips(monkeypatch, count, part, ex
     assert nose_positions == [300 + k for k in range(count)]  # no frame is lost or repeated
 
 
+@pytest.mark.parametrize(("number", "sizes"), [(1, {40}), (2, {20}), (None, {40, 60})])
+def test_a_person_of_a_number_is_followed_through_all_clips(monkeypatch, number, sizes):
+    """The numbered people of the second clip are others than those of the first."""
+    monkeypatch.setattr(crop, "MAX_CLIP_FRAMES", 5)
+    left, right, passer_by = face_at(150, eyes=40), face_at(450, eyes=20), face_at(300, y=400, eyes=60)
+    found = {k: [right, left] if k < 5 else [left, passer_by, right] for k in range(10)}
+    clips = crop_clips(PurePath("a.mp4"), numbered_frames(range(10)), FakeBackend(found), RIGID, number=number)
+    faces = [face for _, person, _ in clips for face in person.faces]
+    assert len(faces) == 10 and {np.ptp(face.landmarks[[36, 45], 0]) for face in faces} == sizes
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_nobody_is_cropped_in_clips_with_fewer_people_than_the_number(number):
+    backend = FakeBackend({0: [face_at(150), face_at(450)], 1: [face_at(150)]})
+    person = crop_person(numbered_frames([1, 0, 1]), backend, RIGID, number)
+    assert person.faces == [None] * 3 and person.people == 2 and list(person.crops()) == [None] * 3
+
+
 def test_a_clip_is_complete_before_the_next_one_is_read(monkeypatch):
     monkeypatch.setattr(crop, "MAX_CLIP_FRAMES", 5)
     read = []

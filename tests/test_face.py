@@ -10,7 +10,7 @@ import pytest
 
 from musetalk.data.face import load_face_backend
 from musetalk.data.face.face import Face, area, overlap
-from musetalk.data.face.tracking import MAX_GAP, SAME_PERSON_IOU, follow_person
+from musetalk.data.face.tracking import MAX_GAP, SAME_PERSON_IOU, follow_person, people
 from musetalk.data.video import read_frames
 from musetalk.errors import UserError
 
@@ -67,6 +67,19 @@ def test_a_person_may_be_missing_for_some_frames(missing, same):
     first, second = [face_at(0) for _ in range(5)], [face_at(3) for _ in range(4)]
     found = follow_person([[f] for f in first] + [[]] * missing + [[f] for f in second])
     assert found == first + [None] * missing + (second if same else [None] * 4)
+
+
+def test_people_are_ordered_from_left_to_right_in_the_first_frame_that_shows_the_most():
+    left, middle, right = face_at(0, size=90), face_at(200, size=150), face_at(400)
+    assert people([[middle], [right, left], [right, left, middle], [face_at(9), left, right]]) == [left, middle, right]
+    assert people([]) == people([[], []]) == []
+
+
+def test_a_chosen_person_is_followed_from_any_of_their_faces():
+    large, small = [face_at(k, size=120) for k in range(20)], [face_at(500 - k, size=100) for k in range(20)]
+    frames = [[a, b] for a, b in zip(large, small, strict=True)]
+    assert follow_person(frames, large[7]) == large
+    assert follow_person(frames, small[0]) == follow_person(frames, small[19]) == small
 
 
 def test_people_who_pass_each_other_are_not_swapped():

@@ -101,6 +101,21 @@ def test_a_video_shorter_than_the_audio_plays_forwards_and_backwards(pipeline, v
         assert np.array_equal(frame, source[index]) == (prepared.faces[index] is None)
 
 
+def test_a_limited_number_of_frames_are_the_first_ones(pipeline, video, tmp_path, monkeypatch):
+    """Detected, encoded, generated and written."""
+    prepared, detected, detect = pipeline.prepare(video), [], pipeline.backend.detect
+    monkeypatch.setattr(pipeline.backend, "detect", lambda frames: detected.extend(frames) or detect(frames))
+    first = pipeline.prepare(video, max_frames=4)
+    assert len(detected) == len(first.faces) == 4
+    assert np.array_equal(first.latents, prepared.latents[:4]) and np.array_equal(first.boxes, prepared.boxes[:4])
+
+    written = []
+    monkeypatch.setattr(pipeline_module, "write_video", lambda _, frames, *__: written.append(list(frames)))
+    assert pipeline.speak(prepared, video, tmp_path / "all.mp4") > 4
+    assert pipeline.speak(first, video, tmp_path / "first.mp4", max_frames=4) == 4
+    assert np.array_equal(written[1], written[0][:4])
+
+
 def test_generated_images_do_not_depend_on_the_batch_size(pipeline):
     """Except for rounding."""
     rng = np.random.default_rng(0)

@@ -18,7 +18,7 @@ from torch.nn import functional
 from musetalk.contract import IMAGE_SIZE, FeatureContract
 from musetalk.data.cache import MAX_CLIP_FRAMES, clip_name
 from musetalk.data.face.face import Face, FaceBackend, area
-from musetalk.data.face.tracking import follow_person
+from musetalk.data.face.tracking import follow_person, people
 from musetalk.images import batched
 
 DETECT_BATCH = 16  # frames per call of the detector
@@ -46,15 +46,17 @@ class StoredFace(Face):
 
 @dataclass(frozen=True)
 class Person:
-    """The main person of a clip of T frames, cropped in K margin variants.
+    """One person of a clip of T frames, cropped in K margin variants.
 
     faces: T faces, None where the person is not detected.
     boxes: int32 (T, K, 4) in source pixels, zero where there is no face.
+    people: the most people detected in one frame.
     file: the crops of all faces of the clip, in an unnamed temporary file: those of a minute take 300 MB.
     """
 
     faces: list[StoredFace | None]
     boxes: np.ndarray
+    people: int
     file: BinaryIO
 
     def crops(self) -> Iterator[list[np.ndarray] | None]:
@@ -68,9 +70,16 @@ class Person:
                 yield list(np.frombuffer(self.file.read(math.prod(shape)), np.uint8).reshape(shape))
 
 
-def crop_person(frames: Iterable[np.ndarray], backend: FaceBackend, contract: FeatureContract) -> Person:
-    """Detects, tracks and crops the main person of a clip in one pass over its frames, BGR uint8 (H, W, 3).
+def crop_person(
+    frames: Iterable[np.ndarray],
+    backend: FaceBackend,
+    contract: FeatureContract,
+    choice: int | StoredFace | None = None,
+) -> Person:
+    """Detects, tracks and crops one person of a clip in one pass over its frames, BGR uint8 (H, W, 3).
 
+    choice: the main person (None), the person of a number from 1 on among the `people` of the clip, who is nowhere if
+    there are fewer, or the person whose face in an earlier frame is given.
     All faces of a frame are cropped at once, since tracking chooses the person only after the last frame. A face too
     small or too far outside the frame for any of its boxes is ignored.
     """
@@ -97,12 +106,21 @@ def crop_person(frames: Iterable[np.ndarray], backend: FaceBackend, contract: Fe
         ]
         for count in counts
     ]
-    person = follow_person(candidates)
+    found = people(candidates)
+    person: list[StoredFace | None]
+    if choice is None:
+        person = follow_person(candidates)
+    elif isinstance(choice, StoredFace):
+        _, *person = follow_person([[choice], *candidates], choice)
+    elif 1 <= choice <= len(found):
+        person = follow_person(candidates, found[choice - 1])
+    else:
+        person = [None] * len(candidates)
     person_boxes = np.zeros((len(person), len(contract.margins), 4), np.int32)
     for index, main_face in enumerate(person):
         if main_face and (boxes := _boxes(main_face, shapes[index], contract)):
             person_boxes[index] = boxes
-    return Person(person, person_boxes, file)
+    return Person(person, person_boxes, len(found), file)
 
 
 def _boxes(face: Face, frame_shape: Sequence[int], contract: FeatureContract) -> list[np.ndarray] | None:
@@ -120,15 +138,22 @@ def crop_clips(
     backend: FaceBackend,
     contract: FeatureContract,
     part: int = 0,
+    *,
+    number: int | None = None,
 ) -> Iterator[tuple[str, Person, bool]]:
     """Splits a video into clips of at most a minute and crops each. Yields name, person, and whether it is the last.
 
     source: relative path of the video, for the names. frames: from the first frame of `part` on.
+    number: of the person in the first clip that shows so many `people`, who is followed from there on; by default the
+    main person of each clip.
     """
     frames = iter(frames)
+    choice: int | StoredFace | None = number
     ahead = list(islice(frames, 1))
     while ahead:
-        person = crop_person(chain(ahead, islice(frames, MAX_CLIP_FRAMES - 1)), backend, contract)
+        person = crop_person(chain(ahead, islice(frames, MAX_CLIP_FRAMES - 1)), backend, contract, choice)
+        if number is not None:
+            choice = next((face for face in reversed(person.faces) if face), choice)
         ahead = list(islice(frames, 1))
         yield clip_name(source, part if part or ahead else None), person, not ahead
         part += 1

@@ -60,6 +60,7 @@ class PreparedVideo:
 
     faces: T faces, None in frames without one. boxes: int32 (T, 4) in source pixels.
     masked_latents, latents: float16 (T, 4, 32, 32), zeros in frames without a face.
+    people: the most people detected in one frame.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class PreparedVideo:
     boxes: np.ndarray
     masked_latents: np.ndarray
     latents: np.ndarray
+    people: int = 1
 
 
 class StageTimer:
@@ -189,37 +191,59 @@ class LipSyncPipeline:
         """
         return self.speak(self.prepare(video, margin), audio, output)
 
-    def prepare(self, video: str | Path, margin: int | None = None) -> PreparedVideo:
+    def prepare(
+        self,
+        video: str | Path,
+        margin: int | None = None,
+        *,
+        face: int | None = None,
+        max_frames: int = sys.maxsize,
+    ) -> PreparedVideo:
         """Detects, crops and encodes the face in each frame of a video, exactly as for the cache.
 
         margin: source pixels below the chin, one of the contract's margins (by default the first).
-        Raises MediaError if there is no video or no face in it, ContractError for a margin not used in training.
+        face: number of the person to lip-sync, from 1 on, from left to right in the first frame that shows the most
+        people (by default the person with the largest face). Numbers refer to the first minute with so many people.
+        max_frames: leaves out the rest of the video.
+        Raises MediaError if there is no video, no face or no such person in it, ContractError for a margin not used in
+        training.
         """
         path = Path(video)
         margin = self.contract.margins[0] if margin is None else margin
         contract = replace(self.contract, margins=(margin,))
         self.contract.require(contract, ("margins",), "the UNet")
-        frames = tqdm(read_frames(path), f"find the face in {path.name}", count_frames(path), unit="frame")
-        clips = crop_clips(PurePath(path.name), frames, self.backend, contract)
-        faces, boxes, latents = [], [], []
+        total = min(count_frames(path), max_frames)
+        frames = tqdm(read_frames(path, 0, max_frames), f"find the face in {path.name}", total, unit="frame")
+        clips = crop_clips(PurePath(path.name), frames, self.backend, contract, number=face)
+        faces, boxes, latents, people = [], [], [], 0
         timer = StageTimer()
         for name, person, _ in timer.iterate("find and crop the face", clips):
             faces += person.faces
             boxes.append(person.boxes[:, 0])
+            people = max(people, person.people)
             with timer("encode it"):
                 latents.append(self.vae.encode_clip(name, person.crops(), contract))
-        if all(face is None for face in faces):
+        if not people:
             raise MediaError("no face", f"{path}: no face was found in it")
+        if not any(faces):
+            raise MediaError(
+                "no face",
+                f"{path}: face cannot be {face}, because the largest number of people found in one frame is {people}; "
+                f"choose a number up to {people}, counted from left to right",
+            )
         timer.report(len(faces))
         masked, full = (np.concatenate(pieces)[:, 0] for pieces in zip(*latents, strict=True))
-        return PreparedVideo(path, faces, np.concatenate(boxes), masked, full)
+        return PreparedVideo(path, faces, np.concatenate(boxes), masked, full, people)
 
-    def speak(self, prepared: PreparedVideo, audio: str | Path, output: str | Path) -> int:
-        """Lip-syncs a prepared video to an audio, writes an mp4 to `output` and returns its number of frames."""
+    def speak(
+        self, prepared: PreparedVideo, audio: str | Path, output: str | Path, *, max_frames: int = sys.maxsize
+    ) -> int:
+        """Lip-syncs a prepared video to an audio, writes an mp4 to `output` and returns its number of frames.
+
+        max_frames: leaves out the rest of the audio.
+        """
         samples = read_audio(Path(audio))
-        count = round(len(samples) / SAMPLES_PER_FRAME)
-        if not count:
-            raise MediaError("no audio", f"{audio}: is shorter than one frame of video ({1000 // VIDEO_FPS} ms)")
+        count = min(count_speech_frames(samples, audio), max_frames)
         encoder, timer = self.audio_encoder, StageTimer()
         with timer("audio"):
             features = audio_features(samples, encoder, self.contract)
@@ -275,6 +299,14 @@ class LipSyncPipeline:
         unet_input = torch.from_numpy(np.concatenate([masked_latents, reference_latents], axis=1)).to(parameter)
         windows = torch.from_numpy(audio_windows).to(parameter)
         return to_uint8(self.vae.decode(self.unet(unet_input, windows)))
+
+
+def count_speech_frames(samples: np.ndarray, path: str | Path) -> int:
+    """Number of video frames of an audio, float32 (N,) at 16 kHz: the nearest. Raises MediaError if there is none."""
+    count = round(len(samples) / SAMPLES_PER_FRAME)
+    if not count:
+        raise MediaError("no audio", f"{path}: is shorter than one frame of video ({1000 // VIDEO_FPS} ms)")
+    return count
 
 
 def check_choices(models_dir: Path, face_backend: str | None, blend: str) -> None:

@@ -246,7 +246,13 @@ def train(preset: str, config: TrainConfig) -> None:
     train_clips, held_clips, split_note = split_clips(cache, config.held_out, config.held_out_identities)
     silence = load_silence(config.models_dir, cache, accelerator.device) if config.silence_share else None
     open_train_set = partial(
-        open_dataset, config, cache, train_clips, contract, silence, world_size=accelerator.num_processes
+        open_dataset,
+        config,
+        cache,
+        train_clips,
+        contract,
+        world_size=accelerator.num_processes,
+        silence=silence,
     )
     dataset = open_train_set(sync_offset=0)
     held_clips = held_clips or train_clips
@@ -442,10 +448,10 @@ def open_dataset(
     cache: Cache,
     clips: list[str],
     contract: FeatureContract,
-    silence: np.ndarray | None,
     *,
     world_size: int,
     sync_offset: int,
+    silence: np.ndarray | None = None,
 ) -> FaceDataset:
     """Opens the training set. Raises TrainError if it has fewer samples than one optimizer step takes."""
     slots = config.batch_size * config.grad_accum_steps * world_size

@@ -66,7 +66,7 @@ def offset_table(results: Iterable[OffsetResult]) -> str:
     for result in results:
         for folder in (result.folder, "all"):
             groups.setdefault(folder, []).append(result)
-    table = [("folder", "clips", "written", "10 %", "median", "90 %", "unsure", "too short")]
+    table: list[tuple[str, ...]] = [("folder", "clips", "written", "10 %", "median", "90 %", "unsure", "too short")]
     for folder, group in sorted(groups.items(), key=lambda item: (item[0] == "all", item[0])):
         offsets = [result.offset for result in group if result.accepted]
         quantiles = [f"{value:+.1f}" for value in np.quantile(offsets, (0.1, 0.5, 0.9))] if offsets else ["-"] * 3

@@ -16,7 +16,7 @@ from musetalk.data.cache import Cache, Clip
 from musetalk.models.syncnet import SyncNet
 from musetalk.training.sync_check import clip_sweep, sync_confidence, sync_offset
 
-MIN_CONFIDENCE = 0.15  # below it an offset is not used
+MIN_CONFIDENCE = 0.15  # below it an offset is not used; provisional: not yet chosen by measuring planted offsets
 MIN_WINDOWS = 20  # of faces with audio at every offset of the sweep; clips with fewer are not measured
 SCORE = "sync_confidence"  # its name in records
 

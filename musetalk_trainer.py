@@ -31,13 +31,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
 from losses.adversarial import GANLoss
 from losses.discriminator import PatchDiscriminator
-from losses.objective import ADVERSARIAL, Decode, Objective, term_name
+from losses.objective import ADVERSARIAL, Crop, Decode, Objective, term_name
 from musetalk.cli import (
     Count,
     CountOrZero,
@@ -46,6 +47,7 @@ from musetalk.cli import (
     PositiveOrZero,
     Seed,
     Share,
+    ShareOrZero,
     Workers,
     check_constants,
     parse_preset,
@@ -75,6 +77,7 @@ from musetalk.training.state import (
     check_weight_decay,
     frozen_dtype,
     load_pixel_vae,
+    load_silence,
     training_contract,
 )
 from musetalk.training.step import OptimizerStep, StepResult
@@ -85,7 +88,7 @@ LOSSES = (
     *("latent_l1", "latent_l1_mouth", "pixel_l1", "lpips", "sync"),
     *("adv_g", "feat_match", "adv_g_mouth", "feat_match_mouth"),
 )
-CROPS = {"face": lambda images, _: images, "mouth": crop_mouth}  # regions, each with a discriminator if it has a term
+CROPS: dict[str, Crop] = {"face": lambda images, _: images, "mouth": crop_mouth}  # what losses of a region see
 
 
 def weights(**given: float) -> dict[str, float]:
@@ -109,6 +112,10 @@ class TrainConfig:
     positional_encoding: bool = True  # of audio tokens; MuseTalk adds it at inference but not in training
     held_out: Share = 0.1  # share of identities (of clips, if there is one identity) for samples and validation
     held_out_identities: tuple[str, ...] = ()  # names of those (of clips, if there is one identity) to hold out instead
+    identity_cap_minutes: PositiveOrZero = (
+        3.0  # an identity counts as at most this much video (HDTF: 2.6 per video); 0: no cap
+    )
+    silence_share: ShareOrZero = 0.0  # of samples that hear silence, with a closed mouth as the target
     references: Literal["random", "pose_and_mouth", "adjacent"] = "pose_and_mouth"  # similar pose, different mouth
     min_reference_gap: Count = 5  # frames between a frame and its reference, unless that is adjacent
     frames: Count = 1  # consecutive ones in a sample; with a sync loss, the window of its expert
@@ -240,7 +247,16 @@ def train(preset: str, config: TrainConfig) -> None:
     cache = Cache(config.hdtf_samples_dir)
     contract = training_contract(config.contract, cache, config.positional_encoding)
     train_clips, held_clips, split_note = split_clips(cache, config.held_out, config.held_out_identities)
-    open_train_set = partial(open_dataset, config, cache, train_clips, contract, world_size=accelerator.num_processes)
+    silence = load_silence(config.models_dir, cache, accelerator.device) if config.silence_share else None
+    open_train_set = partial(
+        open_dataset,
+        config,
+        cache,
+        train_clips,
+        contract,
+        world_size=accelerator.num_processes,
+        silence=silence,
+    )
     dataset = open_train_set(sync_offset=0)
     held_clips = held_clips or train_clips
     open_held_set = partial(FaceDataset, cache, held_clips, contract, seed=config.seed)
@@ -438,7 +454,14 @@ def active_weights(config: TrainConfig) -> dict[str, float]:
 
 
 def open_dataset(
-    config: TrainConfig, cache: Cache, clips: list[str], contract: FeatureContract, *, world_size: int, sync_offset: int
+    config: TrainConfig,
+    cache: Cache,
+    clips: list[str],
+    contract: FeatureContract,
+    *,
+    world_size: int,
+    sync_offset: int,
+    silence: np.ndarray | None = None,
 ) -> FaceDataset:
     """Opens the training set. Raises TrainError if it has fewer samples than one optimizer step takes."""
     slots = config.batch_size * config.grad_accum_steps * world_size
@@ -453,8 +476,11 @@ def open_dataset(
         min_reference_gap=config.min_reference_gap,
         mel_frames=sync_mel_frames(config.frames) if config.loss_weights.get("sync") else 0,
         sync_offset=sync_offset,
+        identity_cap_minutes=config.identity_cap_minutes,
+        silence_share=config.silence_share,
+        silence=silence,
     )
-    if slots > (count := int(dataset.ends[-1])):
+    if slots > (count := dataset.sampler.count):
         raise TrainError(
             f"batch_size x grad_accum_steps x processes is {slots}, but {cache.folder} has {count} samples to train on"
         )

@@ -29,6 +29,7 @@ Positive = Annotated[float, Gt(0), AllowInfNan(False)]
 PositiveOrZero = Annotated[float, Ge(0), AllowInfNan(False)]
 Workers = Annotated[int, Ge(0), Le(512)]  # number of processes
 Share = Annotated[float, Gt(0), Lt(1)]
+ShareOrZero = Annotated[float, Ge(0), Lt(1)]
 Decay = Annotated[float, Ge(0), Lt(1)]
 Pixels = Annotated[int, Ge(0), Le(1000)]  # source pixels
 Shift = Annotated[int, Ge(-1000), Le(1000)]  # source pixels

@@ -368,7 +368,7 @@ def test_clips_can_be_added_under_other_model_fields(folder, random_tensors):
     assert list(Cache(folder).clips) == ["a", "b"]
 
 
-def test_the_listing_depends_on_the_names_and_lengths_of_clips(tmp_path, random_tensors):
+def test_the_listing_depends_on_the_names_lengths_and_offsets_of_clips(tmp_path, random_tensors):
     def listing(name: str, **lengths: int) -> str:
         for clip, frames in lengths.items():
             CacheWriter(tmp_path / name, CONTRACT).write(clip, random_tensors(frames, variants=2), METADATA)
@@ -376,3 +376,6 @@ def test_the_listing_depends_on_the_names_and_lengths_of_clips(tmp_path, random_
 
     assert listing("one", a=6, b=7) == listing("same", b=7, a=6)
     assert len({Cache(tmp_path / "one").listing(), listing("longer", a=6, b=8), listing("renamed", a=6, c=7)}) == 3
+    before = listing("two", a=6)
+    Cache(tmp_path / "two").clips["a"].write_offset(2, {})
+    assert Cache(tmp_path / "two").listing() != before

@@ -312,7 +312,7 @@ def test_the_mel_starts_with_the_window_plus_the_offset(cache_with_mel, offset, 
 def test_windows_with_incomplete_mel_are_not_drawn(tmp_path, random_tensors, mels, offset, first, last):
     cache = write_clip_with_mel(tmp_path, random_tensors, mels)
     dataset = open_dataset(cache, ["c"], frames=5, mel_frames=16, sync_offset=offset)
-    assert dataset.starts["c"].tolist() == list(range(first, last + 1))
+    assert dataset.sampler.starts["c"].tolist() == list(range(first, last + 1))
 
 
 def test_a_cache_without_complete_mel_is_refused(tmp_path, random_tensors):
@@ -460,3 +460,112 @@ def test_named_identities_are_held_out():
 def test_names_that_cannot_be_held_out_are_refused(names, message):
     with pytest.raises(UserError, match=message):
         split_clips(cache_of({"p1": "p", "q1": "q"}), 0.1, names)
+
+
+# Identities.
+
+
+@pytest.fixture(scope="module")
+def cache_of_two(tmp_path_factory, random_tensors) -> Cache:
+    """Three clips of 40 frames of "many" and one of 20 of "few"."""
+    writer = CacheWriter(folder := tmp_path_factory.mktemp("identities"), CONTRACT)
+    for name, frames, identity in (("m0", 40, "many"), ("few", 20, "few"), ("m1", 40, "many"), ("m2", 40, "many")):
+        metadata = metadata_of(name) | {"identity": identity}
+        writer.write(name, random_tensors(frames, variants=3, seed=len(name)), metadata)
+    return Cache(folder)
+
+
+@pytest.mark.parametrize(("cap_frames", "share"), [(0, 20 / 140), (60, 20 / 80), (20, 1 / 2), (5, 1 / 2)])
+def test_an_identity_is_drawn_by_its_windows_up_to_the_cap_and_its_clips_equally(cache_of_two, cap_frames, share):
+    dataset = open_dataset(cache_of_two, list(cache_of_two.clips), identity_cap_minutes=cap_frames / 1500)
+    windows = [(sample.clip, sample.start) for step in range(3000) if (sample := dataset.draw(step, 0))]
+    clips = [clip for clip, _ in windows]
+    assert abs(clips.count("few") / 3000 - share) < 0.04
+    of_many = [clips.count(name) / (3000 * (1 - share)) for name in ("m0", "m1", "m2")]
+    assert max(of_many) < 1 / 3 + 0.05 and min(of_many) > 1 / 3 - 0.05
+    assert set(windows) == {(name, k) for name, clip in cache_of_two.clips.items() for k in range(len(clip))}
+
+
+# Audio offsets.
+
+
+def write_with_offset(folder: Path, tensors: dict[str, np.ndarray], offset: int, **metadata: int) -> Cache:
+    CacheWriter(folder, CONTRACT).write("c", tensors, metadata_of("c") | {"audio_offset": offset} | metadata)
+    return Cache(folder)
+
+
+@pytest.mark.parametrize("offset", [-4, 0, 3])
+def test_a_frame_goes_with_the_audio_of_the_frame_an_offset_later(tmp_path, random_tensors, offset):
+    tensors = random_tensors(30, variants=3, mels=97)
+    cache = write_with_offset(tmp_path, tensors, offset)
+    dataset = open_dataset(cache, ["c"], frames=2, mel_frames=7, sync_offset=1)
+    whole = audio_windows(tensors["audio_features"], range(30), CONTRACT)
+    for start in range(5, 20):
+        item = dataset.read(Sample("c", start, (0, 0), 0, (0, 0)))
+        np.testing.assert_array_equal(item["audio_window"], whole[start + offset : start + offset + 2])
+        first = (start + offset + 1) * 80 // 25
+        np.testing.assert_array_equal(item["mel"], tensors["mel"][first : first + 7])
+
+
+@pytest.mark.parametrize(
+    ("offset", "start", "expected"),
+    [(0, 0, range(30)), (-4, 0, range(4, 30)), (3, 0, range(27)), (-4, 750, range(6, 30)), (40, 0, range(0))],
+)
+def test_frames_whose_corrected_audio_is_outside_the_clip_are_not_usable(
+    tmp_path, random_tensors, offset, start, expected
+):
+    """In a later part of a source, from frame 750 here, the context of the first two frames is not in the clip."""
+    tensors = random_tensors(30, variants=3, unusable=[0, 1] if start else [])
+    clip = write_with_offset(tmp_path, tensors, offset, start=start).clips["c"]
+    assert np.flatnonzero(clip.usable).tolist() == list(expected)
+
+
+# Silence.
+
+
+SILENCE = np.random.default_rng(0).standard_normal((2, 24, 2, 3)).astype(np.float16)  # 12 frames
+
+
+@pytest.fixture(scope="module")
+def cache_with_lips(tmp_path_factory, random_tensors) -> Cache:
+    """A clip with a closed mouth in frames 3 to 9, 15 and 16, and one whose mouth is never closed."""
+    writer = CacheWriter(folder := tmp_path_factory.mktemp("lips"), CONTRACT)
+    for name, closed in (("closing", [*range(3, 10), 15, 16]), ("open", [])):
+        tensors = random_tensors(24, variants=3, seed=len(name))
+        landmarks = tensors["landmarks"]
+        landmarks[:, [36, 45]] = [[100, 100], [200, 100]]
+        landmarks[:, [61, 62, 63]], landmarks[:, [67, 66, 65]] = [150, 200], [150, 203]
+        landmarks[closed, 65:68] = [150, 201]
+        writer.write(name, tensors, metadata_of(name))
+    return Cache(folder)
+
+
+@pytest.mark.parametrize(("frames", "starts"), [(1, {*range(3, 10), 15, 16}), (3, set(range(3, 8)))])
+def test_samples_of_silence_are_windows_with_a_closed_mouth(cache_with_lips, frames, starts):
+    options = {"frames": frames, "silence_share": 0.5, "silence": SILENCE}
+    dataset = open_dataset(cache_with_lips, ["closing", "open"], **options)
+    samples = [dataset.draw(step, slot) for step in range(300) for slot in range(4)]
+    silent = [sample for sample in samples if sample.silence]
+    assert {(sample.clip, sample.start) for sample in silent} == {("closing", start) for start in starts}
+    of_closing = sum(sample.clip == "closing" for sample in samples)
+    assert abs(len(silent) / of_closing - 0.5) < 0.07
+    places = {(kind, first) for kind in (0, 1) for first in range(13 - frames)}
+    assert {sample.silence for sample in silent} == places
+    again = open_dataset(cache_with_lips, ["closing", "open"], **options)
+    assert samples == [again.draw(step, slot) for step in range(300) for slot in range(4)]
+
+
+def test_a_sample_of_silence_has_its_audio_and_the_frames_of_the_clip(cache_with_lips):
+    dataset = open_dataset(cache_with_lips, ["closing"], frames=2, silence_share=0.5, silence=SILENCE)
+    spoken = Sample("closing", 5, (15, 15), 0, (0, 0))
+    silent = Sample("closing", 5, (15, 15), 0, (0, 0), silence=(1, 4))
+    spoken, silent = dataset.read(spoken), dataset.read(silent)
+    assert all(torch.equal(spoken[name], silent[name]) for name in set(spoken) - {"audio_window", "where"})
+    np.testing.assert_array_equal(silent["audio_window"], audio_windows(SILENCE[1], [4, 5], CONTRACT))
+
+
+def test_silence_is_refused_if_no_mouth_is_closed(cache_with_lips):
+    with pytest.raises(CacheError, match="silence_share"):
+        open_dataset(cache_with_lips, ["open"], silence_share=0.1, silence=SILENCE)
+    with pytest.raises(CacheError, match="8 consecutive"):
+        open_dataset(cache_with_lips, ["closing"], frames=8, silence_share=0.1, silence=SILENCE)

@@ -11,10 +11,10 @@ import torch
 
 from musetalk.contract import AUDIO_MARGIN, CONTRACTS, IMAGE_SIZE, SAMPLES_PER_FRAME
 from musetalk.data.cache import Cache, CacheError, CacheWriter, JpegBuffer
+from musetalk.data.crop import LIP_PAIRS
 from musetalk.data.dataset import read_windows
 from musetalk.data.face.face import Face
 from musetalk.images import to_tensor
-from musetalk.inference.metrics import LIP_PAIRS
 from musetalk.models.audio_encoder import load_audio_encoder
 from musetalk.training.validation import COLUMNS, ROWS, Validation, Validator
 from musetalk.training.windows import choose_window, choose_windows

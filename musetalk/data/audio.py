@@ -28,6 +28,7 @@ from musetalk.models.audio_encoder import AudioEncoder
 SEGMENT_SAMPLES = whisper.audio.N_SAMPLES  # 30 s, the input length of Whisper
 SEGMENT_MEL_FRAMES = whisper.audio.N_FRAMES  # 3000
 FULL_SCALE = 2**15  # of 16-bit audio
+ROOM_NOISE = 1e-3  # standard deviation of the noise of a quiet room, -60 dB of full scale
 SYNC_MEL_BLOCK = 60 * SYNC_MEL_RATE  # mel frames computed at a time, to bound memory
 
 Frames = TypeVar("Frames", int, np.ndarray)
@@ -64,6 +65,16 @@ def _log_mel(samples: torch.Tensor, mel_bins: int) -> torch.Tensor:
     """Computes Whisper's log-mel spectrogram; audio shorter than one FFT window is padded with silence."""
     padding = max(0, whisper.audio.N_FFT - len(samples))
     return whisper.audio.log_mel_spectrogram(torch.nn.functional.pad(samples, (0, padding)), mel_bins)
+
+
+def silence_features(encoder: AudioEncoder, contract: FeatureContract) -> np.ndarray:
+    """Computes `audio_features` of 30 s of digital and of recorded silence: float16 (2, 1500, S, D).
+
+    Recorded silence is white noise at `ROOM_NOISE`.
+    """
+    noise = ROOM_NOISE * np.random.default_rng(0).standard_normal(SEGMENT_SAMPLES)
+    silences = (np.zeros(SEGMENT_SAMPLES), noise)
+    return np.stack([audio_features(silence.astype(np.float32), encoder, contract) for silence in silences])
 
 
 def window_start(frames: Frames) -> Frames:

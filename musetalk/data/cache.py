@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path, PurePath
 from reprlib import repr as short
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -28,6 +28,8 @@ import safetensors.numpy
 from musetalk.contract import (
     AUDIO_MARGIN,
     CACHE_FIELDS,
+    CONTEXT_FRAMES,
+    FEATURES_PER_FRAME,
     IMAGE_SIZE,
     LATENT_CHANNELS,
     LATENT_SIZE,
@@ -77,6 +79,8 @@ CLIP_DEFAULTS = {
 KNOWN = CLIP_RECORD | REJECTED_RECORD | {"start": int, "device": str, "scores": dict, "audio_offset": int}
 MAX_NUMBER = 2**53  # in a record
 MIN_NUMBER = {"frames": 1, "audio_offset": -MAX_NUMBER}  # 0 for other fields
+
+Frames = TypeVar("Frames", int, np.ndarray)
 
 
 class CacheError(UserError):
@@ -300,7 +304,9 @@ class Clip:
             },
         )
         self.identity: str = self.metadata["identity"]
-        self.usable = self.tensor("usable")
+        self.audio_offset: int = self.metadata["audio_offset"]
+        has_image = self.tensor("usable")
+        self.usable = has_image & self._has_audio(len(has_image))
         self._offsets = self.tensor("face_jpeg_offsets")
         self.variants: int = self._slices["boxes"].get_shape()[1]
         if self.metadata["frames"] != len(self):
@@ -308,13 +314,42 @@ class Clip:
                 f"{path} has {len(self)} frames, its record says {self.metadata['frames']}; {self.repair_hint()}"
             )
         begins, ends = self._offsets[:-1], self._offsets[1:]
-        has_image = (begins < ends).reshape(len(self), self.variants)
+        has_jpeg = (begins < ends).reshape(len(self), self.variants)
         contiguous = begins[0] == 0 and ends[-1] == self.rows("face_jpeg") and (begins <= ends).all()
-        if not contiguous or (has_image != self.usable[:, None]).any():
+        if not contiguous or (has_jpeg != has_image[:, None]).any():
             raise CacheError(f"{path}: its images do not match its usable frames; {self.repair_hint()}")
 
     def __len__(self) -> int:
         return len(self.usable)
+
+    def audio_frame(self, frame: Frames) -> Frames:
+        """The frame of the clip's audio (features, mel) that belongs to a frame of its video: audio_offset later.
+
+        Everything that reads a clip's audio reads it there. Outside the clip for some frames, if there is an offset.
+        """
+        return frame + self.audio_offset
+
+    def _has_audio(self, count: int) -> np.ndarray:
+        """Whether each frame has its corrected audio in the clip, bool (count,).
+
+        Windows of audio may still reach beyond the clip by their context, as those of the pipeline do at both ends of
+        a file; in a later part of a split source they may not reach before the part, where the pipeline has audio.
+        """
+        audio = self.audio_frame(np.arange(count))
+        first = CONTEXT_FRAMES if self.metadata.get("start") else 0
+        stop = min(count, -(-self.rows("audio_features") // FEATURES_PER_FRAME))
+        return (audio >= first) & (audio < stop)
+
+    def write_offset(self, offset: int, scores: dict[str, float]) -> None:
+        """Stores an audio offset in frames and scores in the clip's record; its tensors are not touched.
+
+        Other scores are kept. Takes effect when the cache is opened next.
+        """
+        path = self.path.with_suffix(".json")
+        record = _read_record(path)
+        record["audio_offset"] = offset
+        record["scores"] |= scores
+        atomic_write_bytes(path, _json_bytes(record))
 
     def repair_hint(self) -> str:
         return f"delete {self.name}.json beside it and run datasets_process.py again"
@@ -380,9 +415,9 @@ class Cache:
                 )
 
     def listing(self) -> str:
-        """Returns a hash of the names and lengths of the clips, in hexadecimal."""
-        lengths = json.dumps({name: len(clip) for name, clip in self.clips.items()})
-        return hashlib.sha256(lengths.encode()).hexdigest()[:16]
+        """Returns a hash of the names, lengths and audio offsets of the clips, in hexadecimal."""
+        values = json.dumps({name: (len(clip), clip.audio_offset) for name, clip in self.clips.items()})
+        return hashlib.sha256(values.encode()).hexdigest()[:16]
 
 
 def verify(folder: Path) -> Iterator[CacheError | None]:

@@ -28,6 +28,10 @@ NOSE_POINT = 29  # of the 68 landmarks, low on the bridge of the nose
 NOSE_TIP = 30
 EYE_CORNERS = (36, 45)  # the outer ones
 JAW, LIPS, INNER_LIPS = slice(0, 17), slice(48, 68), slice(60, 68)
+LIP_PAIRS = ((61, 67), (62, 66), (63, 65))  # upper and lower points of the inner lips
+# Gap of the inner lips, in distances of the outer eye corners, below which a mouth is closed. On GRID, lips that touch
+# measure 0.0005 to 0.01 and speech 0.05 to 0.2; few frames lie between. 0.02 is about 2 mm.
+CLOSED = 0.02
 RIGID_HALF_WIDTH, RIGID_HALF_HEIGHT = 0.82, 1.25  # of the "rigid" box, in skull sizes; contains a wide open mouth
 MOUTH_PADDING = 0.15  # on either side of a mouth in its box, relative to its width
 MOUTH_SIZE = (64, 128)  # pixels, height and width of a mouth crop
@@ -195,6 +199,14 @@ def skull_size(landmarks: np.ndarray) -> float:
     eye_distance = max(float(np.linalg.norm(right - left)), 1e-6)
     nose_shift = float((landmarks[NOSE_TIP] - (left + right) / 2) @ (right - left)) / eye_distance
     return float(np.hypot(eye_distance, 2 * nose_shift))
+
+
+def lip_gaps(landmarks: np.ndarray, unit: tuple[int, int]) -> np.ndarray:
+    """Mean distance of `LIP_PAIRS` divided by the distance of two landmarks `unit`: (..., 68, 2) -> (...)."""
+    upper, lower = np.transpose(LIP_PAIRS)
+    gaps = np.linalg.norm(landmarks[..., lower, :] - landmarks[..., upper, :], axis=-1).mean(axis=-1)
+    left, right = unit
+    return gaps / np.maximum(np.linalg.norm(landmarks[..., right, :] - landmarks[..., left, :], axis=-1), 1e-6)
 
 
 def in_crop(landmarks: np.ndarray, box: np.ndarray) -> np.ndarray:

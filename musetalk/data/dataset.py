@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from musetalk.contract import CACHE_FIELDS, WINDOW_STEPS, FeatureContract
+from musetalk.contract import CACHE_FIELDS, FEATURES_PER_FRAME, WINDOW_STEPS, FeatureContract
 from musetalk.data.audio import audio_windows, mel_start, window_start
 from musetalk.data.cache import Cache, CacheError, Clip
-from musetalk.data.crop import EYE_CORNERS, INNER_LIPS, JAW, mouth_box, skull_size
+from musetalk.data.crop import CLOSED, EYE_CORNERS, INNER_LIPS, JAW, lip_gaps, mouth_box, skull_size
+from musetalk.data.sampling import WindowSampler, window_starts
 from musetalk.errors import UserError
 
 References = Literal["random", "pose_and_mouth", "adjacent"]
@@ -35,6 +36,7 @@ class Sample:
     references: tuple[int, ...]
     variant: int
     reference_variants: tuple[int, ...]
+    silence: tuple[int, int] | None = None  # instead of the clip's audio: which silence, and the first frame in it
 
 
 class FaceDataset(Dataset):
@@ -53,6 +55,9 @@ class FaceDataset(Dataset):
         min_reference_gap: int = 5,
         mel_frames: int = 0,
         sync_offset: int = 0,
+        identity_cap_minutes: float = 0.0,
+        silence_share: float = 0.0,
+        silence: np.ndarray | None = None,
     ) -> None:
         """slots: samples per optimizer step, over gradient accumulation and ranks. frames: T.
 
@@ -63,6 +68,10 @@ class FaceDataset(Dataset):
         the window, as measured with the expert. Only the mel is shifted: whether the offset stems from the expert
         (Wav2Lip's is one frame off) or from the data, shifting the UNet's audio too would not help and would disturb
         published weights.
+        identity_cap_minutes: see `WindowSampler`.
+        silence_share: share of samples that hear silence instead of the clip's audio, all their frames or none. Their
+        windows are drawn among those of the clip whose mouth is closed throughout; a sample of a clip without such a
+        window hears its own audio. The mel stays that of the clip. silence: of `audio.silence_features`.
         The contract's model fields shape the audio windows; its margins select the variants.
         Raises ContractError if the cache was made under another contract, CacheError if no clip has such a window.
         """
@@ -72,47 +81,58 @@ class FaceDataset(Dataset):
         self.references, self.min_reference_gap = references, 1 if references == "adjacent" else min_reference_gap
         self.mel_frames, self.sync_offset = mel_frames, sync_offset
         self.variants = [cache.contract.margins.index(margin) for margin in contract.margins]
-        self.starts = {}  # clip -> first frames of valid windows
-        for name in clips:
-            starts = self._window_starts(cache.clips[name])
-            if len(starts):
-                self.starts[name] = starts
-        if not self.starts:
+        starts = {name: self._window_starts(cache.clips[name]) for name in clips}
+        starts = {name: frames for name, frames in starts.items() if len(frames)}
+        if not starts:
             mel = f" with {mel_frames} mel frames at an offset of {sync_offset} frames" if mel_frames else ""
             raise CacheError(
                 f"{cache.folder}: no clip has {frames} consecutive usable frames{mel} and a reference frame "
                 f"{self.min_reference_gap} frames away; prepare longer videos"
             )
-        self.names = list(self.starts)
-        self.ends = np.cumsum([len(starts) for starts in self.starts.values()])
+        identities = {name: cache.clips[name].identity for name in starts}
+        self.sampler = WindowSampler(starts, identities, identity_cap_minutes)
+        self.silence_share, self.silence, self.closed_starts = silence_share, silence, {}
+        if silence is not None:
+            self.closed_starts = {name: self._closed_starts(name) for name in starts}
+            if not any(map(len, self.closed_starts.values())):
+                raise CacheError(
+                    f"{cache.folder}: no clip has {frames} consecutive frames with a closed mouth; "
+                    "set silence_share to 0"
+                )
         self._shapes: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # clip -> `face_shapes`, 200 bytes a frame
 
     def _window_starts(self, clip: Clip) -> np.ndarray:
         """Returns the first frames of windows of usable frames with a reference frame each and mel in range."""
         usable = np.flatnonzero(clip.usable)
-        if len(clip) < self.frames or not len(usable):
-            return np.zeros(0, int)
+        if not len(usable):
+            return usable
         index = np.arange(len(clip))
         far = (index - usable[0] >= self.min_reference_gap) | (usable[-1] - index >= self.min_reference_gap)
-        windows = np.lib.stride_tricks.sliding_window_view(clip.usable & far, self.frames)
-        starts = np.flatnonzero(windows.all(axis=1))
+        starts = window_starts(clip.usable & far, self.frames)
         if not self.mel_frames:
             return starts
-        mel = mel_start(starts + self.sync_offset)
+        mel = mel_start(clip.audio_frame(starts) + self.sync_offset)
         return starts[(mel >= 0) & (mel + self.mel_frames <= clip.rows("mel"))]
 
+    def _closed_starts(self, name: str) -> np.ndarray:
+        """Returns those windows of a clip whose mouth is closed in each frame."""
+        closed = lip_gaps(self.cache.clips[name].tensor("landmarks"), EYE_CORNERS) < CLOSED
+        return np.intersect1d(self.sampler.starts[name], window_starts(closed, self.frames))
+
     def draw(self, step: int, slot: int) -> Sample:
-        """Draws the sample of a slot at a step, uniformly over all windows of all clips."""
+        """Draws the sample of a slot at a step: an identity, then one of its windows."""
         rng = np.random.default_rng([self.seed, step, slot])
-        pick = int(rng.integers(self.ends[-1]))
-        which = int(np.searchsorted(self.ends, pick, side="right"))
-        name = self.names[which]
-        start = int(self.starts[name][pick - self.ends[which]])
+        name, start = self.sampler.draw(rng)
+        silence = None
+        if self.silence is not None and rng.random() < self.silence_share and len(self.closed_starts[name]):
+            kinds, features = self.silence.shape[:2]
+            start = int(rng.choice(self.closed_starts[name]))
+            silence = int(rng.integers(kinds)), int(rng.integers(features // FEATURES_PER_FRAME - self.frames + 1))
         references = tuple(
             int(rng.choice(self._candidates(name, frame))) for frame in range(start, start + self.frames)
         )
         variant, *others = (int(variant) for variant in rng.choice(self.variants, 1 + self.frames))
-        return Sample(name, start, references, variant, tuple(others))
+        return Sample(name, start, references, variant, tuple(others), silence)
 
     def _candidates(self, name: str, frame: int) -> np.ndarray:
         """Returns the frames of a clip that may serve as reference of a frame."""
@@ -146,15 +166,23 @@ class FaceDataset(Dataset):
             "masked_latents": clip.tensor("masked_latents", start, stop)[:, variant],
             "reference_latents": np.stack([clip.tensor("latents", frame, frame + 1)[0, v] for frame, v in references]),
             "target_latents": clip.tensor("latents", start, stop)[:, variant],
-            "audio_window": read_windows(clip, start, stop, self.contract),
+            "audio_window": self._audio_windows(sample),
             "target_image": np.stack([clip.image(frame, variant) for frame in range(start, stop)]),
             "mouth_box": np.stack([mouth_box(landmarks, box) for landmarks, box in regions]),
         }
         if self.mel_frames:
-            first = mel_start(start + self.sync_offset)
+            first = mel_start(clip.audio_frame(start) + self.sync_offset)
             arrays["mel"] = clip.tensor("mel", first, first + self.mel_frames)
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         return tensors | {"where": f"{sample.clip}, frame {start}"}
+
+    def _audio_windows(self, sample: Sample) -> np.ndarray:
+        """Returns the audio windows of a sample, float16 (T, W, D)."""
+        if sample.silence is None:
+            return read_windows(self.cache.clips[sample.clip], sample.start, sample.start + self.frames, self.contract)
+        assert self.silence is not None
+        kind, first = sample.silence
+        return audio_windows(self.silence[kind], range(first, first + self.frames), self.contract)
 
 
 def face_shapes(landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -189,7 +217,11 @@ def pose_matched_candidates(jaw: np.ndarray, mouth: np.ndarray, frame: int, cand
 
 
 def read_windows(clip: Clip, start: int, stop: int, contract: FeatureContract) -> np.ndarray:
-    """Reads the audio windows of frames [start, stop) of a clip, float16 (stop - start, W, D)."""
+    """Reads the audio windows of video frames [start, stop) of a clip, corrected by its audio offset.
+
+    Returns float16 (stop - start, W, D). Positions beyond the clip's audio are padded as in `audio_windows`.
+    """
+    start, stop = clip.audio_frame(start), clip.audio_frame(stop)
     count = clip.rows("audio_features")
     first = int(np.clip(window_start(start), 0, count - 1))
     last = int(np.clip(window_start(stop - 1) + WINDOW_STEPS, first + 1, count))

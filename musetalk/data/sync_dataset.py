@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from musetalk.contract import sync_mel_frames
 from musetalk.data.audio import mel_start
 from musetalk.data.cache import Cache, CacheError, Clip
+from musetalk.data.sampling import WindowSampler, window_starts
 
 
 @dataclass(frozen=True)
@@ -45,28 +46,35 @@ class SyncDataset(Dataset):
         num_steps: int,
         gaps: tuple[int, int],
         other_clips: float,
+        identity_cap_minutes: float = 0.0,
     ) -> None:
         """slots: samples per optimizer step. frames: length of the expert's window.
 
         gaps: minimum offset in frames of non-matching mel from the same clip, at the first and at the last of
         `num_steps`; at most half the length of the clip.
         other_clips: share of samples whose non-matching mel comes from another clip.
+        identity_cap_minutes: see `WindowSampler`.
         Raises CacheError if no clip has a window of usable frames with its mel and room for non-matching mel.
         """
         self.cache, self.seed, self.slots, self.frames = cache, seed, slots, frames
         self.num_steps, self.gaps, self.other_clips = num_steps, gaps, other_clips
-        self.starts, self.mel_starts = {}, {}  # clip -> first frames of windows; number of frames where mel may start
+        starts, self.mel_starts = {}, {}  # clip -> first frames of windows, and frames where mel may start
         for name in clips:
-            starts, count = window_starts(cache.clips[name], frames), frames_with_audio(cache.clips[name], frames)
-            if len(starts) and count > 2 * min(gaps):
-                self.starts[name], self.mel_starts[name] = starts, count
-        if not self.starts:
+            windows, with_audio = (
+                sync_window_starts(cache.clips[name], frames),
+                frames_with_audio(cache.clips[name], frames),
+            )
+            if len(windows) and len(with_audio) > 2 * min(gaps):
+                starts[name], self.mel_starts[name] = windows, with_audio
+        if not starts:
             raise CacheError(
                 f"{cache.folder}: no clip has {frames} consecutive usable frames and mel at least {min(gaps)} frames "
                 "away; prepare longer videos"
             )
-        self.names = list(self.starts)
-        self.ends = np.cumsum([len(starts) for starts in self.starts.values()])
+        self.names = list(starts)
+        self.sampler = WindowSampler(
+            starts, {name: cache.clips[name].identity for name in starts}, identity_cap_minutes
+        )
 
     def gap(self, step: int) -> int:
         """Minimum offset in frames of non-matching mel from the same clip."""
@@ -74,20 +82,18 @@ class SyncDataset(Dataset):
         return round(first + (last - first) * min(1, step / self.num_steps))
 
     def draw(self, step: int, slot: int) -> SyncSample:
-        """Draws the sample of a slot at a step: windows uniformly, mel of the same clip by inverse distance."""
+        """Draws the sample of a slot at a step: a window, and mel of the same clip by inverse distance."""
         rng = np.random.default_rng([self.seed, step, slot])
-        pick = int(rng.integers(self.ends[-1]))
-        which = int(np.searchsorted(self.ends, pick, side="right"))
-        name = self.names[which]
-        start = int(self.starts[name][pick - self.ends[which]])
+        name, start = self.sampler.draw(rng)
         variant, mirrored = int(rng.integers(self.cache.clips[name].variants)), bool(rng.integers(2))
         if len(self.names) > 1 and rng.random() < self.other_clips:
-            other = self.names[(which + int(rng.integers(1, len(self.names)))) % len(self.names)]
-            return SyncSample(name, start, variant, mirrored, other, int(rng.integers(self.mel_starts[other])))
-        distance = np.abs(np.arange(self.mel_starts[name]) - start)
-        far = distance >= min(self.gap(step), (self.mel_starts[name] - 1) // 2)
+            index = self.names.index(name) + int(rng.integers(1, len(self.names)))
+            other = self.names[index % len(self.names)]
+            return SyncSample(name, start, variant, mirrored, other, int(rng.choice(self.mel_starts[other])))
+        distance = np.abs(self.mel_starts[name] - start)
+        far = distance >= min(self.gap(step), (len(distance) - 1) // 2)
         weights = far / np.maximum(distance, 1)
-        other_start = int(rng.choice(len(weights), p=weights / weights.sum()))
+        other_start = int(rng.choice(self.mel_starts[name], p=weights / weights.sum()))
         return SyncSample(name, start, variant, mirrored, name, other_start)
 
     def __len__(self) -> int:
@@ -111,18 +117,15 @@ class SyncDataset(Dataset):
         return tensors | {"where": f"{sample.clip}, frame {sample.start}"}
 
 
-def frames_with_audio(clip: Clip, frames: int) -> int:
-    """Number of frames, from the first on, at which a complete mel window starts."""
-    starts = mel_start(np.arange(len(clip)))
-    return int((starts + sync_mel_frames(frames) <= clip.rows("mel")).sum())
+def frames_with_audio(clip: Clip, frames: int) -> np.ndarray:
+    """Returns the frames, in order and without gaps, at which a complete window of mel starts."""
+    starts = mel_start(clip.audio_frame(np.arange(len(clip))))
+    return np.flatnonzero((starts >= 0) & (starts + sync_mel_frames(frames) <= clip.rows("mel")))
 
 
-def window_starts(clip: Clip, frames: int) -> np.ndarray:
+def sync_window_starts(clip: Clip, frames: int) -> np.ndarray:
     """Returns the first frames of windows with usable frames and complete mel."""
-    if len(clip) < frames:
-        return np.zeros(0, int)
-    starts = np.flatnonzero(np.lib.stride_tricks.sliding_window_view(clip.usable, frames).all(axis=1))
-    return starts[starts < frames_with_audio(clip, frames)]
+    return np.intersect1d(window_starts(clip.usable, frames), frames_with_audio(clip, frames))
 
 
 def read_images(clip: Clip, start: int, frames: int, variant: int = 0) -> np.ndarray:
@@ -131,6 +134,6 @@ def read_images(clip: Clip, start: int, frames: int, variant: int = 0) -> np.nda
 
 
 def read_mel(clip: Clip, start: int, frames: int) -> np.ndarray:
-    """Reads the mel of a window, float16 (mel_frames, 80)."""
-    first = mel_start(start)
+    """Reads the mel of a window of video frames, corrected by the clip's audio offset: float16 (mel_frames, 80)."""
+    first = mel_start(clip.audio_frame(start))
     return clip.tensor("mel", first, first + sync_mel_frames(frames))

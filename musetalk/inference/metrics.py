@@ -9,16 +9,12 @@ import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from musetalk.contract import IMAGE_SIZE, VIDEO_FPS
-from musetalk.data.crop import EYE_CORNERS, LIPS
+from musetalk.data.crop import CLOSED, EYE_CORNERS, LIPS, lip_gaps
 from musetalk.data.face.face import Face, FaceBackend, area
 from musetalk.data.face.tracking import follow_person
 from musetalk.images import batched
 
-LIP_PAIRS = ((61, 67), (62, 66), (63, 65))  # upper and lower points of the inner lips, indices of the 68 landmarks
 LIP_CORNERS = (60, 64)  # of the inner lips
-# Mouth opening below which lips count as closed. On GRID and vlogs lips that touch measure 0.0005 to 0.01 and speech
-# 0.05 to 0.2; few frames lie between 0.01 and 0.03. 0.02 is about 2 mm.
-CLOSED = 0.02
 LEAK = 0.25  # mouth aspect ratio from which a mouth leaks. Source: KeySync, https://arxiv.org/abs/2505.00497
 RESAMPLES = 1000  # of the bootstrap
 CROP_BORDER = IMAGE_SIZE // 4  # pixels of black padding, without which detectors miss faces that fill the image
@@ -26,21 +22,12 @@ CROP_BORDER = IMAGE_SIZE // 4  # pixels of black padding, without which detector
 
 def mouth_opening(face: Face | None) -> float:
     """Distance between the inner lips divided by the distance between the outer eye corners; nan for None."""
-    return _lip_gap(face, EYE_CORNERS)
+    return float("nan") if face is None else float(lip_gaps(face.landmarks, EYE_CORNERS))
 
 
 def mouth_aspect_ratio(face: Face | None) -> float:
     """Distance between the inner lips divided by that between the corners of the inner lips (MAR); nan for None."""
-    return _lip_gap(face, LIP_CORNERS)
-
-
-def _lip_gap(face: Face | None, unit: tuple[int, int]) -> float:
-    """Mean distance of `LIP_PAIRS` divided by the distance of the two landmarks `unit`."""
-    if face is None:
-        return float("nan")
-    gaps = [np.linalg.norm(face.landmarks[low] - face.landmarks[up]) for up, low in LIP_PAIRS]
-    left, right = face.landmarks[list(unit)]
-    return float(np.mean(gaps) / max(np.linalg.norm(right - left), 1e-6))
+    return float("nan") if face is None else float(lip_gaps(face.landmarks, LIP_CORNERS))
 
 
 def mouth_openings(frames: Iterable[np.ndarray], backend: FaceBackend) -> np.ndarray:

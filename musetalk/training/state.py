@@ -10,12 +10,15 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Generic
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
 from musetalk.contract import ALL_FIELDS, CACHE_FIELDS, CONTRACTS, MODEL_FIELDS, OWN_CONSTANTS, FeatureContract
+from musetalk.data.audio import silence_features
 from musetalk.data.cache import Cache
 from musetalk.errors import TrainError
+from musetalk.models.audio_encoder import load_audio_encoder
 from musetalk.models.trained_unet import find_unet, read_unet_contract
 from musetalk.models.unet import UNet
 from musetalk.models.vae import VAE, load_vae
@@ -221,6 +224,14 @@ def check_weight_decay(optimizer: str, weight_decay: float) -> None:
             f"weight_decay must be 0 with {optimizer}, which normalises it with the gradient; use adamw, which "
             "decouples the two"
         )
+
+
+def load_silence(models_dir: Path, cache: Cache, device: torch.device) -> np.ndarray:
+    """Returns `silence_features` of the cache's audio encoder. Raises WeightsError, ContractError for another one."""
+    encoder = load_audio_encoder(models_dir, device)
+    requested = replace(cache.contract, audio_encoder=encoder.fingerprint)
+    cache.contract.require(requested, ("audio_encoder",), str(cache.folder))
+    return silence_features(encoder, cache.contract)
 
 
 def training_contract(name: str, cache: Cache, positional_encoding: bool) -> FeatureContract:

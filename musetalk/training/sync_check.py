@@ -18,8 +18,9 @@ import torch
 from matplotlib.figure import Figure
 
 from musetalk.data.audio import mel_start
-from musetalk.data.cache import Cache, CacheError
-from musetalk.data.sync_dataset import read_images, read_mel, window_starts
+from musetalk.data.cache import Cache, CacheError, Clip
+from musetalk.data.sampling import window_starts
+from musetalk.data.sync_dataset import read_images, read_mel, sync_window_starts
 from musetalk.errors import UserError
 from musetalk.files import atomic_write_bytes
 from musetalk.images import batched, to_tensor
@@ -115,7 +116,7 @@ def check_expert(expert: SyncNet, cache: Cache, clips: Sequence[str], seed: int)
 
     Raises CacheError if no clip is long enough, SyncError if the outputs of the expert are not finite.
     """
-    windows = [(name, int(start)) for name in clips for start in window_starts(cache.clips[name], expert.frames)]
+    windows = [(name, int(start)) for name in clips for start in sync_window_starts(cache.clips[name], expert.frames)]
     if not windows:
         raise CacheError(f"{cache.folder}: no clip has {expert.frames} usable frames in a row; prepare longer videos")
     windows = [windows[k] for k in np.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).astype(int)]
@@ -126,13 +127,29 @@ def check_expert(expert: SyncNet, cache: Cache, clips: Sequence[str], seed: int)
             faces = _embed_faces(expert, (read_images(clip, start, expert.frames) for start in starts))
             face_embeddings.append(faces)
             audio_embeddings.append(_embed_mel(expert, (read_mel(clip, start, expert.frames) for start in starts)))
-            clip_similarities.append(_similarities(expert, faces, starts, clip.tensor("mel")))
+            clip_similarities.append(_similarities(expert, faces, clip.audio_frame(starts), clip.tensor("mel")))
     similarities = np.concatenate(clip_similarities)  # (N, 31)
     cosines = (torch.cat(face_embeddings) @ torch.cat(audio_embeddings).T).cpu().numpy()  # (N, N), faces x mel
     if not np.isfinite(cosines).all():
         raise SyncError("the outputs of the sync expert are not finite; use other weights")
     clip_names = np.array([name for name, _ in windows])
     return SyncCheck(_accuracy(similarities, cosines, clip_names, seed), _mean(similarities), len(windows))
+
+
+@torch.no_grad()
+def clip_sweep(expert: SyncNet, clip: Clip) -> tuple[np.ndarray, np.ndarray]:
+    """Mean cosine of a clip's faces with its stored audio, not corrected, at each of `OFFSETS`, and windows in each.
+
+    Both (31,), the first NaN where there are no windows. Uses all windows of faces, or `WINDOWS` of them spread evenly.
+    """
+    starts = window_starts(clip.tensor("usable"), expert.frames)
+    starts = starts[np.linspace(0, len(starts) - 1, min(WINDOWS, len(starts))).astype(int)]
+    if not len(starts):
+        return np.full(len(OFFSETS), np.nan), np.zeros(len(OFFSETS), int)
+    with evaluating(expert):
+        faces = _embed_faces(expert, (read_images(clip, start, expert.frames) for start in starts))
+        similarities = _similarities(expert, faces, starts, clip.tensor("mel"))
+    return _mean(similarities), (~np.isnan(similarities)).sum(axis=0)
 
 
 @torch.no_grad()

@@ -267,7 +267,8 @@ class Validator:
             "lip_leak_pauses": lip_leak(ratios[window.silent]),
         }
         if self.expert and len(images) >= self.expert.frames:
-            similarities = offset_sweep(self.expert, images, window.clip.tensor("mel"), window.start)
+            first = window.clip.audio_frame(window.start)
+            similarities = offset_sweep(self.expert, images, window.clip.tensor("mel"), first)
             figures["sync_confidence"] = sync_confidence(similarities)
             figures["sync_offset"] = float(sync_offset(similarities))
         return figures

@@ -61,7 +61,7 @@ class Window:
         samples = self.clip.tensor("audio").astype(np.float64).reshape(-1, SAMPLES_PER_FRAME)
         levels = np.sqrt((samples**2).mean(axis=1))  # of the clip's frames and AUDIO_MARGIN more on either side
         quiet = levels <= SILENT * np.percentile(levels[AUDIO_MARGIN:-AUDIO_MARGIN], LOUD)
-        first = self.start + AUDIO_MARGIN + self.clip.metadata["audio_offset"] - CONTEXT_FRAMES
+        first = self.clip.audio_frame(self.start) + AUDIO_MARGIN - CONTEXT_FRAMES
         span = 2 * CONTEXT_FRAMES + 1
         windows = np.lib.stride_tricks.sliding_window_view(quiet, span).all(axis=1)
         return windows[first : first + self.stop - self.start]

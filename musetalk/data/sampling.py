@@ -1,0 +1,50 @@
+"""Draws windows of frames for the datasets: an identity first, with a capped weight, then one of its windows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from musetalk.contract import VIDEO_FPS
+
+
+def window_starts(usable: np.ndarray, frames: int) -> np.ndarray:
+    """Returns the first frames of all windows of `frames` consecutive usable frames. usable: bool (T,)."""
+    if len(usable) < frames:
+        return np.zeros(0, int)
+    return np.flatnonzero(np.lib.stride_tricks.sliding_window_view(usable, frames).all(axis=1))
+
+
+class WindowSampler:
+    """Draws an identity with a weight of its number of windows, at most the cap, then a window uniformly within it."""
+
+    def __init__(self, starts: Mapping[str, np.ndarray], identities: Mapping[str, str], cap_minutes: float) -> None:
+        """starts: clip -> first frames of its windows, at least one. identities: clip -> identity.
+
+        cap_minutes: an identity with more windows than these minutes have frames is drawn as if it had this many; 0:
+        no cap, so that all windows are drawn equally often.
+        """
+        self.starts = starts
+        self.count = sum(map(len, starts.values()))  # windows
+        cap = round(60 * VIDEO_FPS * cap_minutes) or self.count
+        clips: dict[str, list[str]] = {}
+        for name in starts:
+            clips.setdefault(identities[name], []).append(name)
+        self._clips = list(clips.values())
+        self._ends = [np.cumsum([len(starts[name]) for name in names]) for names in self._clips]
+        self._weight_ends = np.cumsum([min(ends[-1], cap) for ends in self._ends])
+
+    def draw(self, rng: np.random.Generator) -> tuple[str, int]:
+        """Returns a clip and the first frame of a window."""
+        identity, _ = _pick(rng, self._weight_ends)
+        clip, window = _pick(rng, self._ends[identity])
+        name = self._clips[identity][clip]
+        return name, int(self.starts[name][window])
+
+
+def _pick(rng: np.random.Generator, ends: np.ndarray) -> tuple[int, int]:
+    """Draws an item of consecutive groups that end at `ends`; returns its group and its index within the group."""
+    item = int(rng.integers(ends[-1]))
+    group = int(np.searchsorted(ends, item, side="right"))
+    return group, item - (int(ends[group - 1]) if group else 0)

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import cv2
@@ -29,7 +30,7 @@ from musetalk.models.trained_unet import read_unet_contract
 from musetalk.models.unet import build_unet
 from musetalk.models.weights import WeightsError
 from musetalk.training.checkpoint import save_state, save_unet
-from musetalk.training.state import OPTIMIZERS
+from musetalk.training.state import OPTIMIZERS, load_silence
 from musetalk.training.sync_check import SyncError
 from musetalk_trainer import LOSSES, PRESETS, TrainConfig, TrainError, parse, train, weights
 
@@ -140,6 +141,27 @@ def test_a_run_writes_states_weights_records_and_pictures(config):
     assert any(not torch.equal(value, state["unet"][name]) for name, value in saved.items())
     with safetensors.safe_open(path, framework="pt") as file:
         assert list(file.metadata()) == ["contract"]
+
+
+def test_silence_is_that_of_the_audio_encoder_of_the_cache(one_step, sample_cache):
+    silence = load_silence(one_step.models_dir, sample_cache, torch.device("cpu"))
+    assert silence.shape == (2, 1500, *next(iter(sample_cache.clips.values())).tensor("audio_features").shape[1:])
+    assert silence.dtype == np.float16 and np.isfinite(silence).all() and (silence[0] != silence[1]).any()
+    other = replace(sample_cache.contract, audio_encoder="0" * 16)
+    with pytest.raises(ContractError, match="audio_encoder"):
+        load_silence(one_step.models_dir, SimpleNamespace(contract=other, folder="old"), torch.device("cpu"))
+
+
+def test_a_training_hears_silence(one_step, monkeypatch):
+    """With any mouth counted as closed, since the sample hardly closes it."""
+    monkeypatch.setattr("musetalk.data.dataset.CLOSED", 9.0)
+    losses = []
+    for share in (0.0, 0.999):
+        root = one_step.checkpoint_dir / str(share)
+        config = replace(one_step, silence_share=share, checkpoint_dir=root, log_dir=root / "log")
+        train("demo", config)
+        losses.append(records_of(config)[0]["latent_l1"])
+    assert np.isfinite(losses).all() and losses[0] != losses[1]
 
 
 def test_an_interrupted_run_resumes_exactly_with_all_losses(every_loss, tmp_path):
@@ -452,13 +474,14 @@ def test_named_clips_are_held_out_and_references_are_as_chosen(one_step, monkeyp
     draw = FaceDataset.draw
 
     def record(dataset, *arguments):
-        samples.append((dataset.references, draw(dataset, *arguments)))
+        samples.append((dataset.slots, draw(dataset, *arguments)))
         return samples[-1][1]
 
     monkeypatch.setattr(FaceDataset, "draw", record)
-    train("demo", replace(one_step, held_out_identities=("sample_00", "sample_02"), references="adjacent"))
+    changes = {"held_out_identities": ("sample_00", "sample_02"), "references": "adjacent", "batch_size": 3}
+    train("demo", replace(one_step, **changes))
     assert "held out 2 of 3 clips (all clips show one identity): sample_00, sample_02" in log_of(one_step)
-    trained = [sample for references, sample in samples if references == "adjacent"]  # the others are for pictures
+    trained = [sample for slots, sample in samples if slots == 3]  # the others are held out
     assert {sample.clip for sample in trained} == {"sample_01"}
     assert all(abs(sample.references[0] - sample.start) == 1 for sample in trained)
 

@@ -146,7 +146,11 @@ def test_a_model_that_copies_is_found_out(validate):
     """It never misses a closure, since it never opens its mouth: the spread and the share that it copies show it."""
     x = validate("copies").figures
     assert x["closures"] == x["closed"] == 1
-    assert x["mar_spread"] == 0 < x["mar_spread_truth"] and x["reference_share"] == pytest.approx(1)
+    assert (
+        x["mar_spread"] == pytest.approx(0, abs=1e-12)
+        and x["mar_spread_truth"] > 0.01
+        and x["reference_share"] == pytest.approx(1)
+    )
     for name in ("lmd", "opening", "jitter"):
         assert x[name] == pytest.approx(x[f"{name}_reference"])
 

@@ -83,7 +83,7 @@ class Validation:
 
     def __str__(self) -> str:
         """A table with a row for each figure, in sections."""
-        title = f"{self.clips} clips of {self.identities} identities"
+        title = f"clips {self.clips}, identities {self.identities}"
         lines = ["".join([f"{title:<28}", *(f"{column:>11}" for column in COLUMNS.values()), "   95 % interval"])]
         for section, names in ROWS.items():
             lines.append(f"{section}:")

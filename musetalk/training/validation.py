@@ -2,7 +2,7 @@
 
 Each figure stands beside the same one of the true faces (suffix `_truth`), of the true faces through the VAE (`_vae`),
 which no UNet can surpass, and of a still true frame, the reference, throughout (`_reference`), which copying gives.
-docs/training.md says what each figure means.
+docs/validation.md says what each figure means.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def test_the_table_has_every_figure(listening):
     suffixes = (*COLUMNS, "_low", "_high")
     assert listening.figures.keys() <= {base + suffix for base in bases for suffix in suffixes}
     table = str(listening)
-    assert all(name in table for name in ("r_own_audio", "closures", "copying", "6 clips of 3 identities"))
+    assert all(name in table for name in ("r_own_audio", "closures", "copying", "clips 6, identities 3"))
     assert "sync_confidence" not in table
 
 

@@ -2,7 +2,7 @@
 
 Each figure stands beside the same one of the true faces (suffix `_truth`), of the true faces through the VAE (`_vae`),
 which no UNet can surpass, and of a still true frame, the reference, throughout (`_reference`), which copying gives.
-docs/training.md says what each figure means.
+docs/validation.md says what each figure means.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Validation:
 
     def __str__(self) -> str:
         """A table with a row for each figure, in sections."""
-        title = f"{self.clips} clips of {self.identities} identities"
+        title = f"clips {self.clips}, identities {self.identities}"
         lines = ["".join([f"{title:<28}", *(f"{column:>11}" for column in COLUMNS.values()), "   95 % interval"])]
         for section, names in ROWS.items():
             lines.append(f"{section}:")

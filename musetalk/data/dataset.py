@@ -23,6 +23,9 @@ from musetalk.data.crop import EYE_CORNERS, INNER_LIPS, JAW, mouth_box, skull_si
 from musetalk.errors import UserError
 
 References = Literal["random", "pose_and_mouth", "adjacent"]
+SAMPLE_HELD_OUT = tuple(  # clips of the built-in sample that the presets `demo` hold out
+    f"s1_{sentence}" for sentence in ("pwad5a", "lwbl7s", "lrar2p", "bbbs4n", "lwie7a", "lrwz3s", "bgan7a")
+)
 QUANTILE = 0.51  # of frames, which are near in pose, and which are far in mouth shape; over 0.5 so that the two overlap
 
 

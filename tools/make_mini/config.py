@@ -17,7 +17,6 @@ class Config:
 
     # Crops
     frame_step: int = 5  # every 5th frame of a clip
-    sample_frame_step: int = 20  # for the built-in sample, which shows one person
     held_out_frame_step: int = 25  # for held-out clips
     max_margin: int = 20  # source px below the chin
     max_zoom_out: float = 1.8  # size of the largest crop, relative to MuseTalk's

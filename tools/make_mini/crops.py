@@ -13,7 +13,6 @@ from musetalk.data.crop import crop_face, face_box, in_crop
 from musetalk.data.face import load_face_backend
 from musetalk.data.face.face import FaceBackend
 from musetalk.data.face.tracking import follow_person
-from musetalk.data.sample import SEEDS, render_frames
 from musetalk.data.video import read_frames
 from tools.make_mini.config import Config
 
@@ -21,11 +20,10 @@ HELD_OUT = ("talking_b", "portrait_hevc_1080x1920", "person_3", "person_5", "per
 
 
 def training_crops(config: Config, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Crops of all people not held out and of the sample: BGR uint8 (N, 256, 256, 3), landmarks (N, 68, 2)."""
+    """Crops of all people not held out: BGR uint8 (N, 256, 256, 3), landmarks (N, 68, 2)."""
     backend = load_face_backend("mediapipe", Path(), "cpu")
     paths = [path for path in sorted(config.clips.rglob("*.mp4")) if path.stem not in HELD_OUT]
     sources = [islice(read_frames(path), 0, None, config.frame_step) for path in paths]
-    sources += [islice(render_frames(k), 0, None, config.sample_frame_step) for k in range(len(SEEDS))]
     images, points = [], []
     for frames in tqdm(sources, "crops", unit="clip"):
         for frame, landmarks, box in face_boxes(frames, backend, config.max_margin, rng):

@@ -1,4 +1,4 @@
-# make demo: prepare, train and lip-sync the built-in sample, about 7 minutes on 2 cores
+# make demo: prepare, train and lip-sync the built-in sample
 # make test: the checks to run before a commit
 # make test-slow: the slow tests
 # make test-mmpose: comparisons with mmpose and mediapipe, in a separate environment
@@ -48,4 +48,4 @@ torture: .venv/installed
 	touch $@
 
 clean:
-	rm -rf data/sample data/cache checkpoints/demo checkpoints/syncnet_demo log/demo log/syncnet_demo output exported
+	rm -rf data/cache checkpoints/demo checkpoints/syncnet_demo log/demo log/syncnet_demo output exported

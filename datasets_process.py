@@ -51,7 +51,6 @@ from musetalk.data.cache import (
 from musetalk.data.crop import MIN_FACE, Person, crop_clips
 from musetalk.data.face import FACE_BACKENDS, load_face_backend
 from musetalk.data.face.face import FaceBackend
-from musetalk.data.sample import make_sample
 from musetalk.data.sources import Source, find_sources, independent
 from musetalk.data.video import MediaError, file_size, read_audio, read_frames
 from musetalk.data.workers import Bar, map_jobs, most_processes
@@ -61,7 +60,6 @@ from musetalk.files import atomic_write_bytes, folder_lock
 from musetalk.models.audio_encoder import AudioEncoder, load_audio_encoder
 from musetalk.models.vae import VAE, load_vae
 
-SAMPLE_DIR = Path("data/sample")  # of the built-in sample
 PASSES = 2  # over every frame: to find the person, then to crop and encode
 MIN_FRAMES_PER_PROCESS = 500  # starting a process takes as long as about 200 frames
 CONTACT_SHEET = (8, 24, 128)  # columns, maximum rows, pixels of a face
@@ -72,7 +70,7 @@ class PrepareConfig:
     """The constants of preprocessing; edit them here or override them on the command line."""
 
     # Paths
-    hdtf_dir: Path = SAMPLE_DIR  # videos, searched recursively
+    hdtf_dir: Path = Path("sample")  # videos, searched recursively; sample: the built-in sample
     hdtf_samples_dir: Path = Path("data/cache")  # the cache
     models_dir: Path = Path("models/mini")  # models/mini: the small test set; models: the published weights
 
@@ -108,9 +106,6 @@ def main(config: PrepareConfig) -> None:
     device = choose_device(config.device)
     config = replace(config, device=str(device))
     print(f"on {describe(device)}")
-    if config.hdtf_dir == SAMPLE_DIR and not SAMPLE_DIR.exists():
-        print(f"{SAMPLE_DIR} does not exist: rendering the built-in sample (set hdtf_dir to use your own videos)")
-        make_sample(SAMPLE_DIR)
     sources = find_sources(config.hdtf_dir)
     jobs = independent(sources)
     frames = sum(source.frames for source in sources)

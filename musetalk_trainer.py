@@ -56,7 +56,7 @@ from musetalk.cli import (
 from musetalk.contract import FeatureContract, sync_mel_frames
 from musetalk.data.cache import Cache
 from musetalk.data.crop import crop_mouth
-from musetalk.data.dataset import FaceDataset, split_clips
+from musetalk.data.dataset import SAMPLE_HELD_OUT, FaceDataset, split_clips
 from musetalk.devices import describe
 from musetalk.errors import TrainError
 from musetalk.images import to_tensor
@@ -175,15 +175,14 @@ class TrainConfig:
 PRESETS = {
     "demo": TrainConfig(
         models_dir=Path("models/mini"),
-        held_out_identities=("sample_05", "sample_06"),  # clips of the built-in sample
-        references="random",
+        held_out_identities=SAMPLE_HELD_OUT,
         num_workers=0,
         batch_size=8,
         pixel_every=10,
         learning_rate=3e-3,
         final_learning_rate=1e-4,
         warmup_steps=20,
-        ema_decay=0.98,
+        ema_decay=0.99,
         ema_every=1,
         num_steps=800,
         log_every=20,

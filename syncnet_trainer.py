@@ -46,7 +46,7 @@ from musetalk.cli import (
     run_script,
 )
 from musetalk.data.cache import Cache
-from musetalk.data.dataset import split_clips
+from musetalk.data.dataset import SAMPLE_HELD_OUT, split_clips
 from musetalk.data.sync_dataset import SyncDataset
 from musetalk.errors import TrainError
 from musetalk.files import folder_lock
@@ -120,7 +120,7 @@ PRESETS = {
     "demo": SyncConfig(
         models_dir=Path("models/mini"),
         architecture="wav2lip_narrow",
-        held_out_identities=("sample_05", "sample_06"),  # those of the UNet's demo
+        held_out_identities=SAMPLE_HELD_OUT,
         num_workers=0,
         batch_size=16,
         learning_rate=2e-3,

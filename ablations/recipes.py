@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets_process import SAMPLE_DIR
+from musetalk.data.dataset import SAMPLE_HELD_OUT
 from musetalk_trainer import PRESETS, TrainConfig
 
 SEEDS = (1, 2, 3)  # of the initial weights and of the order of samples
@@ -118,9 +118,9 @@ RECIPES = {
 }
 MATERIALS = {
     "sample": Material(
-        "The built-in sample: eight clips of one portrait that babbles, two of them held out.",
-        SAMPLE_DIR,
-        ("sample_03", "sample_07"),
+        "The built-in sample: 28 clips of one man, two of them held out.",
+        Path("sample"),
+        SAMPLE_HELD_OUT[:2],
         tuple(RECIPES),
     ),
 }

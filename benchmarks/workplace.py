@@ -22,13 +22,12 @@ from datasets_process import PrepareConfig
 from datasets_process import main as prepare
 from musetalk.contract import VIDEO_FPS
 from musetalk.data.cache import MAX_CLIP_FRAMES, OPTIONAL_TENSORS, TENSORS, Cache, CacheWriter
-from musetalk.data.sample import make_sample
 from musetalk.data.video import read_frames
 from musetalk.files import read_json
 from musetalk.models.audio_encoder import build_encoder
 
 SHARED_CLIPS = ROOT.parent / "shared" / "clips"
-SAMPLE = ROOT / "data" / "sample"
+SAMPLE = ROOT / "sample"
 SECONDS = 2.0  # of each clip
 SIZE = 720, 1280  # pixels, height and width of the video
 WHISPER_TINY = ModelDimensions(80, 1500, 384, 6, 4, 1, 1, 1, 1, 1)  # only the encoder is used
@@ -59,8 +58,6 @@ class Workplace:
     def clips(self) -> list[Path]:
         """The shared clips if present, else the built-in sample."""
         folder = SHARED_CLIPS if SHARED_CLIPS.is_dir() else SAMPLE
-        if not folder.is_dir():
-            make_sample(folder)
         return sorted(folder.rglob("*.mp4"))
 
     @cached_property

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 
 import av
@@ -32,12 +31,12 @@ from musetalk.contract import (
     SYNC_MEL_BINS,
 )
 from musetalk.data.cache import Cache
-from musetalk.data.sample import clip_script, render_frames
 from musetalk.data.video import write_video
+from tests.sample import sample_audio, sample_frames
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
-SMALL_FRAMES = 30
+SMALL_CLIP = (20, 50)  # frames
 
 # The same examples at every run, and no clock.
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=10)
@@ -241,13 +240,12 @@ def random_tensors() -> Callable[..., dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="session")
 def small_clips(tmp_path_factory) -> Path:
-    """A folder of videos: the first 30 frames of three clips of the built-in sample, with their identities.json."""
+    """A folder of videos: 30 frames with speech of three clips of the built-in sample, with their identities.json."""
     folder = tmp_path_factory.mktemp("videos")
     for index in range(3):
-        audio = clip_script(index).audio[: SMALL_FRAMES * SAMPLES_PER_FRAME]
-        frames = islice(render_frames(index), SMALL_FRAMES)
+        frames, audio = (read(index, *SMALL_CLIP) for read in (sample_frames, sample_audio))
         write_video(folder / f"sample_{index:02d}.mp4", frames, audio, AUDIO_SAMPLE_RATE)
-    (folder / "identities.json").write_text(json.dumps({f"sample_{index:02d}": "astronaut" for index in range(3)}))
+    (folder / "identities.json").write_text(json.dumps({f"sample_{index:02d}": "grid_s1" for index in range(3)}))
     return folder
 
 

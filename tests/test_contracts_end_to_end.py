@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 
 import cv2
@@ -37,7 +36,6 @@ from musetalk.contract import (
 from musetalk.data.cache import Cache, CacheWriter
 from musetalk.data.dataset import FaceDataset, read_windows
 from musetalk.data.face.face import Face
-from musetalk.data.sample import clip_script, render_frames
 from musetalk.data.video import ping_pong_index, read_frames, write_video
 from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.audio_encoder import load_audio_encoder
@@ -48,6 +46,7 @@ from musetalk.training.checkpoint import save_state, save_unet
 from musetalk.training.run import resume
 from musetalk.training.state import TrainState, training_contract
 from musetalk_trainer import PRESETS, train
+from tests.sample import sample_audio, sample_frames
 
 CPU = torch.device("cpu")
 METADATA = {"source": "a.mp4", "source_bytes": 9, "identity": "a", "start": 0, "last": True}
@@ -124,8 +123,8 @@ def test_released_weights_get_the_inputs_of_the_official_inference(
     """A video of three frames and an audio of seven, from files to generated faces."""
     torch.save(build_unet(mini, 0, True).model.state_dict(), tmp_path / "unet.pth")
     video, speech, count = tmp_path / "face.mp4", tmp_path / "speech.wav", 7
-    write_video(video, islice(render_frames(0), 40, 43), np.zeros(9, np.float32), AUDIO_SAMPLE_RATE)
-    samples = np.round(clip_script(0).audio[16_000 : 16_000 + 640 * count + 100] * 2**15).astype(np.int16)
+    write_video(video, sample_frames(0, 40, 43), np.zeros(9, np.float32), AUDIO_SAMPLE_RATE)
+    samples = np.round(sample_audio(0, 25, 26 + count)[: 640 * count + 100] * 2**15).astype(np.int16)
     wavfile.write(speech, AUDIO_SAMPLE_RATE, samples)
 
     pipeline = LipSyncPipeline.from_checkpoint(tmp_path / "unet.pth", mini, contract=version)

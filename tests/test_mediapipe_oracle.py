@@ -12,9 +12,9 @@ import pytest
 from musetalk.data.face import load_face_backend
 from musetalk.data.face.face import Face
 from musetalk.data.face.mediapipe import FACE_VIEW, MESH_TO_68, view
-from musetalk.data.sample import render_frames
 from musetalk.data.video import read_frames
 from tests.conftest import SHARED
+from tests.sample import sample_frames
 
 pytestmark = pytest.mark.skipif(find_spec("mediapipe") is None, reason="needs mediapipe, see requirements-mmpose.txt")
 
@@ -48,15 +48,15 @@ class Oracle:
 
 
 def frames_of(name: str) -> list[np.ndarray]:
-    if name == "rendered":
-        return list(islice(render_frames(0), FRAMES))
+    if name == "sample":
+        return sample_frames(0, 0, FRAMES)
     path = SHARED / "clips" / f"{name}.mp4"
     if not path.exists():
         pytest.skip(f"needs {path.name}")
     return list(islice(read_frames(path), FRAMES))
 
 
-@pytest.mark.parametrize("name", ["rendered", *CLIPS])
+@pytest.mark.parametrize("name", ["sample", *CLIPS])
 def test_landmarks_equal_those_of_mediapipe(name):
     frames, oracle = frames_of(name), Oracle()
     distances = []

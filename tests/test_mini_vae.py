@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from musetalk.data.crop import crop_face, face_box, in_crop
-from musetalk.data.sample import render_frames
+from tests.sample import sample_frames
 from tools.make_mini.config import Config
 from tools.make_mini.crops import validation_crops
 from tools.make_mini.figures import evaluate
@@ -32,7 +31,7 @@ def vae() -> AutoencoderKL:
 @pytest.fixture(scope="module")
 def portrait(face_backend) -> tuple[np.ndarray, np.ndarray]:
     """A crop of the built-in sample, BGR uint8 (1, 256, 256, 3), and its landmarks (1, 68, 2)."""
-    frame = next(islice(render_frames(0), 30, None))
+    (frame,) = sample_frames(0, 30, 31)
     landmarks = face_backend.detect([frame])[0][0].landmarks
     box = face_box(landmarks, frame.shape)
     return crop_face(frame, box)[None], in_crop(landmarks, box)[None]

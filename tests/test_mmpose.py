@@ -15,9 +15,9 @@ from test_dwpose import randomised, save_as_trainer
 from musetalk.data.face import load_face_backend
 from musetalk.data.face.dwpose import MIRRORED, WEIGHTS, DWPose, RTMPose
 from musetalk.data.face.mmpose import MMPose, NoOperators
-from musetalk.data.sample import render_frames
 from musetalk.data.video import read_frames
 from musetalk.models.weights import IGNORED_GLOBALS, WeightsError, read_tensors
+from tests.sample import sample_frames
 
 pytestmark = pytest.mark.skipif(find_spec("mmpose") is None, reason="needs mmpose, see requirements-mmpose.txt")
 
@@ -84,7 +84,7 @@ def test_both_give_the_same_points_for_real_frames(theirs, ours, clips):
 
 
 def test_both_give_the_same_points_for_frames_of_odd_shapes(theirs, ours):
-    (frame,) = islice(render_frames(0), 1)
+    (frame,) = sample_frames(0, 0, 1)
     frames = [frame, frame[:, :97], frame[:101], frame[100:133, 100:121], frame[::-1, ::-1]]
     compare(theirs, ours, [np.ascontiguousarray(frame) for frame in frames])
 
@@ -96,7 +96,7 @@ def test_the_points_are_those_of_mmposes_own_function(theirs, data_set, monkeypa
 
     from musetalk.data.face.mmpose import PIPELINE
 
-    frames = list(islice(render_frames(0), 0, 20, 10))
+    frames = sample_frames(0, 0, 20)[::10]
     theirs.network.cfg = Config({"test_dataloader": {"dataset": {"pipeline": PIPELINE}}})
     theirs.network.dataset_meta = data_set
     points, scores = theirs.points(frames)

@@ -11,7 +11,6 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import is_dataclass, replace
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
 from unittest.mock import create_autospec, patch
 
@@ -21,10 +20,10 @@ import torch
 import tyro
 from nbclient import NotebookClient
 
-from musetalk.contract import AUDIO_SAMPLE_RATE, CONTRACTS
+from musetalk.contract import AUDIO_SAMPLE_RATE, CONTRACTS, SAMPLES_PER_FRAME
 from musetalk.data.cache import Cache, CacheWriter
-from musetalk.data.dataset import split_clips
-from musetalk.data.sample import SEEDS
+from musetalk.data.dataset import SAMPLE_HELD_OUT, split_clips
+from musetalk.data.sources import find_videos, read_identities
 from musetalk.data.video import read_audio, read_frames, write_video
 from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.sources import SOURCES
@@ -171,25 +170,25 @@ def test_the_notebook_is_short_and_has_no_logic():
     assert not any(cell.get("outputs") for cell in NOTEBOOK.cells)
 
 
-def test_the_notebook_uses_clips_that_the_demo_holds_out(random_tensors, tmp_path):
-    writer = CacheWriter(tmp_path, CONTRACTS["rigid"])
-    for index in range(len(SEEDS)):
-        metadata = {"source": f"sample_{index:02d}.mp4", "source_bytes": 9, "identity": "astronaut", "last": True}
-        writer.write(f"sample_{index:02d}", random_tensors(1), metadata)
+def test_the_demo_holds_out_seven_clips_of_the_sample(random_tensors, tmp_path):
+    writer, identities = CacheWriter(tmp_path, CONTRACTS["rigid"]), read_identities(ROOT / "sample")
+    for video in find_videos(ROOT / "sample"):
+        metadata = {"source": video.name, "source_bytes": 9, "identity": identities[video.stem], "last": True}
+        writer.write(video.stem, random_tensors(1), metadata)
     demo = PRESETS["demo"]
-    _, held_out, _ = split_clips(Cache(tmp_path), demo.held_out, demo.held_out_identities)
-    assert set(re.findall(r"sample_\d\d", NOTEBOOK.cells[1].source)) == set(held_out)
+    train, held_out, _ = split_clips(Cache(tmp_path), demo.held_out, demo.held_out_identities)
+    assert len(train) == 21 and sorted(held_out) == sorted(SAMPLE_HELD_OUT)
 
 
-def test_the_notebook_runs(small_clips, tmp_path):
+def test_the_notebook_runs(tmp_path):
     """With short clips, an untrained UNet, and no training code."""
     shutil.copytree(ROOT / "musetalk", tmp_path / "musetalk", ignore=shutil.ignore_patterns("training"))
     (tmp_path / "models").symlink_to(ROOT / "models")
-    (tmp_path / "data/sample").mkdir(parents=True)
-    for source, target in (("sample_00", "sample_05"), ("sample_01", "sample_06")):
-        video = small_clips / f"{source}.mp4"
-        frames = islice(read_frames(video), 16)
-        write_video(tmp_path / f"data/sample/{target}.mp4", frames, read_audio(video), AUDIO_SAMPLE_RATE)
+    (tmp_path / "sample").mkdir()
+    for name in SAMPLE_HELD_OUT:
+        video = ROOT / "sample" / f"{name}.mp4"
+        audio = read_audio(video)[: 4 * SAMPLES_PER_FRAME]
+        write_video(tmp_path / "sample" / video.name, read_frames(video, 0, 4), audio, AUDIO_SAMPLE_RATE)
     (tmp_path / "log/demo/samples").mkdir(parents=True)
     (tmp_path / "log/demo/samples/0000001.png").touch()
     (tmp_path / "checkpoints/demo").mkdir(parents=True)
@@ -199,6 +198,6 @@ def test_the_notebook_runs(small_clips, tmp_path):
     save_unet(tmp_path / "checkpoints/demo", 1, unet.model.state_dict(), contract)
     ran = NotebookClient(NOTEBOOK, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
     printed = "".join(output.get("text", "") for output in ran.cells[-1].outputs)
-    assert "video: output/demo.mp4, sample grid: log/demo/samples/0000001.png" in printed
-    assert re.search(r"mouth follows audio: r = -?\d\.\d\d over 16 frames", printed)
-    assert (tmp_path / "output/demo.mp4").exists()
+    assert "videos: output, sample grid: log/demo/samples/0000001.png" in printed
+    assert re.search(r"mouths follow the audio: r = -?\d\.\d\d over 7 clips, chance -?\d\.\d\d", printed)
+    assert {path.stem for path in (tmp_path / "output").iterdir()} == set(SAMPLE_HELD_OUT)

@@ -70,7 +70,7 @@ def test_identities_must_be_names(tmp_path):
 
 def test_sources_have_their_identity_and_length(small_clips):
     videos = ["sample_00.mp4", "sample_01.mp4", "sample_02.mp4"]
-    assert find_sources(small_clips) == [Source(PurePath(name), "astronaut", 30) for name in videos]
+    assert find_sources(small_clips) == [Source(PurePath(name), "grid_s1", 30) for name in videos]
 
 
 @pytest.mark.parametrize(

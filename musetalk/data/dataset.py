@@ -24,6 +24,9 @@ from musetalk.data.sampling import WindowSampler, window_starts
 from musetalk.errors import UserError
 
 References = Literal["random", "pose_and_mouth", "adjacent"]
+SAMPLE_HELD_OUT = tuple(  # clips of the built-in sample that the presets `demo` hold out
+    f"s1_{sentence}" for sentence in ("pwad5a", "lwbl7s", "lrar2p", "bbbs4n", "lwie7a", "lrwz3s", "bgan7a")
+)
 QUANTILE = 0.51  # of frames, which are near in pose, and which are far in mouth shape; over 0.5 so that the two overlap
 
 

@@ -31,7 +31,7 @@ from musetalk.errors import UserError
 from musetalk.models.unet import build_unet
 from tools.torture.faults import FullDisk, KillAnyTime, KillAtWrite, LimitFiles, RefuseWrite, can_mount
 from tools.torture.inject import Row, inject, run_concurrently
-from tools.torture.scripts import FORK, MODELS, Script, prepare, run_without_faults, train
+from tools.torture.scripts import FORK, MODELS, Script, cut_sample, prepare, run_without_faults, train
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def torture(config: Config, folder: Path) -> list[Row]:
     torch.set_num_threads(1)
     sync_mel(np.zeros(AUDIO_SAMPLE_RATE, np.float32))
     build_unet(MODELS, seed=0, positional_encoding=True)
-    prepared = run_without_faults("datasets_process.py", prepare, folder / "prepared")
+    cut_sample(folder / "videos")
+    prepared = run_without_faults("datasets_process.py", partial(prepare, folder / "videos"), folder / "prepared")
     trained = run_without_faults(
         "musetalk_trainer.py", partial(train, folder / "prepared/data/cache"), folder / "trained"
     )

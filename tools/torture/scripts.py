@@ -6,6 +6,7 @@ import faulthandler
 import fcntl
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -19,14 +20,17 @@ import torch
 
 import datasets_process
 import musetalk.data.crop
-import musetalk.data.sample
 import musetalk_trainer
 from musetalk.cli import run_script
+from musetalk.contract import AUDIO_SAMPLE_RATE, SAMPLES_PER_FRAME
+from musetalk.data.video import read_audio, read_frames, write_video
 from musetalk.errors import UserError
 from tools.torture.faults import Fault
 
 MODELS = Path(__file__).parents[2] / "models" / "mini"
-SAMPLE_CLIPS, SAMPLE_FRAMES, CLIP_FRAMES = 2, 14, 8  # of the small sample; its clips are split in two
+SAMPLE = Path(__file__).parents[2] / "sample"
+CLIPS = ("s1_bbbs4n", "s1_bbie9s")  # of the small sample
+SAMPLE_FRAMES, CLIP_FRAMES = 14, 8  # of each, and of its parts
 NOT_COMPARED = re.compile(r"\.lock|trainer\.log|events\.out\..*")  # empty files, and files with timestamps
 PIPE_BYTES = 1 << 20
 FORK = get_context("fork")  # runs start from this process, without importing everything again
@@ -34,8 +38,6 @@ FORK = get_context("fork")  # runs start from this process, without importing ev
 STAGES = {
     "datasets_process.py": {
         "load_models": "load",
-        "render_frames": "sample",
-        "write_video": "sample",
         "read_audio": "audio",
         "audio_features": "audio",
         "sync_mel": "audio",
@@ -97,12 +99,20 @@ class Script:
         self.main()
 
 
-def prepare() -> None:
-    """Runs datasets_process.py on a small sample, which it renders first."""
-    musetalk.data.sample.SEEDS = musetalk.data.sample.SEEDS[:SAMPLE_CLIPS]
-    musetalk.data.sample.NUM_FRAMES = SAMPLE_FRAMES
+def cut_sample(folder: Path) -> None:
+    """Writes the beginnings of two clips of the built-in sample, which show one identity."""
+    folder.mkdir()
+    shutil.copy(SAMPLE / "identities.json", folder)
+    for name in CLIPS:
+        source = SAMPLE / f"{name}.mp4"
+        audio = read_audio(source)[: SAMPLE_FRAMES * SAMPLES_PER_FRAME]
+        write_video(folder / source.name, read_frames(source, 0, SAMPLE_FRAMES), audio, AUDIO_SAMPLE_RATE)
+
+
+def prepare(videos: Path) -> None:
+    """Runs datasets_process.py on the small sample."""
     datasets_process.MAX_CLIP_FRAMES = musetalk.data.crop.MAX_CLIP_FRAMES = CLIP_FRAMES
-    run_script(datasets_process.main, datasets_process.PrepareConfig(models_dir=MODELS, num_workers=1))
+    run_script(datasets_process.main, datasets_process.PrepareConfig(hdtf_dir=videos, models_dir=MODELS, num_workers=1))
 
 
 def train(cache: Path) -> None:
@@ -110,7 +120,7 @@ def train(cache: Path) -> None:
     config = replace(
         musetalk_trainer.PRESETS["demo"],
         hdtf_samples_dir=cache,
-        held_out_identities=("sample_01-0000",),
+        held_out_identities=(f"{CLIPS[1]}-0000",),
         models_dir=MODELS,
         batch_size=2,
         pixel_every=2,

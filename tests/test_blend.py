@@ -160,7 +160,7 @@ def video(small_clips, tmp_path_factory) -> Path:
     return path
 
 
-FEATURES = np.random.default_rng(0).normal(size=(40, 5, 64)).astype(np.float16)
+FEATURES = np.random.default_rng(0).normal(size=(40, 5, 128)).astype(np.float16)
 
 
 def test_the_pipeline_blends_by_the_classes_of_its_parser(mini, checkpoint, video, tmp_path):

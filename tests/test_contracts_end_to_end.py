@@ -160,7 +160,7 @@ def test_training_feeds_masked_then_reference_latents(mini, tmp_path, random_ten
     """Both from one clip: the masked frame, whose audio is the other input, and a reference frame away from it."""
     contract = replace(MUSETALK_V15, margins=(10,), vae=load_vae(mini, CPU, torch.float32).fingerprint)
     writer = CacheWriter(tmp_path / "cache", contract)
-    stored = {name: random_tensors(16, states=5, width=64, seed=seed) for seed, name in enumerate("ab")}
+    stored = {name: random_tensors(16, states=5, width=128, seed=seed) for seed, name in enumerate("ab")}
     for name, tensors in stored.items():
         writer.write(name, tensors, METADATA | {"source": f"{name}.mp4", "identity": name})
     inputs = []
@@ -183,7 +183,7 @@ def test_training_feeds_masked_then_reference_latents(mini, tmp_path, random_ten
     with pytest.raises(InterruptedError):
         train("demo", config)
     unet_input, windows = inputs
-    assert unet_input.shape == (4, 8, 32, 32) and windows.shape == (4, 50, 64)
+    assert unet_input.shape == (4, 8, 32, 32) and windows.shape == (4, 50, 128)
     cache = Cache(tmp_path / "cache")
     for latents_pair, window in zip(unet_input.numpy(), windows.numpy(), strict=True):
         matches = {

@@ -52,7 +52,7 @@ def test_the_cache_of_the_sample(sample_cache):
     for clip in sample_cache.clips.values():
         assert len(clip) == 30 and clip.usable.all() and clip.identity == "grid_s1"
         assert clip.tensor("landmarks").dtype == np.float32
-        assert clip.tensor("audio_features").shape == (60, 5, 64)
+        assert clip.tensor("audio_features").shape == (60, 5, 128)
         assert clip.tensor("mel").shape == (30 * 80 // 25 + 1, 80)
         assert 0.9 < clip.tensor("latents").astype(np.float32).std() < 2
         size = (sample_cache.folder / "clips" / f"{clip.name}.safetensors").stat().st_size

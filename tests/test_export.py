@@ -58,7 +58,7 @@ def test_an_export_has_the_trained_tensors_and_the_configuration(tmp_path, mini,
 def test_diffusers_loads_an_exported_folder(tmp_path, mini, unet):
     _, path = export(tmp_path, mini, unet, "diffusers")
     model = UNet2DConditionModel.from_pretrained(path.parent).eval()
-    x, tokens = torch.randn(1, 8, 32, 32), torch.randn(1, 50, 64)
+    x, tokens = torch.randn(1, 8, 32, 32), torch.randn(1, 50, 128)
     with torch.no_grad():
         outputs = [net(x, 0, encoder_hidden_states=tokens).sample for net in (model, unet.model.eval())]
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)  # memory formats differ

@@ -490,8 +490,8 @@ def test_audio_features_of_another_width_are_refused(config, mini, tmp_path):
     (tmp_path / "models/musetalk").mkdir(parents=True)
     (tmp_path / "models/sd-vae-ft-mse").symlink_to(mini / "sd-vae-ft-mse")
     text = (mini / "musetalk/musetalk.json").read_text()
-    (tmp_path / "models/musetalk/musetalk.json").write_text(text.replace('dim": 64', 'dim": 32'))
-    with pytest.raises(WeightsError, match="5 states of width 64, but the UNet expects 5 of width 32"):
+    (tmp_path / "models/musetalk/musetalk.json").write_text(text.replace('dim": 128', 'dim": 32'))
+    with pytest.raises(WeightsError, match="5 states of width 128, but the UNet expects 5 of width 32"):
         train("demo", replace(config, models_dir=tmp_path / "models"))
 
 

@@ -120,7 +120,7 @@ def test_generated_images_do_not_depend_on_the_batch_size(pipeline):
     """Except for rounding."""
     rng = np.random.default_rng(0)
     masked, latents = rng.normal(size=(2, 5, 4, 32, 32)).astype(np.float16)
-    windows = rng.normal(size=(5, 50, 64)).astype(np.float16)
+    windows = rng.normal(size=(5, 50, 128)).astype(np.float16)
     together = pipeline.generate(masked, latents, windows)
     alone = np.concatenate(
         [pipeline.generate(masked[i : i + 1], latents[i : i + 1], windows[i : i + 1]) for i in range(5)]

@@ -9,9 +9,10 @@ import shutil
 import subprocess
 import tomllib
 from collections.abc import Iterator
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import get_type_hints
 from unittest.mock import create_autospec, patch
 
 import nbformat
@@ -86,13 +87,7 @@ def parse_arguments(name: str, arguments: list[str]) -> None:
     if hasattr(module, "parse"):  # has presets
         module.parse(arguments)
         return
-    (config,) = (
-        value
-        for key, value in vars(module).items()
-        if key.endswith("Config")
-        and is_dataclass(value)
-        and value.__module__.startswith(name.removesuffix(".__main__"))
-    )
+    config = get_type_hints(module.main)["config"]
     tyro.cli(config, args=arguments)
 
 

@@ -49,7 +49,7 @@ def write_cache(random_tensors, tmp_path) -> Callable[[FeatureContract], Cache]:
         writer = CacheWriter(tmp_path / "cache", contract)
         for seed, name in enumerate(("a", "b")):
             metadata = {"source": f"{name}.mp4", "source_bytes": 1, "identity": "one", "last": True}
-            writer.write(name, random_tensors(12, states=5, width=64, seed=seed), metadata)
+            writer.write(name, random_tensors(12, states=5, width=128, seed=seed), metadata)
         return Cache(tmp_path / "cache")
 
     return write
@@ -221,6 +221,7 @@ def decoded(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(VAE, "decode", recording("full", VAE.decode))
     monkeypatch.setattr(TinyDecoder, "decode", recording("tiny", TinyDecoder.decode))
+    monkeypatch.setattr(Objective, "bounds", lambda *_: {})  # decodes before the first step
     return names
 
 

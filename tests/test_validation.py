@@ -197,7 +197,7 @@ def test_silent_frames_are_those_whose_whole_audio_window_is_quiet(write_clips):
     window = choose_window(write_clips({"a": ("a", {"audio": audio})}).clips["a"], 30)
     assert (window.start, window.stop) == (0, 30)
     assert np.flatnonzero(window.silent).tolist() == [*range(2, 10), *range(15, 18)]
-    window.clip.metadata["audio_offset"] = 3
+    window.clip.audio_offset = 3
     assert np.flatnonzero(replace(window).silent).tolist() == [*range(0, 7), *range(12, 15)]
 
 

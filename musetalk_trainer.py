@@ -188,6 +188,7 @@ PRESETS = {
         log_every=20,
         sample_every=200,
         val_every=800,
+        val_clips=4,
         save_every=200,
     ),
     # First, faces: single frames.

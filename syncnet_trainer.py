@@ -84,9 +84,7 @@ class SyncConfig:
     prefetch: Count = 2  # batches that each worker has ready
     batch_size: Count = 32  # windows of faces in one micro step, each paired with its own and with other mel
     grad_accum_steps: Count = 1  # micro steps in one optimizer step
-    identity_cap_minutes: PositiveOrZero = (
-        3.0  # an identity counts as at most this much video (HDTF: 2.6 per video); 0: no cap
-    )
+    identity_cap_minutes: PositiveOrZero = 3.0  # an identity counts as at most this much video; 0: no cap
     gaps: tuple[Count, Count] = (15, 3)  # least shift in frames of other mel from the same clip, first and last
     other_clips: Share = 0.25  # share of windows whose other mel is from another clip
 

@@ -63,7 +63,7 @@ class Window:
         quiet = levels <= SILENT * np.percentile(levels[AUDIO_MARGIN:-AUDIO_MARGIN], LOUD)
         first = self.clip.audio_frame(self.start) + AUDIO_MARGIN - CONTEXT_FRAMES
         span = 2 * CONTEXT_FRAMES + 1
-        windows = np.lib.stride_tricks.sliding_window_view(quiet, span).all(axis=1)
+        windows = np.all(np.lib.stride_tricks.sliding_window_view(quiet, span), axis=1)
         return windows[first : first + self.stop - self.start]
 
     def shifted(self, shift: int) -> np.ndarray:

@@ -36,14 +36,17 @@ class RunLog:
     """
 
     def __init__(self, log_dir: Path, run: str, step: int, tracker: str = "tensorboard") -> None:
-        """step: the step the run resumes at; records of later steps are dropped. tracker: see `start_tracker`."""
+        """step: the step the run resumes at, 0 for a new run. tracker: see `start_tracker`.
+
+        Records of later steps are dropped, and in a new run all of them.
+        """
         self.lines = log_dir / "trainer.log"
         self.folder = log_dir / run
         self.stats = self.folder / "stats.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.stats.exists():
             lines = self.stats.read_text(encoding="utf-8", errors="replace").splitlines()
-            atomic_write_bytes(self.stats, "".join(f"{line}\n" for line in lines if _step(line) <= step).encode())
+            atomic_write_bytes(self.stats, "".join(f"{line}\n" for line in lines if step and _step(line) <= step).encode())
         self.tracker = start_tracker(tracker, log_dir, run, step)
 
     def line(self, text: str) -> None:

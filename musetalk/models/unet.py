@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 from torch.nn.grad import conv2d_weight
 
@@ -37,7 +36,6 @@ class UNet(nn.Module):
     def __init__(self, model: UNet2DConditionModel, positional_encoding: bool) -> None:
         super().__init__()
         self.model = model
-        model.set_attn_processor(Float32OnCPU())
         width = model.config.cross_attention_dim
         positions = sinusoid(MAX_TOKENS, width) if positional_encoding else torch.zeros(MAX_TOKENS, width)
         self.register_buffer("positions", positions, persistent=False)
@@ -85,23 +83,6 @@ class UNet(nn.Module):
                 f"{expected_width} (cross_attention_dim); use the Whisper it was trained with, or train a UNet with "
                 f"{width} in musetalk.json"
             )
-
-
-class Float32OnCPU(AttnProcessor2_0):
-    """Attention that ignores autocast on a CPU, where torch's bfloat16 kernel is several times slower than float32."""
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """hidden_states: (B, N, C). encoder_hidden_states: (B, W, D), or None for self-attention. Returns (B, N, C)."""
-        if hidden_states.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            with torch.autocast("cpu", enabled=False):
-                return super().__call__(attn, hidden_states.float(), encoder_hidden_states, attention_mask)
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
 
 
 def sinusoid(length: int, width: int) -> torch.Tensor:

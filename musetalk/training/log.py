@@ -46,7 +46,8 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.stats.exists():
             lines = self.stats.read_text(encoding="utf-8", errors="replace").splitlines()
-            atomic_write_bytes(self.stats, "".join(f"{line}\n" for line in lines if step and _step(line) <= step).encode())
+            kept = "".join(f"{line}\n" for line in lines if step and _step(line) <= step)
+            atomic_write_bytes(self.stats, kept.encode())
         self.tracker = start_tracker(tracker, log_dir, run, step)
 
     def line(self, text: str) -> None:

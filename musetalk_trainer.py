@@ -113,7 +113,7 @@ class TrainConfig:
     held_out: Share = 0.1  # share of identities (of clips, if there is one identity) for samples and validation
     held_out_identities: tuple[str, ...] = ()  # names of those (of clips, if there is one identity) to hold out instead
     identity_cap_minutes: PositiveOrZero = 3.0  # an identity counts as at most this much video; 0: no cap
-    silence_share: ShareOrZero = 0.0  # of samples that hear silence, with a closed mouth as the target
+    silence_share: ShareOrZero = 0.0  # of samples with silence as the audio and a closed mouth as the target
     references: Literal["random", "pose_and_mouth", "adjacent"] = "pose_and_mouth"  # similar pose, different mouth
     min_reference_gap: Count = 5  # frames between a frame and its reference, unless that is adjacent
     frames: Count = 1  # consecutive ones in a sample; with a sync loss, the window of its expert

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from musetalk.inference import cross_dub as module
-from musetalk.inference.cross_dub import cross_dub, following, pooled_correlation
+from musetalk.inference.cross_dub import correlation_with_audio, cross_dub, pooled_correlation
 
 CLIPS = [Path(f"{name}.mp4") for name in "abc"]
 TRUTH = {"a": [0, 1, 0, 2], "b": [3, 0, 1, 0], "c": [0, 0, 5, 1, 7]}  # mouth openings; c is longer
@@ -34,7 +34,7 @@ def test_mouths_that_follow_the_audio_correlate_by_1_and_chance_is_that_of_true_
     dubbed = [Path("out") / clip for clip in CLIPS]
     for path, speaker in zip(dubbed, "bca", strict=True):
         openings[str(path)] = TRUTH[speaker]
-    r, chance = following(dubbed, CLIPS, None)
+    r, chance = correlation_with_audio(dubbed, CLIPS, None)
     pairs = [(x, y) for x in "abc" for y in "abc" if x != y]
     x, y = (np.concatenate([TRUTH[pair[side]][:4] for pair in pairs]) for side in (0, 1))
     assert r == pytest.approx(1)
@@ -45,7 +45,7 @@ def test_mouths_that_repeat_the_source_video_do_not_count_as_following(openings)
     dubbed = [Path("out") / clip for clip in CLIPS]
     for path, name in zip(dubbed, "abc", strict=True):
         openings[str(path)] = TRUTH[name]
-    assert following(dubbed, CLIPS, None)[0] < 0.5
+    assert correlation_with_audio(dubbed, CLIPS, None)[0] < 0.5
 
 
 def test_pooling_keeps_differences_between_clips():

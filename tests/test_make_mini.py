@@ -9,7 +9,8 @@ import pytest
 
 from tools.make_mini.audio_encoder import SEGMENT, EncoderConfig, draw_segment
 from tools.make_mini.crops import spaced_frames
-from tools.make_mini.material import HELD_OUT, MaterialConfig, find_videos
+from tools.make_mini.held_out import HELD_OUT
+from tools.make_mini.material import MaterialConfig, find_videos
 from tools.make_mini.material import main as link_material
 
 

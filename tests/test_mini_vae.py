@@ -15,7 +15,7 @@ from tests.sample import sample_frames
 from tools.make_mini.config import Config
 from tools.make_mini.crops import validation_crops
 from tools.make_mini.figures import evaluate
-from tools.make_mini.material import HELD_OUT
+from tools.make_mini.held_out import HELD_OUT
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "models" / "mini" / "sd-vae-ft-mse"

@@ -78,8 +78,8 @@ def crop_person(
 ) -> Person:
     """Detects, tracks and crops one person of a clip in one pass over its frames, BGR uint8 (H, W, 3).
 
-    choice: the main person (None), the person of a number from 1 on among the `people` of the clip, who is nowhere if
-    there are fewer, or the person whose face in an earlier frame is given.
+    choice: None for the main person, a number from 1 on for one of the `people` of the clip (no face in any frame if
+    there are fewer), or a face of the person in an earlier frame.
     All faces of a frame are cropped at once, since tracking chooses the person only after the last frame. A face too
     small or too far outside the frame for any of its boxes is ignored.
     """
@@ -144,8 +144,8 @@ def crop_clips(
     """Splits a video into clips of at most a minute and crops each. Yields name, person, and whether it is the last.
 
     source: relative path of the video, for the names. frames: from the first frame of `part` on.
-    number: of the person in the first clip that shows so many `people`, who is followed from there on; by default the
-    main person of each clip.
+    number: of the person, in the first clip that shows at least as many `people`; later clips follow that person. By
+    default the main person of each clip.
     """
     frames = iter(frames)
     choice: int | StoredFace | None = number

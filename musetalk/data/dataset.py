@@ -72,9 +72,9 @@ class FaceDataset(Dataset):
         (Wav2Lip's is one frame off) or from the data, shifting the UNet's audio too would not help and would disturb
         published weights.
         identity_cap_minutes: see `WindowSampler`.
-        silence_share: share of samples that hear silence instead of the clip's audio, all their frames or none. Their
-        windows are drawn among those of the clip whose mouth is closed throughout; a sample of a clip without such a
-        window hears its own audio. The mel stays that of the clip. silence: of `audio.silence_features`.
+        silence_share: share of samples with silence instead of the clip's audio, in all their frames. Their windows are
+        drawn from those of the clip whose mouth is closed throughout; a sample of a clip without such a window keeps
+        the clip's audio. The mel stays that of the clip. silence: of `audio.silence_features`.
         The contract's model fields shape the audio windows; its margins select the variants.
         Raises ContractError if the cache was made under another contract, CacheError if no clip has such a window.
         """

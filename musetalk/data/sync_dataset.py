@@ -60,10 +60,8 @@ class SyncDataset(Dataset):
         self.num_steps, self.gaps, self.other_clips = num_steps, gaps, other_clips
         starts, self.mel_starts = {}, {}  # clip -> first frames of windows, and frames where mel may start
         for name in clips:
-            windows, with_audio = (
-                sync_window_starts(cache.clips[name], frames),
-                frames_with_audio(cache.clips[name], frames),
-            )
+            clip = cache.clips[name]
+            windows, with_audio = sync_window_starts(clip, frames), frames_with_audio(clip, frames)
             if len(windows) and len(with_audio) > 2 * min(gaps):
                 starts[name], self.mel_starts[name] = windows, with_audio
         if not starts:

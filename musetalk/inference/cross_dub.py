@@ -28,7 +28,7 @@ def cross_dub(pipeline: LipSyncPipeline, clips: Sequence[Path], folder: Path) ->
     return dubbed
 
 
-def following(dubbed: Sequence[Path], clips: Sequence[Path], backend: FaceBackend) -> tuple[float, float]:
+def correlation_with_audio(dubbed: Sequence[Path], clips: Sequence[Path], backend: FaceBackend) -> tuple[float, float]:
     """r of the N results of `cross_dub`, and its chance level.
 
     r: Pearson's correlation of the measured mouth openings with the true ones of the clips that the audio is from, over

@@ -18,13 +18,12 @@ import torch
 from musetalk.contract import SAMPLES_PER_FRAME
 from musetalk.data.audio import audio_features, audio_windows
 from musetalk.data.cache import Cache
-from musetalk.data.crop import crop_mouth
+from musetalk.data.crop import CLOSED, crop_mouth
 from musetalk.data.dataset import read_windows
 from musetalk.data.face import load_face_backend
 from musetalk.data.face.face import Face, FaceBackend
 from musetalk.images import batched, to_tensor, to_uint8
 from musetalk.inference.metrics import (
-    CLOSED,
     bootstrap_interval,
     closures,
     correlation,

@@ -15,10 +15,10 @@ other CPUs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ from musetalk.data.video import read_audio
 from musetalk.files import atomic_write
 from musetalk.models.audio_encoder import hidden_states, load_audio_encoder
 from tools.make_mini.material import MaterialConfig, find_videos
+from tools.make_mini.schedule import learning_rate_factor
 
 # As many encoder states as Whisper tiny, but narrower; a decoder without layers, because openai-whisper expects one
 DIMENSIONS = ModelDimensions(
@@ -110,7 +111,8 @@ def main(config: EncoderConfig) -> None:
 
     parameters = [*model.encoder.parameters(), *maps.parameters()]
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
+    factor = partial(learning_rate_factor, num_warmup_steps=config.num_warmup_steps, num_steps=config.num_steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     progress = tqdm(range(1, config.num_steps + 1), "audio encoder", unit="step", mininterval=5)
     for step in progress:
         loss = errors(draw_segment(speech, config, rng)).mean()
@@ -165,12 +167,6 @@ def pad_segment(audio: np.ndarray) -> np.ndarray:
 def log_mel(audio: np.ndarray) -> torch.Tensor:
     """Whisper's log-mel spectrogram of a segment, (80, 3000)."""
     return whisper.audio.log_mel_spectrogram(torch.from_numpy(audio), DIMENSIONS.n_mels)
-
-
-def learning_rate_factor(step: int, config: EncoderConfig) -> float:
-    """Linear warmup, then cosine decay to 0.001."""
-    warmup = min(1.0, (step + 1) / config.num_warmup_steps)
-    return warmup * (0.5 + 0.5 * math.cos(math.pi * step / config.num_steps)) + 1e-3
 
 
 def save(model: Whisper, models_dir: Path) -> None:

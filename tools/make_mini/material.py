@@ -7,7 +7,7 @@ Links the videos of the corpus and of the test clips into two folders of `work_d
     videos/           people to train on and validation people (the recipe is chosen, and training stopped, on these)
     test_videos/      test people, measured once at the end
 
-held_out.json names the validation and the test people. Most of the corpus shows one man, GRID's speaker s1: of him,
+held_out.py names the validation and the test people. Most of the corpus shows one man, GRID's speaker s1: of him,
 clips are held out, as the identities grid_s1_validation and grid_s1_test.
 """
 
@@ -24,8 +24,8 @@ import tyro
 from musetalk.cli import run_script
 from musetalk.data.cache import identity_of
 from musetalk.files import atomic_write_bytes, read_json
+from tools.make_mini.held_out import HELD_OUT
 
-HELD_OUT = read_json(Path(__file__).with_name("held_out.json"))
 LEFT_OUT = ("grid_unk", "cartoon")  # unknown speakers, who may be others of the corpus; a drawn face without audio
 # Prefixes of identities whose material is freely licensed, and of those known to be in sync
 FREE = ("grid_", "anitalker_", "gen_")

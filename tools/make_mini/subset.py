@@ -17,7 +17,8 @@ import tyro
 
 from musetalk.cli import run_script
 from musetalk.data.cache import Cache, Clip
-from tools.make_mini.material import FREE, HELD_OUT, IN_SYNC
+from tools.make_mini.held_out import HELD_OUT
+from tools.make_mini.material import FREE, IN_SYNC
 
 PEOPLE = {"free": FREE, "in_sync": IN_SYNC}  # prefixes of their identities
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, MASK_TOP
 from musetalk.images import to_tensor
 from tools.make_mini.config import Config
 from tools.make_mini.figures import EYES, MOUTH
+from tools.make_mini.schedule import learning_rate_factor
 
 MOUTH_SHARE, EYES_SHARE = 0.3, 0.2  # of the patches are drawn around mouth and eyes
 SCALING_FACTOR = 0.18215  # scales latents to a standard deviation of 1, as in the real VAE
@@ -27,7 +29,8 @@ def train_vae(
 ) -> AutoencoderKL:
     """Trains on squared error in bfloat16, saves regularly and returns the EMA of the weights."""
     optimizer = torch.optim.AdamW(vae.parameters(), config.learning_rate, config.betas, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
+    factor = partial(learning_rate_factor, num_warmup_steps=config.num_warmup_steps, num_steps=config.num_steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     progress = tqdm(range(config.num_steps), "vae", unit="step", mininterval=5)
     for step in progress:
@@ -57,12 +60,6 @@ def train_vae(
         if step and step % config.save_every == 0:
             save_vae(average.module, images, config)
     return average.module
-
-
-def learning_rate_factor(step: int, config: Config) -> float:
-    """Linear warmup, then cosine decay to 0.001."""
-    warmup = min(1.0, (step + 1) / config.num_warmup_steps)
-    return warmup * (0.5 + 0.5 * math.cos(math.pi * step / config.num_steps)) + 1e-3
 
 
 def draw_patch(

@@ -246,15 +246,8 @@ def train(preset: str, config: TrainConfig) -> None:
     contract = training_contract(config.contract, cache, config.positional_encoding)
     train_clips, held_clips, split_note = split_clips(cache, config.held_out, config.held_out_identities)
     silence = load_silence(config.models_dir, cache, accelerator.device) if config.silence_share else None
-    open_train_set = partial(
-        open_dataset,
-        config,
-        cache,
-        train_clips,
-        contract,
-        world_size=accelerator.num_processes,
-        silence=silence,
-    )
+    world_size = accelerator.num_processes
+    open_train_set = partial(open_dataset, config, cache, train_clips, contract, world_size=world_size, silence=silence)
     dataset = open_train_set(sync_offset=0)
     held_clips = held_clips or train_clips
     open_held_set = partial(FaceDataset, cache, held_clips, contract, seed=config.seed)
@@ -286,19 +279,19 @@ def train(preset: str, config: TrainConfig) -> None:
         run.log.line(summary)
 
         # A new run: load weights to start from, check the sync expert, print what the losses can reach.
-        if config.start_from and not run.resumed:
-            run.log.line(state.load_pretrained(pretrained_path(config)))
-        if run_sync_check and not run.resumed:
-            check = run_sync_check()
-            run.log.line(str(check))
-            run.log.picture(0, check.draw(), "sync_check")
-            state.sync_offset = check.require(config.unfit_expert)
+        if not run.resumed:
+            if config.start_from:
+                run.log.line(state.load_pretrained(pretrained_path(config)))
+            if run_sync_check:
+                check = run_sync_check()
+                run.log.line(str(check))
+                run.log.picture(0, check.draw(), "sync_check")
+                state.sync_offset = check.require(config.unfit_expert)
+            if accelerator.is_main_process:
+                batch = to_device(first_batch(bounds_dataset), accelerator.device)
+                report_bounds(objective.bounds(batch), run.log)
         if state.sync_offset:
             dataset = open_train_set(sync_offset=state.sync_offset)
-
-        if accelerator.is_main_process and not run.resumed:
-            bounds = objective.bounds(to_device(first_batch(bounds_dataset), accelerator.device))
-            report_bounds(bounds, run.log)
 
         batches = run.batches(dataset)
         for _ in run.steps():

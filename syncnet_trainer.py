@@ -6,8 +6,6 @@
     python syncnet_trainer.py latentsync --help         all constants
     python syncnet_trainer.py --check-only --start-from syncnet/latentsync_syncnet.pt --models-dir models
                                                         trains nothing: measures this expert on your faces
-    python syncnet_trainer.py wav2lip --hdtf-samples-dir data/mine --write-offsets
-                                                        trains nothing: corrects the audio offset of each clip
 
 Writes to `<checkpoint_dir>/syncnet_<preset>`: training-state-<step>.pt to resume from, syncnet-<step>.safetensors to
 use. Writes to `log_dir`: trainer.log, and in `syncnet_<preset>/` stats.jsonl, TensorBoard files and
@@ -49,12 +47,10 @@ from musetalk.data.cache import Cache
 from musetalk.data.dataset import SAMPLE_HELD_OUT, split_clips
 from musetalk.data.sync_dataset import SyncDataset
 from musetalk.errors import TrainError
-from musetalk.files import folder_lock
 from musetalk.images import to_tensor
 from musetalk.models.syncnet import SyncNet, build_syncnet, load_syncnet, save_syncnet
 from musetalk.models.weights import load_strictly
 from musetalk.training.distributed import prepare_model, start_processes
-from musetalk.training.offsets import offset_table, write_offsets
 from musetalk.training.run import open_run
 from musetalk.training.state import OPTIMIZERS, NetworkState, check_weight_decay
 from musetalk.training.step import OptimizerStep, StepResult
@@ -101,7 +97,6 @@ class SyncConfig:
     # Run
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA's GPU, or the CPU without one
     check_only: bool = False  # train nothing; check the expert of start_from, or the newest of the preset
-    write_offsets: bool = False  # train nothing; store the audio offset that it measures in the record of each clip
     num_steps: Count = 200_000  # optimizer updates
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"  # of the figures in stats.jsonl
     log_every: Count = 100
@@ -157,10 +152,6 @@ def train(preset: str, config: SyncConfig) -> None:
     name = f"syncnet_{preset}"
     if config.check_only:
         check_only(config, cache, held_clips, name, accelerator.device)
-        return
-    if config.write_offsets:
-        with folder_lock(config.hdtf_samples_dir):
-            print(offset_table(write_offsets(load_expert(config, name, accelerator.device), cache)))
         return
     state = build_state(config, accelerator)
     dataset = open_dataset(config, cache, train_clips, state.network.frames, world_size)
@@ -239,21 +230,12 @@ def sync_expert_loss(expert: SyncNet, batch: dict, device: torch.device) -> torc
 
 def check_only(config: SyncConfig, cache: Cache, clips: list[str], run: str, device: torch.device) -> None:
     """Checks an existing expert, prints and plots the result. Raises SyncError if it cannot be trusted."""
-    check = check_expert(load_expert(config, run, device), cache, clips, config.seed)
+    name = config.start_from or str(config.checkpoint_dir / run)
+    check = check_expert(load_syncnet(config.models_dir, name, device), cache, clips, config.seed)
     path = config.log_dir / run / "sync_check.png"
     check.save(path)
-    print(f"{check}\n{expert_path(config, run)}, on {len(clips)} clips of {cache.folder}; plot in {path}")
+    print(f"{check}\n{name}, on {len(clips)} clips of {cache.folder}; plot in {path}")
     check.require(allow=False)
-
-
-def expert_path(config: SyncConfig, run: str) -> str:
-    """Where the existing expert is: start_from, or the folder of the preset."""
-    return config.start_from or str(config.checkpoint_dir / run)
-
-
-def load_expert(config: SyncConfig, run: str, device: torch.device) -> SyncNet:
-    """Loads the existing expert of `expert_path`. Raises WeightsError."""
-    return load_syncnet(config.models_dir, expert_path(config, run), device)
 
 
 def build_state(config: SyncConfig, accelerator: Accelerator) -> NetworkState[SyncNet]:

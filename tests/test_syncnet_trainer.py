@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from dataclasses import fields, replace
 from pathlib import Path
@@ -262,18 +261,6 @@ def test_a_check_without_a_name_is_of_the_newest_expert_of_the_preset(trained, c
     assert f"accuracy {records(trained)[-1]['accuracy']:.3f}" in capsys.readouterr().out
     with pytest.raises(WeightsError, match="syncnet_demo is no sync expert"):
         train("demo", replace(config, check_only=True))
-
-
-def test_offsets_are_written_by_the_newest_expert_of_the_preset(trained, config, tmp_path, capsys):
-    """The clips of this cache are too short to be measured; the run trains nothing."""
-    folder = shutil.copytree(trained.hdtf_samples_dir, tmp_path / "cache")
-    offset_run = replace(trained, write_offsets=True, hdtf_samples_dir=folder, log_dir=tmp_path / "log")
-    train("demo", offset_run)
-    assert capsys.readouterr().out.splitlines()[-1].split()[1:3] == ["3", "0"]
-    assert {clip.audio_offset for clip in Cache(folder).clips.values()} == {0}
-    assert not offset_run.log_dir.exists()
-    with pytest.raises(WeightsError, match="syncnet_demo is no sync expert"):
-        train("demo", replace(config, write_offsets=True))
 
 
 # Constants.

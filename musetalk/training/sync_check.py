@@ -18,8 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 from musetalk.data.audio import mel_start
-from musetalk.data.cache import Cache, CacheError, Clip
-from musetalk.data.sampling import window_starts
+from musetalk.data.cache import Cache, CacheError
 from musetalk.data.sync_dataset import read_images, read_mel, sync_window_starts
 from musetalk.errors import UserError
 from musetalk.files import atomic_write_bytes
@@ -134,22 +133,6 @@ def check_expert(expert: SyncNet, cache: Cache, clips: Sequence[str], seed: int)
         raise SyncError("the outputs of the sync expert are not finite; use other weights")
     clip_names = np.array([name for name, _ in windows])
     return SyncCheck(_accuracy(similarities, cosines, clip_names, seed), _mean(similarities), len(windows))
-
-
-@torch.no_grad()
-def clip_sweep(expert: SyncNet, clip: Clip) -> tuple[np.ndarray, np.ndarray]:
-    """Mean cosine of a clip's faces with its stored audio, not corrected, at each of `OFFSETS`, and windows in each.
-
-    Both (31,), the first NaN where there are no windows. Uses all windows of faces, or `WINDOWS` of them spread evenly.
-    """
-    starts = window_starts(clip.tensor("usable"), expert.frames)
-    starts = starts[np.linspace(0, len(starts) - 1, min(WINDOWS, len(starts))).astype(int)]
-    if not len(starts):
-        return np.full(len(OFFSETS), np.nan), np.zeros(len(OFFSETS), int)
-    with evaluating(expert):
-        faces = _embed_faces(expert, (read_images(clip, start, expert.frames) for start in starts))
-        similarities = _similarities(expert, faces, starts, clip.tensor("mel"))
-    return _mean(similarities), (~np.isnan(similarities)).sum(axis=0)
 
 
 @torch.no_grad()

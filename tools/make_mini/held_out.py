@@ -30,3 +30,5 @@ HELD_OUT: dict[str, dict[str, list[str]]] = {
         """.split(),
     },
 }
+# As identities of a cache
+VALIDATION = ("grid_s1_validation", *HELD_OUT["validation"]["identities"])

@@ -17,7 +17,7 @@ import tyro
 
 from musetalk.cli import run_script
 from musetalk.data.cache import Cache, Clip
-from tools.make_mini.held_out import HELD_OUT
+from tools.make_mini.held_out import VALIDATION
 from tools.make_mini.material import FREE, IN_SYNC
 
 PEOPLE = {"free": FREE, "in_sync": IN_SYNC}  # prefixes of their identities
@@ -33,12 +33,13 @@ class SubsetConfig:
 
 
 def main(config: SubsetConfig) -> None:
-    """Links the clips of the people; validation people come along with those of a free licence."""
-    others = HELD_OUT["validation"]["identities"] if config.people == "free" else ()
+    """Links the clips of the people: "free" with all validation people, "in_sync" without any."""
     count = link_clips(
         Cache(config.cache),
         config.folder,
-        lambda clip: clip.identity.startswith(PEOPLE[config.people]) or clip.identity in others,
+        lambda clip: (
+            config.people == "free" if clip.identity in VALIDATION else clip.identity.startswith(PEOPLE[config.people])
+        ),
     )
     print(f"{config.folder}: {count} clips")
 

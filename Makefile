@@ -3,7 +3,7 @@
 # make test-slow: the slow tests
 # make test-mmpose: comparisons with mmpose and mediapipe, in a separate environment
 # make bench: benchmarks of training, the cache and inference against targets, about 10 minutes on 2 cores
-# make ablations: comparisons of variants of the training recipe, hours on 2 cores; resumes after an interruption
+# make ablations: comparisons of variants of the training recipe, about a day on 2 cores; resumes after an interruption
 # make torture: fault injection by kills, full disks and denied writes, about an hour on 2 cores
 PYTHON ?= python3
 BIN := .venv/bin

@@ -1,7 +1,7 @@
 """Runs the ablations of the training recipe, which takes hours.
 
     python -m ablations                             all unfinished tasks, one per core at a time, then the report
-    python -m ablations training-sample-stage1-1    a single task: kind, material and arguments
+    python -m ablations training-one-stage1-1       a single task: kind, material and arguments
 
 To resume, run the same command again: finished tasks are kept, and a task ends or saves its state within ten minutes.
 Everything is in data/ablations: report.md (tables, faces and curves), results/ by task, and a log for each task.

@@ -1,37 +1,58 @@
-"""What the ablations compare: recipes, and the materials that they are trained on.
+"""What the ablations compare: recipes, and the people that they are trained and measured on.
 
-A recipe is a preset with the learning rate, steps and frames of the small networks, and its own changes. Some start
-from an untrained UNet, the others from the UNet of another recipe with the same seed. Each is compared with a baseline
-that has the same number of steps and frames. The weight of LPIPS is 0, because its weights are not available.
+A recipe is a preset with the learning rate, steps and batch of the small networks, and its own changes. Most start from
+an untrained UNet, the others from the UNet that recipe stage1 trained with the same seed. Each is compared with a
+baseline that has the same number of steps and samples. The weight of LPIPS is 0, because its weights are not available.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from musetalk.data.dataset import SAMPLE_HELD_OUT
 from musetalk_trainer import PRESETS, TrainConfig
+from tools.make_mini.held_out import HELD_OUT, VALIDATION
+from tools.make_mini.unet import AVERAGE, SMALL
 
-SEEDS = (1, 2, 3)  # of the initial weights and of the order of samples
-FRAMES = 5  # of a step, as many as the window of the small expert
-STEPS, PIXEL_EVERY = 300, 5  # steps of an untrained UNet, and interval of the steps with image losses
-FURTHER_STEPS = 50  # steps of a trained UNet, all with image losses
+VIDEOS = Path("data/mini/videos")  # from tools.make_mini.material
+CACHE = Path("data/mini/cache")  # of these, with the small networks and measured audio offsets
+REAL_WHISPER = Path("../shared/weights/whisper/tiny.en.pt")
+SEEDS = (1, 2, 3)  # of the initial weights and of the order of samples; the last two only where recipes are close
+CLOSE = 0.05  # difference in r to the baseline
+FURTHER_STEPS = 400  # of a trained UNet; every second one has image losses
+CURVE_STEPS = (500, 1000, 2000)  # at which stage1 is also measured
 DISCRIMINATOR_WIDTH = 16  # a quarter of the full size
-SYNC_STEPS = 300  # steps of the experts
-DECODER_STEPS, DECODER_WIDTH = 400, 16  # of the tiny decoder
-TRAINING_EXPERT, MEASURING_EXPERT = 1, 2  # seeds; the measuring expert is never used in training
+# Sync experts: architecture, minutes of video, seed. The measuring expert is never used in training.
+EXPERT_STEPS = 1600
+TRAINING_EXPERT = ("wav2lip_narrow", "0", "1")
+MEASURING_EXPERT = ("latentsync_narrow", "0", "1")
+ALL = 0  # minutes: no limit
+
+Encoder = Literal["small", "random", "real"]
 
 
 @dataclass(frozen=True)
 class Material:
-    """Videos, with the identities that are held out (or clips, if there is one identity)."""
+    """People to train on and people (or clips of one) that are held out, as identities of `CACHE`."""
 
     about: str
-    videos: Path
+    identities: tuple[str, ...]  # to train on; (): all that are not held out
     held_out: tuple[str, ...]
+    num_steps: int  # of an untrained UNet
+    minutes: tuple[int, ...]  # of less video, for learning curves
     recipes: tuple[str, ...]
+
+    @property
+    def experts(self) -> list[tuple[str, str, str]]:
+        """The sync experts, with less video for the learning curve of their accuracy."""
+        architecture, _, seed = TRAINING_EXPERT
+        less = [(architecture, str(minutes), seed) for minutes in self.minutes]
+        return [*less, TRAINING_EXPERT, MEASURING_EXPERT]
+
+    def includes(self, identity: str) -> bool:
+        """Whether an identity is trained on; the clips of GRID's s1 that are held out are an identity."""
+        return identity in self.identities if self.identities else identity not in VALIDATION
 
 
 @dataclass(frozen=True)
@@ -39,88 +60,84 @@ class Recipe:
     """A training, and the recipe that it is compared with."""
 
     about: str
-    config: TrainConfig  # start_from is the name of a recipe; the training task sets all paths
+    config: TrainConfig  # start_from is the name of a recipe; the training task sets all paths and the steps
     baseline: str = "stage1"
-    tiny_decoder: bool = False  # whether image losses use a tiny decoder
+    minutes: int = ALL  # of video to train on
+    encoder: Encoder = "small"  # of the audio: of models/mini, with random weights, or Whisper's tiny.en
 
 
 def small(preset: str = "stage1", losses: dict[str, float] | None = None, **changes: Any) -> TrainConfig:
     """A preset for small networks, with the weights of additional losses and other changes."""
     base = PRESETS[preset]
-    constants: dict[str, Any] = {
-        "num_workers": 0,
-        "batch_size": FRAMES,
+    constants = SMALL | {
         "loss_weights": base.loss_weights | {"lpips": 0.0} | (losses or {}),
-        "pixel_every": PIXEL_EVERY,
         "discriminator_width": DISCRIMINATOR_WIDTH,
-        "learning_rate": 3e-3,
-        "final_learning_rate": 1e-4,
-        "warmup_steps": 20,
-        "num_steps": STEPS,
-        "log_every": 20,
-        "sample_every": STEPS,
         "val_every": 0,
-        "save_every": 50,
-        "keep_states": 1,
+        "save_every": 500,
+        "keep_weights": 8,
     }
     if base.ema_decay:
-        constants |= {"ema_decay": 0.98, "ema_every": 1}
+        constants |= AVERAGE
     return replace(base, **constants | changes)
 
 
 def further(losses: dict[str, float] | None = None, **changes: Any) -> TrainConfig:
-    """Preset stage1 for the UNet that recipe stage1 trained, with image losses in every step."""
-    constants: dict[str, Any] = {"pixel_every": 1, "learning_rate": 1e-3, "warmup_steps": 5, "num_steps": FURTHER_STEPS}
+    """Preset stage1 for the UNet that recipe stage1 trained, with more image losses."""
+    constants: dict[str, Any] = {"pixel_every": 2, "learning_rate": 5e-4, "warmup_steps": 20}
     return small("stage1", losses, start_from="stage1", **constants | changes)
 
 
-SYNC = {"sync": 0.05}
 ADVERSARIAL = {"adv_g": 0.01, "feat_match": 0.1, "adv_g_mouth": 0.01, "feat_match_mouth": 0.1}
-ADAPTIVE: dict[str, Any] = {"adaptive_every": 5}
-WINDOW: dict[str, Any] = {"frames": FRAMES, "batch_size": 1}
-FOUR_WINDOWS: dict[str, Any] = {"frames": FRAMES, "batch_size": 4}
+WINDOW: dict[str, Any] = {"frames": 5, "batch_size": 2}  # of the small sync expert
 RECIPES = {
     "stage1": Recipe("preset stage1: single frames, latents and pixels", small()),
+    "latent_l1_mouth": Recipe(
+        "stage1 with the latents of the mouth counted once more, at half the weight",
+        small(losses={"latent_l1_mouth": 0.5}),
+    ),
     "original": Recipe(
         "preset original: random references, a discriminator from the first step, Adamax", small("original")
-    ),
-    "discriminators": Recipe(
-        "stage1 with both discriminators and feature matching from the first step",
-        small(losses=ADVERSARIAL, **ADAPTIVE),
     ),
     "random_references": Recipe("stage1 with any other frame as the reference", small(references="random")),
     "adjacent_references": Recipe(
         "stage1 with the frame before or after as the reference, which can be copied", small(references="adjacent")
     ),
-    "no_positions": Recipe("stage1 without positional encoding of the audio tokens", small(positional_encoding=False)),
     "musetalk_crop": Recipe(
         "stage1 in MuseTalk's crop, whose height follows the jaw; only its correlations can be compared",
         small(contract="musetalk_v15"),
     ),
+    "random_encoder": Recipe("stage1 with an untrained audio encoder of the same size", small(), encoder="random"),
+    "real_encoder": Recipe("stage1 with Whisper's tiny.en as the audio encoder", small(), encoder="real"),
     "further": Recipe("stage1 for longer", further(), "further"),
-    "adversarial": Recipe(
-        "further with both discriminators and feature matching", further(ADVERSARIAL, **ADAPTIVE), "further"
+    "discriminators": Recipe(
+        "further with both discriminators and feature matching", further(ADVERSARIAL, adaptive_every=5), "further"
     ),
-    "tiny_decoder": Recipe("further with image losses through a tiny decoder", further(), "further", tiny_decoder=True),
-    "window": Recipe(
-        "further, but a step has a window of consecutive frames instead of as many single frames",
-        further(**WINDOW),
-        "window",
-    ),
-    "sync": Recipe("window with the sync expert", further(SYNC, **WINDOW), "window"),
-    "stage2": Recipe(
-        "window with the sync expert and all of adversarial, as preset stage2 does",
-        further(SYNC | ADVERSARIAL, **WINDOW, **ADAPTIVE),
-        "window",
-    ),
-    "four_windows": Recipe("window, but four per step", further(**FOUR_WINDOWS), "four_windows"),
-    "four_windows_sync": Recipe("four_windows with the sync expert", further(SYNC, **FOUR_WINDOWS), "four_windows"),
+    "window": Recipe("further in windows of consecutive frames instead of single ones", further(**WINDOW), "window"),
+    "sync": Recipe("window with the sync expert", further({"sync": 0.05}, **WINDOW), "window"),
+} | {
+    f"minutes_{minutes}": Recipe(f"stage1 with {minutes} of the minutes of video", small(), minutes=minutes)
+    for minutes in (1, 3, 4, 10)
 }
+
+COMMON = (
+    *("stage1", "latent_l1_mouth", "original", "random_references", "adjacent_references"),
+    *("further", "discriminators", "window", "sync"),
+)
 MATERIALS = {
-    "sample": Material(
-        "The built-in sample: 28 clips of one man, two of them held out.",
-        Path("sample"),
-        SAMPLE_HELD_OUT[:2],
-        tuple(RECIPES),
+    "one": Material(
+        "One man, GRID's speaker s1: 9 minutes to train on, other sentences of his held out.",
+        ("grid_s1",),
+        ("grid_s1_validation",),
+        num_steps=2000,
+        minutes=(1, 4),
+        recipes=(*COMMON, "musetalk_crop", "random_encoder", "real_encoder", "minutes_1", "minutes_4"),
+    ),
+    "many": Material(
+        "All people of the corpus; twelve people are held out.",
+        (),
+        tuple(HELD_OUT["validation"]["identities"]),
+        num_steps=4000,
+        minutes=(3, 10),
+        recipes=(*COMMON, "minutes_3", "minutes_10"),
     ),
 }

@@ -12,20 +12,18 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ablations.recipes import (
+    CLOSE,
+    CURVE_STEPS,
     DISCRIMINATOR_WIDTH,
-    FRAMES,
     FURTHER_STEPS,
     MATERIALS,
-    MEASURING_EXPERT,
-    PIXEL_EVERY,
     RECIPES,
     SEEDS,
-    STEPS,
-    TRAINING_EXPERT,
 )
-from ablations.tasks import WORK, Task
+from ablations.tasks import WORK, Task, cache_task
 from musetalk.files import atomic_write_bytes, read_json
 from musetalk.training.log import rendered
+from tools.make_mini.unet import SMALL
 
 ACROSS = 3  # plots in a row
 
@@ -43,10 +41,11 @@ class Measure:
 
 
 MEASURES = (
-    Measure("lmd", "mouth landmark distance, relative to the distance between the eyes", lambda f: f["lmd"], 0),
     Measure("r own", "correlation of the mouth openings with the true ones", lambda f: f["r_own_audio"], 1),
     Measure("r other", "with the audio of another clip: with its openings", lambda f: f["r_other_audio"], 1),
     Measure("r source", "with the same audio: with the openings of the source", lambda f: f["r_source_audio"], 0),
+    Measure("closures", "share of the true closed frames that are closed within a frame", lambda f: f["closures"], 1),
+    Measure("lmd", "mouth landmark distance, relative to copying's", lambda f: f["lmd"] / f["lmd_reference"], 0),
     Measure("reference", "share of another reference's opening that is copied", lambda f: f["reference_share"], 0),
     Measure("jitter", "second difference of the lips over the truth's", lambda f: f["jitter"] / f["jitter_truth"], 1),
     Measure(
@@ -54,6 +53,9 @@ MEASURES = (
         "opening in silence minus that of a closed mouth, relative to the mean opening",
         lambda f: (f["opening_in_silence"] - f["opening_in_silence_reference"]) / f["opening_truth"],
         0,
+    ),
+    Measure(
+        "sharpness", "of the mouth over the truth's", lambda f: f["sharpness_mouth"] / f["sharpness_mouth_truth"], 1
     ),
     Measure(
         "sync",
@@ -64,15 +66,16 @@ MEASURES = (
     Measure("PSNR", "of the mouth, dB", lambda f: f["psnr_mouth"], np.inf),
 )
 HEAD = f"""\
-# Ablations
+# Ablations, without LPIPS and VGG terms
 
 Written by `make ablations`; docs/ablations.md describes the measurements. All recipes use the small networks
 (`models/mini`), discriminators with {DISCRIMINATOR_WIDTH} channels instead of 64, and no LPIPS, whose weights were not
-available. A step has {FRAMES} frames, or {4 * FRAMES} with four windows. An untrained UNet trains for {STEPS} steps,
-with image losses in every {PIXEL_EVERY}th; a trained one for another {FURTHER_STEPS} steps, all with image losses.
+available. A step has {SMALL["batch_size"]} frames. Image losses are in every {SMALL["pixel_every"]}th step of an
+untrained UNet; a trained one trains for another {FURTHER_STEPS} steps with image losses in every second.
 
-A cell is the mean over the seeds ± half of the range. **Bold**: better with every seed than the baseline with any;
-*italic*: worse with every seed; plain: within the spread.
+A cell is the mean over the seeds ± half of the range. There are {len(SEEDS)} seeds where r other differs by less than
+{CLOSE} from the baseline's, else one. **Bold**: better with every seed than the baseline with any; *italic*: worse with
+every seed; plain: within the spread, or the baseline has one seed.
 
 | metric | definition | best |
 |---|---|---|
@@ -85,10 +88,12 @@ def write_report() -> Path:
     for name, material in MATERIALS.items():
         tasks = {recipe: measured(name, recipe) for recipe in material.recipes}
         results = {recipe: [read_json(task.result) for task in seeds] for recipe, seeds in tasks.items() if seeds}
-        text += f"\n## {name}\n\n{material.about}\n\n{experts(name)}"
+        text += f"\n## {name}\n\n{material.about} {material.num_steps} steps.\n\n{experts(name)}"
         if results:
-            atomic_write_bytes(WORK / f"{name}.png", cv2.imencode(".png", draw_openings(results))[1].tobytes())
-            text += f"\n{table(results)}\n{faces(name, results)}\n![mouth openings]({name}.png)\n"
+            for kind, picture in (("openings", draw_openings(results)), ("curves", draw_learning(name, results))):
+                atomic_write_bytes(WORK / f"{name}-{kind}.png", cv2.imencode(".png", picture)[1].tobytes())
+            text += f"\n{table(results)}\n{faces(name, results)}\n"
+            text += f"![mouth openings]({name}-openings.png)\n\n![learning curves]({name}-curves.png)\n"
     path = WORK / "report.md"
     atomic_write_bytes(path, text.encode())
     return path
@@ -96,21 +101,22 @@ def write_report() -> Path:
 
 def measured(material: str, recipe: str) -> list[Task]:
     """The finished measurements of a recipe, one for each seed."""
-    tasks = [Task("measurement", material, (recipe, str(seed))) for seed in SEEDS]
+    tasks = [Task("measurement", (material, recipe, str(seed))) for seed in SEEDS]
     return [task for task in tasks if task.done]
 
 
 def experts(material: str) -> str:
     """The checks of the sync experts."""
     lines = ""
-    for role, seed in (("training", TRAINING_EXPERT), ("measuring", MEASURING_EXPERT)):
-        task = Task("expert", material, (str(seed),))
+    for architecture, minutes, seed in MATERIALS[material].experts:
+        task = Task("expert", (material, architecture, minutes, seed))
         if task.done:
             check = read_json(task.result)
-            verdict = "refused, so recipes with a sync loss are skipped" if check["fault"] else "accepted"
+            video = f"{minutes} minutes" if int(minutes) else "all video"
             lines += (
-                f"- The {role} sync expert on the held-out clips: accuracy {check['accuracy']:.2f}, audio offset "
-                f"{check['offset']:+d} frames, confidence {check['confidence']:.2f}: {verdict}.\n"
+                f"- Sync expert {architecture} trained on {video}, on the held-out clips: accuracy "
+                f"{check['accuracy']:.2f}, audio offset {check['offset']:+d} frames, confidence "
+                f"{check['confidence']:.2f}: {'refused' if check['fault'] else 'accepted'}.\n"
             )
     return lines
 
@@ -147,7 +153,9 @@ def values(results: list[dict], measure: Measure) -> np.ndarray:
 def cell(ours: np.ndarray, baseline: np.ndarray, measure: Measure) -> str:
     """Mean and spread, marked if better or worse than the baseline with every seed."""
     text = f"{ours.mean():.3g} ± {np.ptp(ours) / 2:.2g}"
-    if len(ours) < len(SEEDS) or len(baseline) < len(SEEDS):
+    if len(ours) == 1:
+        text = f"{ours[0]:.3g}"
+    if len(baseline) < len(SEEDS):
         return text
     # An infinite best value, as of PSNR: higher is better.
     a, b = (-x if np.isinf(measure.best) else np.abs(x - measure.best) for x in (ours, baseline))
@@ -179,4 +187,31 @@ def draw_openings(results: Results) -> np.ndarray:
     figure.axes[0].legend(fontsize=7)
     figure.axes[0].set_ylabel("mouth opening", fontsize=7)
     figure.axes[0].set_xlabel("frame", fontsize=7)
+    return rendered(figure)
+
+
+def draw_learning(material: str, results: Results) -> np.ndarray:
+    """Plots r over the minutes of video and over the steps of recipe stage1, with the first seed. BGR uint8."""
+    plan = MATERIALS[material]
+    minutes = {name: RECIPES[name].minutes for name in results if RECIPES[name].minutes in plan.minutes}
+    cache = read_json(cache_task(material, "stage1").result)
+    curves = {
+        "minutes of video": [(minutes[name], results[name][0]) for name in minutes]
+        + [(cache["minutes"], results["stage1"][0])],
+        "steps": [
+            (step, read_json(task.result))
+            for step in CURVE_STEPS
+            if (task := Task("measurement", (material, "stage1", str(SEEDS[0]), str(step)))).done
+        ]
+        + [(plan.num_steps, results["stage1"][0])],
+    }
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    for axes, (name, points) in zip(figure.subplots(1, 2, sharey=True), curves.items(), strict=True):
+        for key, label in (("r_own_audio", "own audio"), ("r_other_audio", "another clip's"), ("chance", "chance")):
+            axes.plot(
+                *zip(*[(x, result["figures"][key]) for x, result in points], strict=True), marker="o", label=label
+            )
+        axes.set(xlabel=name, xscale="log")
+        axes.legend(fontsize=7)
+    figure.axes[0].set_ylabel("r")
     return rendered(figure)

@@ -23,6 +23,7 @@ from musetalk.files import append_line, atomic_write_bytes
 COMPARED = re.compile("_(truth|vae|reference|low|high|floor|ceiling)$")  # suffixes of the bounds of a figure
 CURVES_ACROSS = 4  # plots in a row of curves.png
 MARKED = 30  # series with fewer points have markers
+BOUNDS = {"floor": "tab:green", "ceiling": "tab:red"}  # suffixes of bounds of the whole run -> colour of their line
 
 
 class RunLog:
@@ -86,7 +87,10 @@ class RunLog:
             axis = figure.add_subplot(rows, CURVES_ACROSS, index)
             axis.set_title(title, fontsize=9)
             for name, points in sorted(series.items()):
-                axis.plot(*zip(*points, strict=True), marker="." if len(points) < MARKED else "", label=name)
+                if bound := BOUNDS.get(name.rpartition("_")[2]):
+                    axis.axhline(points[-1][1], color=bound, linestyle="--", label=name)
+                else:
+                    axis.plot(*zip(*points, strict=True), marker="." if len(points) < MARKED else "", label=name)
             if len(series) > 1:
                 axis.legend(fontsize=7)
         path = self.folder / "curves.png"

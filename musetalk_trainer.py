@@ -173,11 +173,12 @@ class TrainConfig:
 PRESETS = {
     "demo": TrainConfig(
         models_dir=Path("models/mini"),
+        start_from="models/mini/musetalk/unet.safetensors",
         held_out_identities=SAMPLE_HELD_OUT,
         num_workers=0,
         batch_size=8,
         pixel_every=10,
-        learning_rate=3e-3,
+        learning_rate=1e-3,
         final_learning_rate=1e-4,
         warmup_steps=20,
         ema_decay=0.99,

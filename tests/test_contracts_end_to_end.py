@@ -174,6 +174,7 @@ def test_training_feeds_masked_then_reference_latents(mini, tmp_path, random_ten
         PRESETS["demo"],
         hdtf_samples_dir=tmp_path / "cache",
         held_out_identities=(),
+        start_from="",
         checkpoint_dir=tmp_path / "checkpoints",
         log_dir=tmp_path / "log",
         contract="musetalk_v15",

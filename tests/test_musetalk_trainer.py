@@ -43,6 +43,7 @@ def config(sample_cache, tmp_path, monkeypatch) -> TrainConfig:
         PRESETS["demo"],
         hdtf_samples_dir=sample_cache.folder,
         held_out_identities=(),
+        start_from="",
         checkpoint_dir=tmp_path / "checkpoints",
         log_dir=tmp_path / "log",
         batch_size=2,

@@ -194,5 +194,8 @@ def test_the_notebook_runs(tmp_path):
     ran = NotebookClient(NOTEBOOK, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
     printed = "".join(output.get("text", "") for output in ran.cells[-1].outputs)
     assert "videos: output, sample grid: log/demo/samples/0000001.png" in printed
-    assert re.search(r"mouths follow the audio: r = -?\d\.\d\d over 7 clips, chance -?\d\.\d\d", printed)
-    assert {path.stem for path in (tmp_path / "output").iterdir()} == set(SAMPLE_HELD_OUT)
+    figure = r"-?\d\.\d\d"
+    line = f"mouths follow the audio: r = {figure} over 7 clips, chance {figure}, before training {figure}\n"
+    assert re.search(line, printed)
+    for folder in (tmp_path / "output", tmp_path / "output/before"):
+        assert {path.stem for path in folder.glob("*.mp4")} == set(SAMPLE_HELD_OUT)

@@ -68,6 +68,7 @@ def config(cache, tiny, mini, tmp_path) -> TrainConfig:
         PRESETS["demo"],
         hdtf_samples_dir=cache.folder,
         held_out_identities=(),
+        start_from="",
         checkpoint_dir=tmp_path / "checkpoints",
         log_dir=tmp_path / "log",
         models_dir=mini,

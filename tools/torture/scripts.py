@@ -122,6 +122,7 @@ def train(cache: Path) -> None:
         hdtf_samples_dir=cache,
         held_out_identities=(f"{CLIPS[1]}-0000",),
         models_dir=MODELS,
+        start_from="",
         batch_size=2,
         pixel_every=2,
         num_steps=4,

@@ -37,7 +37,7 @@ class Material:
     """People to train on and people (or clips of one) that are held out, as identities of `CACHE`."""
 
     about: str
-    identities: tuple[str, ...]  # to train on; (): all that are not held out
+    identities: tuple[str, ...]  # to train on; (): all except validation people
     held_out: tuple[str, ...]
     num_steps: int  # of an untrained UNet
     minutes: tuple[int, ...]  # of less video, for learning curves
@@ -51,7 +51,7 @@ class Material:
         return [*less, TRAINING_EXPERT, MEASURING_EXPERT]
 
     def includes(self, identity: str) -> bool:
-        """Whether an identity is trained on; the clips of GRID's s1 that are held out are an identity."""
+        """Whether an identity is trained on. The held-out clips of GRID's speaker s1 have an identity of their own."""
         return identity in self.identities if self.identities else identity not in VALIDATION
 
 
@@ -92,7 +92,7 @@ WINDOW: dict[str, Any] = {"frames": 5, "batch_size": 2}  # of the small sync exp
 RECIPES = {
     "stage1": Recipe("preset stage1: single frames, latents and pixels", small()),
     "latent_l1_mouth": Recipe(
-        "stage1 with the latents of the mouth counted once more, at half the weight",
+        "stage1 with the loss on latents of the mouth added at half the weight",
         small(losses={"latent_l1_mouth": 0.5}),
     ),
     "original": Recipe(
@@ -115,7 +115,7 @@ RECIPES = {
     "window": Recipe("further in windows of consecutive frames instead of single ones", further(**WINDOW), "window"),
     "sync": Recipe("window with the sync expert", further({"sync": 0.05}, **WINDOW), "window"),
 } | {
-    f"minutes_{minutes}": Recipe(f"stage1 with {minutes} of the minutes of video", small(), minutes=minutes)
+    f"minutes_{minutes}": Recipe(f"stage1 with only {minutes} minutes of video", small(), minutes=minutes)
     for minutes in (1, 3, 4, 10)
 }
 

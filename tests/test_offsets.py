@@ -32,9 +32,9 @@ def write(tmp_path, random_tensors) -> Write:
         tensors["landmarks"][:] = 0
         tensors["landmarks"][:, 45, 0] = 100  # distance of the eye corners
         tensors["landmarks"][:, LIPS, 1] = 50 * gaps[:, None]
-        heard = rng.random(frames) if offset is None else np.roll(gaps, offset)
+        audio_gaps = rng.random(frames) if offset is None else np.roll(gaps, offset)
         tensors["audio_features"] = 0.001 * rng.standard_normal((2 * frames, 2, width)).astype(np.float16)
-        tensors["audio_features"][:, 1, 0] += np.repeat(heard, 2).astype(np.float16)
+        tensors["audio_features"][:, 1, 0] += np.repeat(audio_gaps, 2).astype(np.float16)
         metadata = {"source": f"{clip}.mp4", "source_bytes": 9, "identity": clip.split("-")[0], "last": True}
         CacheWriter(tmp_path / cache, RIGID).write(clip, tensors, metadata | {"scores": {"faces": 1}})
         return tmp_path / cache

@@ -34,7 +34,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from torch import nn
 
 from losses.adversarial import GANLoss
 from losses.discriminator import PatchDiscriminator
@@ -70,6 +70,7 @@ from musetalk.training.bounds import BOUNDS_SAMPLES, first_batch, report_bounds
 from musetalk.training.checkpoint import save_unet
 from musetalk.training.distributed import prepare_model, start_processes
 from musetalk.training.pictures import GRID_ROWS, draw_grid
+from musetalk.training.preflight import chunk_that_fits
 from musetalk.training.run import open_run
 from musetalk.training.state import (
     OPTIMIZERS,
@@ -88,6 +89,7 @@ LOSSES = (
     *("latent_l1", "latent_l1_mouth", "pixel_l1", "lpips", "sync"),
     *("adv_g", "feat_match", "adv_g_mouth", "feat_match_mouth"),
 )
+MOST_CHUNK = 16  # samples decoded at once by "auto"; more of them are no faster
 CROPS: dict[str, Crop] = {"face": lambda images, _: images, "mouth": crop_mouth}  # what losses of a region see
 
 
@@ -127,7 +129,7 @@ class TrainConfig:
         default_factory=lambda: weights(latent_l1=1.0, pixel_l1=1.0)
     )
     pixel_every: Count = 1  # steps from one with image losses (a pixel step) to the next; they take most of the time
-    chunk_size: Count = 1  # samples decoded at once: 0.8 GiB each at full size
+    chunk_size: Count | Literal["auto"] = "auto"  # samples decoded at once; auto: as many as fit on the GPU, or 1
     tiny_decoder: str = ""  # file of tools/distil_decoder.py, which decodes for image losses; "": the VAE decoder
     full_decoder_every: CountOrZero = 0  # pixel steps from one with the VAE decoder to the next; 0: none
     adversarial_start: CountOrZero = 0  # first step with adversarial losses
@@ -147,13 +149,15 @@ class TrainConfig:
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     max_grad_norm: Positive = 1.0
     on_nonfinite: Literal["stop", "skip"] = "stop"  # in a step with a non-finite gradient
-    ema_decay: Decay = 0.999  # of the weights for use; the average is in host memory
+    ema_decay: Decay = 0.999  # of the weights for use
     ema_every: Count = 10  # steps between updates of the average
+    ema_on_host: bool = False  # keep the average in host memory: saves 3.4 GB on the GPU, slower
     gradient_checkpointing: bool = False  # of the UNet: less memory, a third slower
-    compile: bool = False  # torch.compile the UNet: minutes at the start, faster steps on a GPU
+    compile: bool = False  # torch.compile UNet, decoder and LPIPS: minutes at the start, faster steps on a GPU
 
     # Run
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA's GPU, or the CPU without one
+    deterministic: bool = False  # on a GPU: the same bits each time, as far as torch can; slower
     check: bool = False  # train nothing; check that all the run needs is present
     num_steps: Count = 250_000  # optimizer updates
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"  # of the figures in stats.jsonl
@@ -242,7 +246,7 @@ def train(preset: str, config: TrainConfig) -> None:
     """Trains until `num_steps`, resuming from the newest training state in the preset's folder."""
     # Check constants, then data, then networks: the cheapest first.
     check_config(config)
-    accelerator = start_processes(config.device)
+    accelerator = start_processes(config.device, config.deterministic)
     cache = Cache(config.hdtf_samples_dir)
     contract = training_contract(config.contract, cache, config.positional_encoding)
     train_clips, held_clips, split_note = split_clips(cache, config.held_out, config.held_out_identities)
@@ -316,8 +320,8 @@ def train(preset: str, config: TrainConfig) -> None:
                     validator().report(state.step, run.log)
 
             # Save.
-            if accelerator.is_main_process and run.due(config.save_every):
-                run.keep_weights(save_unet(run.folder, state.step, state.ema, contract))
+            if run.due(config.save_every):
+                run.save_weights(save_unet, state.ema, contract)
             stop = run.stop_requested()
             if stop or run.due(config.save_every) or run.overdue():
                 run.save_state()
@@ -352,7 +356,11 @@ def optimizer_step(
     state: TrainState, objective: Objective, batches: Iterator[dict], config: TrainConfig, accelerator: Accelerator
 ) -> StepResult:
     """Updates all networks, or none if a gradient is not finite; raises TrainError then, unless steps are skipped."""
-    step, due = OptimizerStep(state.step, config), due_at(state.step, objective, config)
+    due = due_at(state.step, objective, config)
+    active_discs = [*state.gan_losses.values()] if due.train_disc else []
+    step = OptimizerStep(state.step, config, [state.optimizer, *(x.optimizer for x in active_discs)])
+    for gan_loss in active_discs:
+        gan_loss.begin_step()
 
     # Draw the batch (seeded by step).
     for micro_step, batch in enumerate(step.micro_batches(batches)):
@@ -364,8 +372,10 @@ def optimizer_step(
         pred_latents = state.unet(unet_input, data["audio_window"].to(dtype))
         if due.adaptive and micro_step == 0:
             assert due.pixel_step is not None
-            objective.update_adaptive_weights(pred_latents, state.unet.last_layer_gradient, data, due.pixel_step)
-            broadcast(state.adaptive_weights)  # from the main process
+            average = partial(accelerator.reduce, reduction="mean")
+            objective.update_adaptive_weights(
+                pred_latents, state.unet.last_layer_gradient, average, data, due.pixel_step
+            )
         loss, terms, images = objective.generator_loss(
             pred_latents, data, pixel_step=due.pixel_step, adversarial=due.train_disc
         )
@@ -379,8 +389,9 @@ def optimizer_step(
         step.add(terms)
 
     # Clip, skip if non-finite, update, EMA.
-    active_discs = [*state.gan_losses.values()] if due.train_disc else []
-    result = step.update([state.optimizer, *(x.optimizer for x in active_discs)])
+    for gan_loss in active_discs:
+        gan_loss.end_step()
+    result = step.update()
     if not result.skipped:
         for gan_loss in active_discs:
             gan_loss.network.power_iteration()
@@ -487,12 +498,13 @@ def build_state(config: TrainConfig, contract: FeatureContract, accelerator: Acc
     if config.adaptive_every:
         unet.keep_last_input()
     if config.compile:
-        # In bfloat16 on a CPU torch 2.13 loses the gradient of an upsampler if it optimises layouts.
-        unet.model.compile(options={"layout_optimization": False} if accelerator.device.type == "cpu" else None)
+        compile_network(unet.model, accelerator)
     make_optimizer = partial(OPTIMIZERS[config.optimizer], weight_decay=config.weight_decay)
     optimizer = make_optimizer(unet.parameters(), config.learning_rate, config.betas)
-    ema = {name: value.clone() for name, value in unet.model.state_dict().items()}
     unet = prepare_model(unet, accelerator)
+    on_host = config.ema_on_host or not accelerator.is_main_process  # the main process alone updates and saves it
+    place = torch.device("cpu") if on_host else accelerator.device
+    ema = {name: value.to(place, copy=True) for name, value in unet.model.state_dict().items()}
     active, gan_losses, adaptive_weights = active_weights(config), {}, {}
     for region in CROPS:
         if any(term_name(name, region) in active for name in ADVERSARIAL):
@@ -505,29 +517,55 @@ def build_state(config: TrainConfig, contract: FeatureContract, accelerator: Acc
     return TrainState(unet, contract, optimizer, config.optimizer, ema, gan_losses, adaptive_weights)
 
 
+def compile_network(network: nn.Module, accelerator: Accelerator) -> None:
+    """Compiles a network in place at its first forward pass, for fixed shapes."""
+    # In bfloat16 on a CPU torch 2.13 loses the gradient of an upsampler if it optimises layouts.
+    options = {"layout_optimization": False} if accelerator.device.type == "cpu" else None
+    network.compile(dynamic=False, options=options)
+
+
+def choose_chunk_size(config: TrainConfig, state: TrainState, device: torch.device) -> int:
+    """The number of samples to decode at once: `chunk_size`, or as many as fit into the free memory of a GPU."""
+    if config.chunk_size != "auto":
+        return config.chunk_size
+    samples = config.batch_size * config.frames
+    # With a sync loss all samples at once are decoded once, otherwise twice.
+    most = samples if config.loss_weights.get("sync") else min(samples, MOST_CHUNK)
+    return min(most, chunk_that_fits(device, state, samples, checkpointing=config.gradient_checkpointing))
+
+
 def build_objective(
     config: TrainConfig, state: TrainState, vae: VAE, accelerator: Accelerator
 ) -> tuple[Objective, SyncNet | None]:
     """Builds the losses with the frozen networks that they need. Returns them and the sync expert, if there is one."""
     active = active_weights(config)
-    frozen = accelerator.device, frozen_dtype(accelerator)
-    expert = load_syncnet(config.models_dir, config.sync_expert, *frozen) if "sync" in active else None
+    expert = load_syncnet(config.models_dir, config.sync_expert, accelerator.device) if "sync" in active else None
     if expert and expert.frames != config.frames:
         raise TrainError(f"frames must be {expert.frames}, the window of {config.sync_expert}, not {config.frames}")
     tiny = load_tiny_decoder(Path(config.tiny_decoder), vae) if config.tiny_decoder else None
+    frozen = accelerator.device, frozen_dtype(accelerator)
+    distance = load_lpips(config.models_dir, *frozen) if "lpips" in active else None
+    if config.compile:
+        for network in filter(None, (vae.autoencoder.decoder, tiny, distance)):
+            compile_network(network, accelerator)
 
     def decoder(pixel_step: int) -> Decode:
         if tiny is None or (config.full_decoder_every and pixel_step % config.full_decoder_every == 0):
             return vae.decode
         return tiny.decode
 
+    @accelerator.autocast()
+    def embed(images: torch.Tensor, mel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert expert is not None
+        return expert.embed(images, mel)
+
     objective = Objective(
         active,
         decoder,
         to_tensor,
-        config.chunk_size,
-        distance=load_lpips(config.models_dir, *frozen) if "lpips" in active else None,
-        embed=expert and expert.embed,
+        choose_chunk_size(config, state, accelerator.device),
+        distance=distance,
+        embed=embed,
         gan_losses=state.gan_losses,
         crops=CROPS,
         adaptive_weights=state.adaptive_weights,

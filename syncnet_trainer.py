@@ -183,9 +183,9 @@ def train(preset: str, config: SyncConfig) -> None:
                 run.log.record(state.step, record)
 
             # Save.
-            if accelerator.is_main_process and run.due(config.save_every):
-                run.keep_weights(save_syncnet(run.folder, state.step, state.network, config.architecture))
-                if state.step == config.num_steps:
+            if run.due(config.save_every):
+                run.save_weights(save_syncnet, state.network.state_dict(), config.architecture)
+                if accelerator.is_main_process and state.step == config.num_steps:
                     run.log.line(f"{check}\n{check.fault() or f'can be used: set sync_expert to {run.folder}'}")
             stop = run.stop_requested()
             if stop or run.due(config.save_every) or run.overdue():
@@ -203,7 +203,7 @@ def optimizer_step(
     state: NetworkState[SyncNet], batches: Iterator[dict], config: SyncConfig, accelerator: Accelerator
 ) -> StepResult:
     """Updates the expert unless a gradient is not finite; raises TrainError then, unless steps are skipped."""
-    step = OptimizerStep(state.step, config)
+    step = OptimizerStep(state.step, config, state.optimizers)
 
     # Draw the batch (seeded by step).
     for batch in step.micro_batches(batches):
@@ -213,7 +213,7 @@ def optimizer_step(
         step.add({"sync_bce": loss.detach()})
 
     # Clip, skip if non-finite, update.
-    result = step.update([state.optimizer])
+    result = step.update()
     state.step += 1
     return result
 

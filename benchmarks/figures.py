@@ -39,7 +39,17 @@ FIGURES = (
     ),
     Figure("train_gib_b32", "GiB", "<=", 21.5, lambda _: counts.peak_gib(counts.ORIGINAL)),
     Figure("train_gib_b32_ckpt", "GiB", "<=", 14.5, lambda _: counts.peak_gib(counts.CHECKPOINTED)),
+    Figure("train_gib_b32_chunk16", "GiB", "<=", 35, lambda _: counts.peak_gib(counts.ORIGINAL_CHUNK16)),
+    Figure("train_gib_b32_ema", "GiB", "<=", 25, lambda _: counts.peak_gib(counts.ORIGINAL_EMA)),
     Figure("stage2_gib_2x16", "GiB", "<=", 22, lambda _: counts.peak_gib(counts.STAGE2)),
+    Figure(
+        "stage1_operators_per_sample", "operators", "<=", 300, lambda _: counts.operators_per_sample(counts.STAGE1_FAST)
+    ),
+    Figure(
+        "stage2_operators_per_sample", "operators", "<=", 600, lambda _: counts.operators_per_sample(counts.STAGE2_FAST)
+    ),
+    Figure("stage2_all_reduces", "all-reduces", "<=", 40, lambda _: counts.all_reduces(counts.STAGE2)),
+    Figure("stage1_host_copies", "copies", "<=", 10, lambda _: counts.host_copies(counts.STAGE1_FAST)),
     Figure("cache_bytes_per_frame", "bytes", "<=", 45_000, counts.cache_bytes_per_frame),
     Figure("cache_files_per_clip", "files", "<=", 2, counts.cache_files_per_clip),
     Figure("loader_ratio", "x", ">=", 8, timings.loader_ratio),

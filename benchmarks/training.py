@@ -96,12 +96,16 @@ class Training:
 
 @contextmanager
 def training(config: TrainConfig) -> Iterator[Training]:
-    """A training in bf16 with random weights, whose fake tensors take the memory they take on a GPU."""
+    """A training in bf16 with random weights, whose fake tensors take the memory they take on a GPU.
+
+    Without the averaged weights if they are in host memory.
+    """
     AcceleratorState._reset_state(reset_partial_state=True)  # a global state, possibly of another training
     try:
         with cuda_memory():
             run = untrained_training(config, Accelerator(cpu=True, mixed_precision="bf16"))
-            run.state.ema.clear()  # kept in host memory
+            if config.ema_on_host:
+                run.state.ema.clear()
             yield run
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -116,7 +120,7 @@ def untrained_training(config: TrainConfig, accelerator: Accelerator) -> Trainin
     untrained: dict[str, Any] = {
         "load_lpips": lambda _, device, dtype: LPIPS(VGG16().to(device, dtype), Heads().to(device)),
         "load_tiny_decoder": lambda _, vae: freeze(TinyDecoder()).to(*frozen),
-        "load_syncnet": lambda _, __, device, dtype: freeze(StableSyncNet(STABLE_SYNCNET_16)).to(device, dtype),
+        "load_syncnet": lambda _, __, device: freeze(StableSyncNet(STABLE_SYNCNET_16)).to(device),
     }
     state = build_state(config, CONTRACTS[config.contract], accelerator)
     autoencoder = AutoencoderKL.from_config(read_json(config.models_dir / "sd-vae-ft-mse/config.json"))

@@ -11,7 +11,7 @@ import torch
 from losses import full_precision, weighted_sum
 from losses.adversarial import GANLoss, adaptive_weight
 from losses.perceptual import Distance, lpips
-from losses.pixel_branch import Terms, pixel_branch
+from losses.pixel_branch import Terms, chunks, pixel_branch
 from losses.reconstruction import latent_l1, pixel_l1
 from losses.sync import sync_loss
 
@@ -21,6 +21,8 @@ Crop = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 LATENT = ("latent_l1", "latent_l1_mouth")  # terms that need no decoded images
 ADVERSARIAL = ("adv_g", "feat_match")  # the generator's terms from a discriminator, whose own is adv_d
+ADAPTIVE_SAMPLES = 8  # most of a process, for a measurement of the adaptive weights
+SMOOTHING = 0.2  # share of a new measurement in them
 
 
 def term_name(name: str, region: str) -> str:
@@ -90,8 +92,7 @@ class Objective:
         """The active reconstruction losses of latents (N, 4, 32, 32)."""
         terms = self._latent_terms(latents, batch)
         if self.has_pixel_terms(adversarial=False):
-            for start in range(0, len(latents), self.chunk_size):
-                chunk = slice(start, start + self.chunk_size)
+            for chunk in chunks(len(latents), self.chunk_size):
                 images = self.decoder(0)(latents[chunk])
                 for name, value in self._image_terms(batch, False, images, chunk).items():
                     terms[name] = terms.get(name, 0) + len(images) / len(latents) * value
@@ -114,26 +115,35 @@ class Objective:
         self,
         pred_latents: torch.Tensor,
         last_layer_gradient: Callable[[torch.Tensor], torch.Tensor],
+        average: Callable[[torch.Tensor], torch.Tensor],
         batch: Batch,
         pixel_step: int,
     ) -> None:
         """Balances each adv_g with pixel_l1 and lpips by their gradients at the generator's last layer.
 
-        Measured on the first chunk. last_layer_gradient: gradient of a loss at the first n predictions (n, 4, 32, 32)
-        -> gradient at the last layer's weight.
+        Measured on the first `ADAPTIVE_SAMPLES` samples of each process, and smoothed over measurements.
+        last_layer_gradient: gradient of a loss at the first n predictions (n, 4, 32, 32) -> gradient at the last
+        layer's weight. average: mean of a tensor over processes.
         """
-        chunk = slice(0, self.chunk_size)
-        leaf = pred_latents[chunk].detach().requires_grad_()
-        terms = self._image_terms(batch, True, self.decoder(pixel_step)(leaf), chunk)
-        recon_losses = {name: value for name, value in terms.items() if name in ("pixel_l1", "lpips")}
-
-        def gradient(loss: torch.Tensor) -> torch.Tensor:
-            return last_layer_gradient(torch.autograd.grad(loss, leaf, retain_graph=True)[0])
-
-        recon_grad = gradient(weighted_sum(recon_losses, self.weights))
-        for region in self.adaptive_weights:
-            adv_grad = gradient(terms[term_name("adv_g", region)])
-            self.adaptive_weights[region] = adaptive_weight(recon_grad, adv_grad)
+        count = min(ADAPTIVE_SAMPLES, len(pred_latents))
+        decode = self.decoder(pixel_step)
+        gradients: dict[str, list[torch.Tensor]] = {}  # of each loss at the predictions, by chunk
+        for chunk in chunks(count, self.chunk_size):
+            leaf = pred_latents[chunk].detach().requires_grad_()
+            images = decode(leaf).detach().requires_grad_()
+            terms = self._image_terms(batch, True, images, chunk)
+            recon_losses = {name: value for name, value in terms.items() if name in ("pixel_l1", "lpips")}
+            losses = {"reconstruction": weighted_sum(recon_losses, self.weights)}
+            losses |= {region: terms[term_name("adv_g", region)] for region in self.adaptive_weights}
+            for name, loss in losses.items():
+                (at_images,) = torch.autograd.grad(len(leaf) / count * loss, images)
+                # Decoded again for each, because a compiled network has a single backward pass for a forward pass.
+                gradients.setdefault(name, []).extend(torch.autograd.grad(decode(leaf), leaf, at_images))
+        at_layer = average(torch.stack([last_layer_gradient(torch.cat(parts)) for parts in gradients.values()]))
+        for region, adv_grad in zip(self.adaptive_weights, at_layer[1:], strict=True):
+            measured, smoothed = adaptive_weight(at_layer[0], adv_grad), self.adaptive_weights[region]
+            first = smoothed == 0  # not measured before
+            self.adaptive_weights[region] = torch.where(first, measured, smoothed.lerp(measured, SMOOTHING))
 
     def _current_weights(self) -> dict[str, float | torch.Tensor]:
         """The weights, those of adv_g times their adaptive weights."""

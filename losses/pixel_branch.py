@@ -2,8 +2,9 @@
 
 The UNet's prediction is the leaf of a separate graph: a few samples at a time are decoded and their losses
 differentiated with respect to the latents. One backward through the UNet with that gradient equals the unchunked one,
-since no network in the branch mixes samples. A loss on whole windows of frames needs all images at once: they are first
-decoded without a graph, and the loss's gradient with respect to the images is passed to the chunks.
+since no network in the branch mixes samples. A loss on whole windows of frames needs all images at once: unless they
+are a single chunk, they are first decoded without a graph. The loss's gradient with respect to the images is passed to
+the chunks.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ class PixelBranch(NamedTuple):
     images: torch.Tensor  # (N, 3, 256, 256), decoded
 
 
+def chunks(count: int, size: int) -> list[slice]:
+    """Returns slices of `size` samples that cover `count` samples, the last of them possibly shorter."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def pixel_branch(
     pred_latents: torch.Tensor,
     decode: Callable[[torch.Tensor], torch.Tensor],
@@ -39,14 +45,16 @@ def pixel_branch(
 
     pred_latents: (N, 4, 32, 32). decode: latents (n, 4, 32, 32) -> images (n, 3, 256, 256) in [-1, 1].
     image_terms: (images, their slice of N) -> terms, each a mean over the images.
-    window_terms: all images (N, 3, 256, 256) -> further terms; decoding then happens twice.
+    window_terms: all images (N, 3, 256, 256) -> further terms; several chunks are then decoded twice.
     """
     count = len(pred_latents)
-    chunks = [slice(start, min(start + chunk_size, count)) for start in range(0, count, chunk_size)]
+    slices = chunks(count, chunk_size)
+    leaves = [pred_latents[chunk].detach().requires_grad_() for chunk in slices]
+    whole = decode(leaves[0]) if len(leaves) == 1 else None
     terms: Terms = {}
     if window_terms is not None:
         with torch.no_grad():
-            all_images = torch.cat([decode(pred_latents[chunk]) for chunk in chunks])
+            all_images = torch.cat([decode(leaf) for leaf in leaves]) if whole is None else whole.detach()
         values = window_terms(all_images.requires_grad_())
         (image_gradient,) = torch.autograd.grad(weighted_sum(values, weights), all_images)
         terms = {name: value.detach() for name, value in values.items()}
@@ -54,9 +62,8 @@ def pixel_branch(
 
     gradients: list[torch.Tensor] = []
     images = []
-    for chunk in chunks:
-        leaf = pred_latents[chunk].detach().requires_grad_()
-        image = decode(leaf)
+    for chunk, leaf in zip(slices, leaves, strict=True):
+        image = decode(leaf) if whole is None else whole
         images.append(image.detach())
         share = len(leaf) / count
         values = image_terms(image, chunk)

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from musetalk.contract import (
 )
 from musetalk.data.cache import Cache
 from musetalk.data.video import write_video
+from musetalk.training.run import Run
 from tests.sample import sample_audio, sample_frames
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +51,20 @@ def assert_equal(x: dict, y: dict) -> None:
     assert [path for path, _ in leaves[0]] == [path for path, _ in leaves[1]]
     for (path, a), (_, b) in zip(*leaves, strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
+
+
+@contextmanager
+def interrupted_after_a_save() -> Iterator[None]:
+    """Interrupts the training inside the context, as Ctrl-C would, after it has saved its first state."""
+    save_state = Run.save_state
+
+    def save_and_interrupt(run: Run) -> None:
+        save_state(run)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "save_state", save_and_interrupt)
+        yield
 
 
 @pytest.fixture(autouse=True)

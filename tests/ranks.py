@@ -12,8 +12,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from torch.utils.data import Dataset
 
 from musetalk.cli import run_script
 from musetalk.errors import UserError
-from musetalk.training import checkpoint, distributed
+from musetalk.training import distributed
 from musetalk.training.checkpoint import save_state
 from musetalk.training.distributed import start_processes
 from musetalk.training.run import Run, open_run
@@ -86,12 +87,12 @@ def train(run: Run) -> Iterator[int]:
     state, config = run.state, run.config
     batches = run.batches(Numbers())
     for _ in run.steps():
-        step = OptimizerStep(state.step, config)
+        step = OptimizerStep(state.step, config, state.optimizers)
         for batch in step.micro_batches(batches):
             loss = (state.network(batch["x"] + torch.rand(3)) ** 2).mean()
             loss.backward()
             step.add({"loss": loss.detach()})
-        step.update([state.optimizer])
+        step.update()
         state.step += 1
         yield state.step
         stop = run.stop_requested()
@@ -117,20 +118,21 @@ def refusal(config: Config, accelerator: Accelerator, *, seed: int, step: int, l
 def averaged_step(config: Config, gradient: list[float]) -> tuple[list[float], float, str]:
     """Updates zeros by SGD with a gradient of this process. Returns them, the norm, and why no update was made."""
     parameter = nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.tensor(gradient)
-    step = OptimizerStep(0, replace(config, on_nonfinite="skip", max_grad_norm=1.0, learning_rate=1.0))
-    step.sample_ids = [f"sample {os.environ['RANK']}"]
-    step.add({"loss": torch.tensor(gradient[0])})
-    result = step.update([torch.optim.SGD([parameter], 1.0)])
+    config = replace(config, on_nonfinite="skip", max_grad_norm=1.0, learning_rate=1.0)
+    step = OptimizerStep(0, config, [torch.optim.SGD([parameter], 1.0)])
+    for _ in step.micro_batches(iter([{"where": [f"sample {os.environ['RANK']}"]}])):
+        parameter.backward(torch.tensor(gradient))
+        step.add({"loss": torch.tensor(gradient[0])})
+    result = step.update()
     return parameter.tolist(), result.grad_norm.item(), result.skipped
 
 
-def save_slowly(*arguments: object) -> None:
+def save_slowly(save: Callable, *arguments: object) -> None:
     """Replaces `torch.save` in a process that a cluster and a launcher signal meanwhile."""
     for number in (signal.SIGTERM, signal.SIGINT) * 2:
         os.kill(os.getpid(), number)
     time.sleep(SAVE_SECONDS)
-    torch.save(*arguments)
+    save(*arguments)
 
 
 def main(folder: Path) -> None:
@@ -146,7 +148,7 @@ def main(folder: Path) -> None:
         "skipped": averaged_step(own, [[1.0, 1.0], [float("nan"), 1.0]][rank]),
     }
 
-    checkpoint.torch = SimpleNamespace(save=save_slowly)
+    torch.save = partial(save_slowly, torch.save)
     with open_run("tiny", Config(folder, folder, batch_size=1), make_state(), accelerator) as run:
         try:
             for step in train(run):

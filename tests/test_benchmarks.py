@@ -55,7 +55,13 @@ def cache(tmp_path, random_tensors) -> Cache:
         "train_tflop_per_sample_tiny_decoder",
         "train_gib_b32",
         "train_gib_b32_ckpt",
+        "train_gib_b32_chunk16",
+        "train_gib_b32_ema",
         "stage2_gib_2x16",
+        "stage1_operators_per_sample",
+        "stage2_operators_per_sample",
+        "stage2_all_reduces",
+        "stage1_host_copies",
         "preprocess_vae_encodes_per_frame",
     ],
 )

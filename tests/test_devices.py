@@ -134,15 +134,23 @@ def test_the_pipeline_refuses_an_unusable_gpu_unless_given_the_cpu(unusable, min
     assert pipeline.unet.model.device.type == "cpu"
 
 
-def test_training_uses_bf16_on_gpus_that_support_it_only(usable, monkeypatch):
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_training_uses_bf16_and_the_requested_kernels_on_gpus(usable, monkeypatch, deterministic):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(
         "musetalk.training.distributed.Accelerator", lambda **kwargs: SimpleNamespace(distributed_type="NO", **kwargs)
     )
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     matmul_precision = torch.get_float32_matmul_precision()
     try:
-        on_gpu = start_processes("auto")
+        on_gpu = start_processes("auto", deterministic)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert torch.backends.cudnn.benchmark != deterministic
+        assert torch.backends.cuda.mem_efficient_sdp_enabled() != deterministic
     finally:
         torch.set_float32_matmul_precision(matmul_precision)
+        torch.use_deterministic_algorithms(False)
+        for enable in (torch.backends.cuda.enable_mem_efficient_sdp, torch.backends.cuda.enable_cudnn_sdp):
+            enable(True)
     assert start_processes("cpu").cpu and not on_gpu.cpu and on_gpu.mixed_precision == "bf16"

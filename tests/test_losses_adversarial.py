@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from losses.adversarial import GANLoss, adaptive_weight
-from losses.discriminator import PatchDiscriminator
+from losses.discriminator import Layers, PatchDiscriminator
 
 SIZE = 32  # pixels
 
@@ -39,8 +39,12 @@ class Mean(nn.Module):
         super().__init__()
         self.gain = nn.Parameter(torch.ones((), dtype=torch.float64))
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        return self.gain * x.mean(dim=(1, 2, 3), keepdim=True), [self.gain * x[:, :1], 2 * self.gain * x]
+    def normalised(self) -> Layers:
+        return [(self.gain, self.gain)]
+
+    def forward(self, x: torch.Tensor, layers: Layers | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        ((gain, _),) = layers or self.normalised()
+        return gain * x.mean(dim=(1, 2, 3), keepdim=True), [gain * x[:, :1], 2 * gain * x]
 
 
 @pytest.fixture
@@ -168,10 +172,13 @@ def test_gradients_in_chunks_and_batches_equal_those_of_all_images(count, chunk_
     real, fake = images(batches * count, seed=1), images(batches * count, seed=2)
     loss = whole.discriminator_loss(real, fake)
     loss.backward()
+    chunked.begin_step()
     losses = [
         chunked.backward(*pair, chunk_size, share=1 / batches)
         for pair in zip(real.chunk(batches), fake.chunk(batches), strict=True)
     ]
+    assert all(parameter.grad is None for parameter in chunked.network.parameters())
+    chunked.end_step()
     torch.testing.assert_close(sum(losses) / batches, loss.detach(), atol=1e-10, rtol=0)
     assert not losses[0].requires_grad
     for x, y in zip(chunked.network.parameters(), whole.network.parameters(), strict=True):
@@ -181,7 +188,9 @@ def test_gradients_in_chunks_and_batches_equal_those_of_all_images(count, chunk_
 def test_spectral_norms_are_updated_once_per_step():
     gan_loss = small_gan_loss()
     before = tensors(gan_loss)
+    gan_loss.begin_step()
     gan_loss.backward(images(5, seed=1), images(5, seed=2), chunk_size=2)
+    gan_loss.end_step()
     assert all(torch.equal(value, before[name]) for name, value in tensors(gan_loss).items())
     gan_loss.optimizer.step()
     gan_loss.network.power_iteration()

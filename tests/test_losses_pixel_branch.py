@@ -62,8 +62,8 @@ def test_a_window_term_needs_no_image_term(decoder):
 
 
 @pytest.mark.parametrize("windows", [None, window_terms])
-def test_chunks_are_at_most_chunk_size_and_decoded_twice_only_for_windows(decoder, windows):
-    decoded = []
+def test_only_several_chunks_are_decoded_twice_and_only_for_windows(decoder, windows):
+    decoded: list[tuple[int, bool]] = []
 
     def decode(latents):
         decoded.append((len(latents), torch.is_grad_enabled()))
@@ -72,6 +72,10 @@ def test_chunks_are_at_most_chunk_size_and_decoded_twice_only_for_windows(decode
     pixel_branch(random(5, 4, 4, 4, seed=0), decode, image_terms, WEIGHTS, 2, window_terms=windows)
     with_graph = [(2, True), (2, True), (1, True)]
     assert decoded == ([(2, False), (2, False), (1, False)] + with_graph if windows else with_graph)
+
+    decoded.clear()
+    pixel_branch(random(5, 4, 4, 4, seed=0), decode, image_terms, WEIGHTS, 5, window_terms=windows)
+    assert decoded == [(5, True)]
 
 
 def test_the_host_reads_no_value():

@@ -1,31 +1,27 @@
 """Training, preparation and inference do not mix devices, and synchronise with the GPU only where they must.
 
-Needs no GPU: tensors are fake and on a mock device. Mixing them with CPU tensors is an error, as on a GPU. The mock
-device is "meta", because a CPU build of torch has no GPU device.
+Needs no GPU: tensors are fake and on a mock device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import torch._functorch.config
 import whisper
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorDeviceMismatchError
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncnet_trainer
 from benchmarks import ROOT
 from benchmarks.counts import STAGE2, TINY_DECODER
-from benchmarks.training import fake_tensors, training, zero_batch
+from benchmarks.mock_device import MOCK, mock_device, transfers
+from benchmarks.training import training, zero_batch
 from benchmarks.workplace import WHISPER_TINY
 from musetalk.contract import IMAGE_SIZE, RIGID, SYNC_MEL_BINS
 from musetalk.data.audio import audio_features
@@ -39,52 +35,21 @@ from musetalk.models.face_parser import BiSeNet, FaceParser
 from musetalk.models.tiny_decoder import TinyDecoder
 from musetalk.models.unet import build_unet
 from musetalk.models.vae import VAE
-from musetalk.training.state import OPTIMIZERS, NetworkState
+from musetalk.training.state import NetworkState
 from musetalk.training.sync_check import offset_sweep
 from tools import distil_decoder
 
-MOCK = torch.device("meta")
 MINI = ROOT / "models" / "mini"
 
 
-@pytest.fixture
-def mock_device(monkeypatch) -> Iterator[None]:
-    """The device of accelerate is the mock device within the test."""
-    for name, plain in (("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)):
-        monkeypatch.setitem(OPTIMIZERS, name, plain)  # fused kernels need a real device
-    monkeypatch.setattr(Accelerator, "device", MOCK)
-    # Copies to the host become arrays of the same shape.
+@pytest.fixture(autouse=True)
+def on_mock_device(monkeypatch) -> Iterator[None]:
+    """All tests run on the mock device. Copies to the host become arrays of the same shape."""
     to_numpy = torch.Tensor.numpy
     monkeypatch.setattr(torch.Tensor, "numpy", lambda x: empty_array(x) if isinstance(x, FakeTensor) else to_numpy(x))
-    with torch._functorch.config.patch(fake_tensor_allow_meta=True), fake_tensors():
+    with mock_device():
         yield
     whisper.audio.mel_filters.cache_clear()  # the cached filters are fake tensors
-
-
-@contextmanager
-def device_synchronizations() -> Iterator[list[str]]:
-    """Records the synchronisations within the context: reads from the device, and copies to it without non_blocking."""
-    records = []
-
-    class Operations(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            output = func(*args, **kwargs or {})
-            if func is torch.ops.aten._local_scalar_dense.default and args[0].device == MOCK:
-                records.append("a number is read")
-            if func is torch.ops.aten._to_copy.default and args[0].device != output.device:
-                if not (kwargs or {}).get("non_blocking"):
-                    records.append(f"{tuple(args[0].shape)} is copied from {args[0].device}")
-            return output
-
-    class Constants(TorchFunctionMode):  # copies by these functions are not dispatched
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            output = func(*args, **kwargs or {})
-            if func in (torch.tensor, torch.Tensor.new_tensor) and output.device == MOCK:
-                records.append(f"a constant is sent by {func.__name__}")
-            return output
-
-    with Operations(), Constants():
-        yield records
 
 
 def empty_array(tensor: torch.Tensor) -> np.ndarray:
@@ -92,19 +57,19 @@ def empty_array(tensor: torch.Tensor) -> np.ndarray:
     return np.zeros(tensor.shape, str(tensor.dtype).removeprefix("torch."))
 
 
-def test_mixed_devices_and_synchronizations_are_detected(mock_device):
+def test_mixed_devices_and_synchronizations_are_detected():
     x = torch.zeros(2, device=MOCK)
     with pytest.raises(FakeTensorDeviceMismatchError):
         x + torch.zeros(2)
-    with device_synchronizations() as records:
+    with transfers() as seen:
         torch.zeros(2).to(MOCK, non_blocking=True)
-        assert not records
+        assert not seen.waiting and seen.queued == ["(2,) is copied from cpu"]
         torch.zeros(2).to(MOCK)
         torch.tensor(1, device=MOCK)
         x.new_tensor([1.0])
         x[0].item()
         x.cpu()
-    assert records == [
+    assert seen.waiting == [
         "(2,) is copied from cpu",
         "a constant is sent by tensor",
         "a constant is sent by new_tensor",
@@ -118,30 +83,34 @@ def test_mixed_devices_and_synchronizations_are_detected(mock_device):
     [
         pytest.param(STAGE2, id="stage2", marks=pytest.mark.slow),
         pytest.param(replace(TINY_DECODER, full_decoder_every=2), id="tiny"),
+        pytest.param(replace(TINY_DECODER, ema_on_host=False), id="ema on the device"),
     ],
 )
-def test_a_training_step(mock_device, config):
-    """A step with every loss synchronises once. The EMA is updated, used and saved too."""
+def test_a_training_step(config):
+    """A step with every loss synchronises once. The EMA, on the device or not, is updated, used and saved too."""
     config = replace(config, models_dir=MINI)
     with training(config) as run:
-        with device_synchronizations() as records:
+        with transfers() as seen:
             result = run.step(2)
         state = run.state
-        own = state.unet.model.state_dict()
-        state.ema = {name: torch.zeros_like(value, device="cpu") for name, value in own.items()}
-        state.update_ema(0.9)
+        if config.ema_on_host:
+            own = state.unet.model.state_dict()
+            state.ema = {name: torch.zeros_like(value, device="cpu") for name, value in own.items()}
+        with transfers() as updating:
+            state.update_ema(0.9)
         with state.averaged():
             saved = state.as_dict()
-    assert records == ["a number is read"]  # whether the gradients are finite
+    assert seen.waiting == ["a number is read"]  # whether the gradients are finite
     assert {value.device for value in (*result.terms.values(), result.grad_norm, *saved["unet"].values())} == {MOCK}
-    assert {value.device.type for value in saved["ema"].values()} == {"cpu"}
+    assert len(updating.waiting) == (len(saved["ema"]) if config.ema_on_host else 0)
+    assert {value.device for value in saved["ema"].values()} == {torch.device("cpu") if config.ema_on_host else MOCK}
     active = {name for name, weight in config.loss_weights.items() if weight}
     discriminators = {name.replace("adv_g", "adv_d") for name in active if name.startswith("adv_g")}
     assert not result.skipped and result.terms.keys() == active | discriminators
 
 
 @pytest.mark.parametrize("architecture", ["wav2lip_narrow", "latentsync_narrow"])
-def test_a_step_and_the_evaluation_of_a_sync_expert(mock_device, architecture):
+def test_a_step_and_the_evaluation_of_a_sync_expert(architecture):
     config = syncnet_trainer.SyncConfig(architecture=architecture, grad_accum_steps=2)
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     state = syncnet_trainer.build_state(config, accelerator)
@@ -149,16 +118,16 @@ def test_a_step_and_the_evaluation_of_a_sync_expert(mock_device, architecture):
     mel = torch.zeros(2, mel_frames, SYNC_MEL_BINS).half()
     images = torch.zeros(2, frames, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8)
     batch = {"images": images, "mel": mel, "other_mel": mel, "where": ["", ""]}
-    with device_synchronizations() as records:
+    with transfers() as seen:
         result = syncnet_trainer.optimizer_step(state, iter([batch, batch]), config, accelerator)
-    assert records == ["a number is read"]
+    assert seen.waiting == ["a number is read"]
     assert result.terms["sync_bce"].device == result.grad_norm.device == MOCK
     faces = np.zeros((frames + 1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     assert offset_sweep(state.network, faces, np.zeros((400, SYNC_MEL_BINS), np.float32)).shape == (31,)
 
 
 @pytest.fixture
-def vae(mock_device, monkeypatch) -> VAE:
+def vae(monkeypatch) -> VAE:
     monkeypatch.setattr("musetalk.models.vae.fingerprint", lambda _: "")
     monkeypatch.setattr("musetalk.models.vae.ENCODE_BATCH", {MOCK.type: 2})
     autoencoder = AutoencoderKL.from_config(read_json(MINI / "sd-vae-ft-mse/config.json"))
@@ -171,9 +140,9 @@ def test_a_step_and_the_evaluation_of_a_distillation(vae):
     state = NetworkState(decoder, torch.optim.AdamW(decoder.parameters()), {})
     config = distil_decoder.DistilConfig()
     batch = zero_batch(replace(TINY_DECODER, frames=1), 1, 4)
-    with device_synchronizations() as records:
+    with transfers() as seen:
         result = distil_decoder.optimizer_step(state, vae, iter([batch]), config, accelerator)
-    assert result.terms["loss"].device == MOCK and records == ["a number is read"]
+    assert result.terms["loss"].device == MOCK and seen.waiting == ["a number is read"]
     figures, faces = distil_decoder.compare(decoder, vae, [batch], config.noise)
     assert "psnr" in figures and faces.shape == (3 * IMAGE_SIZE, IMAGE_SIZE, 3)
 

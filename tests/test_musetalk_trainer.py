@@ -29,10 +29,11 @@ from musetalk.models.syncnet import build_syncnet, save_syncnet
 from musetalk.models.trained_unet import read_unet_contract
 from musetalk.models.unet import build_unet
 from musetalk.models.weights import WeightsError
-from musetalk.training.checkpoint import save_state, save_unet
+from musetalk.training.checkpoint import save_unet
 from musetalk.training.state import OPTIMIZERS, load_silence
 from musetalk.training.sync_check import SyncError
 from musetalk_trainer import LOSSES, PRESETS, TrainConfig, TrainError, parse, train, weights
+from tests.conftest import interrupted_after_a_save
 
 
 @pytest.fixture
@@ -66,7 +67,8 @@ def one_step(config) -> TrainConfig:
 @pytest.fixture
 def every_loss(config, tmp_path) -> TrainConfig:
     """Three steps on windows of five frames with all losses but LPIPS, whose network is slow."""
-    expert = save_syncnet(tmp_path / "expert", 1, build_syncnet("wav2lip_narrow", 0), "wav2lip_narrow").parent
+    tensors = build_syncnet("wav2lip_narrow", 0).state_dict()
+    expert = save_syncnet(tmp_path / "expert", 1, tensors, "wav2lip_narrow").parent
     return replace(
         config,
         loss_weights={name: 0.5 for name in LOSSES} | {"lpips": 0.0},
@@ -166,16 +168,10 @@ def test_a_training_hears_silence(one_step, monkeypatch):
 
 
 def test_an_interrupted_run_resumes_exactly_with_all_losses(every_loss, tmp_path):
-    def save_and_interrupt(*arguments) -> None:
-        save_state(*arguments)
-        raise KeyboardInterrupt
-
     train("demo", every_loss)
     parted = replace(every_loss, checkpoint_dir=tmp_path / "parted", log_dir=tmp_path / "parted_log")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("musetalk.training.run.save_state", save_and_interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train("demo", parted)
+    with interrupted_after_a_save():
+        train("demo", parted)
     assert not (parted.checkpoint_dir / "demo/training-state-0000003.pt").exists()
     train("demo", parted)
     whole, resumed = state_of(every_loss, 3), state_of(parted, 3)

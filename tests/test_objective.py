@@ -136,20 +136,26 @@ def test_images_are_decoded_only_for_terms_that_need_them():
         assert (objective.has_pixel_terms(False), objective.has_pixel_terms(True)) == (alone, with_discriminators)
 
 
-def test_adaptive_weights_equalise_the_gradient_norms_of_the_first_chunk():
-    setup = Setup({name: WEIGHTS[name] for name in ("pixel_l1", "lpips", "adv_g", "adv_g_mouth", "feat_match")}, 4)
-    setup.objective.adaptive_weights |= {"face": torch.zeros(()), "mouth": torch.zeros(())}
+@pytest.mark.parametrize("chunk_size", [1, 4, 6])
+def test_adaptive_weights_equalise_gradient_norms_whatever_the_chunks(chunk_size):
+    active = ("pixel_l1", "lpips", "adv_g", "adv_g_mouth", "feat_match")
+    setup = Setup({name: WEIGHTS[name] for name in active}, chunk_size)
+    setup.objective.adaptive_weights |= dict.fromkeys(CROPS, torch.zeros(()).double())
     pred, last = setup.generator(setup.x), setup.generator[2].weight
 
     def last_layer_gradient(gradient: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(pred[: len(gradient)], last, gradient, retain_graph=True)[0]
 
-    setup.objective.update_adaptive_weights(pred, last_layer_gradient, setup.batch, 1)
+    def measure(factor: float) -> None:
+        """Measures with the mean gradient over processes `factor` times that of this one, for adversarial losses."""
+        factors = torch.tensor([1, factor, factor]).reshape(3, 1, 1, 1, 1)
+        setup.objective.update_adaptive_weights(pred, last_layer_gradient, lambda x: factors * x, setup.batch, 1)
+
+    measure(1)
     assert last.grad is None
 
     norms = {}
-    image, target = setup.decoder(pred[:4]), setup.batch["target_image"][:4] * 2 - 1
-    boxes = setup.batch["mouth_box"][:4]
+    image, target, boxes = setup.decoder(pred), setup.batch["target_image"] * 2 - 1, setup.batch["mouth_box"]
     terms = {
         "recon": WEIGHTS["pixel_l1"] * (image - target).abs().mean()
         + WEIGHTS["lpips"] * (setup.features(image) - setup.features(target)).square().mean(),
@@ -158,15 +164,19 @@ def test_adaptive_weights_equalise_the_gradient_norms_of_the_first_chunk():
     }
     for name, value in terms.items():
         norms[name] = torch.autograd.grad(value, last, retain_graph=True)[0].norm()
-    for region in CROPS:
-        expected = (norms["recon"] / (norms[region] + 1e-4)).clamp(max=1)
-        torch.testing.assert_close(setup.objective.adaptive_weights[region], expected, atol=1e-10, rtol=0)
-        assert 0 < expected
+
+    def expected(factor: float) -> dict[str, torch.Tensor]:
+        return {region: (norms["recon"] / (factor * norms[region] + 1e-4)).clamp(max=1) for region in CROPS}
+
+    torch.testing.assert_close(setup.objective.adaptive_weights, expected(1), atol=1e-10, rtol=0)
+    measure(10)  # further measurements move them a little
+    smoothed = {region: 0.8 * expected(1)[region] + 0.2 * expected(10)[region] for region in CROPS}
+    torch.testing.assert_close(setup.objective.adaptive_weights, smoothed, atol=1e-10, rtol=0)
 
     # They scale the loss but not the logged terms.
     adaptive_terms, _ = setup.backward(pixel_step=1, adversarial=True)
     gradients = [gradient.clone() for gradient in setup.gradients()]
-    plain = Setup({**setup.objective.weights}, 4)
+    plain = Setup({**setup.objective.weights}, chunk_size)
     for region, weight in setup.objective.adaptive_weights.items():
         plain.objective.weights[term_name("adv_g", region)] *= weight.item()
     plain_terms, _ = plain.backward(pixel_step=1, adversarial=True)

@@ -15,7 +15,13 @@ import torch
 from musetalk.errors import UserError
 from musetalk.training.checkpoint import load_latest_state
 from musetalk.training.distributed import start_processes
-from musetalk.training.preflight import bytes_of, check_shared_memory, state_bytes, workers_that_fit
+from musetalk.training.preflight import (
+    bytes_of,
+    check_shared_memory,
+    chunk_that_fits,
+    state_bytes,
+    workers_that_fit,
+)
 from musetalk.training.run import open_run
 from tests.ranks import Config, Numbers, make_state, train
 
@@ -29,12 +35,16 @@ def config(tmp_path) -> Config:
 
 def train_tiny(config: Config, *, stop_after: int = 0, weights: dict | None = None) -> dict:
     """Trains and returns the newest state. With `weights`, writes an empty file of weights after each step."""
+
+    def save(folder: Path, step: int, *_: object) -> Path:
+        path = folder / f"unet-{step:07d}.safetensors"
+        path.touch()
+        return path
+
     with open_run("tiny", config, make_state(), start_processes("cpu"), weights) as run:
         for step in train(run):
             if weights is not None:
-                path = run.folder / f"unet-{step:07d}.safetensors"
-                path.touch()
-                run.keep_weights(path)
+                run.save_weights(save, weights, None)
             if step == stop_after:
                 break
     return load_latest_state(config.checkpoint_dir / "tiny")[1]
@@ -172,3 +182,12 @@ def test_the_default_number_of_workers_fits_the_cores_of_this_process(monkeypatc
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert workers_that_fit() == workers
+
+
+@pytest.mark.parametrize(("free_gib", "fits"), [(4, 1), (24, 7), (80, 63)])
+def test_the_chunk_size_fits_the_free_memory_of_a_gpu(monkeypatch, free_gib, fits):
+    """0.9 of the memory, less 0.25 GiB a sample for the UNet, in parts of 0.9 GiB; a CPU decodes one by one."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free_gib * 2**30, 80 * 2**30))
+    choose = {"samples": 60, "checkpointing": False}
+    assert chunk_that_fits(torch.device("cuda"), make_state(), **choose) == fits
+    assert chunk_that_fits(torch.device("cpu"), make_state(), **choose) == 1

@@ -103,10 +103,10 @@ def test_the_average_follows_faster_at_first_and_is_swapped_in_and_out():
     state.step = 1000
     state.update_ema(0.5)
     torch.testing.assert_close(state.ema[name], 0.95 * own)
-    before = own.clone()
+    weight, average = own.clone(), state.ema[name].clone()
     with state.averaged():
-        assert torch.equal(state.unet.model.state_dict()[name], state.ema[name])
-    assert torch.equal(state.unet.model.state_dict()[name], before)
+        assert torch.equal(state.unet.model.state_dict()[name], average)
+    assert torch.equal(state.unet.model.state_dict()[name], weight) and torch.equal(state.ema[name], average)
 
 
 @pytest.mark.parametrize(

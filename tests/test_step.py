@@ -32,13 +32,13 @@ def test_micro_steps_equal_one_large_batch():
     for samples in ([[1.0, 2.0, 3.0, 4.0]], [[1.0, 2.0], [3.0, 4.0]]):
         weight = parameter(0.0)
         config = replace(CONFIG, grad_accum_steps=len(samples), max_grad_norm=100.0)
-        step = OptimizerStep(0, config)
+        step = OptimizerStep(0, config, [sgd(weight)])
         batches = iter([{"x": torch.tensor(x), "where": [str(x)]} for x in [*samples, [9.0]]])
         for batch in step.micro_batches(batches):
             loss = (batch["x"] ** 2 * weight).mean()
             (loss / config.grad_accum_steps).backward()
             step.add({"mean": batch["x"].mean()})
-        result = step.update([sgd(weight)])
+        result = step.update()
         assert result.terms == {"mean": 2.5} and result.grad_norm == 7.5
         assert next(batches)["where"] == ["[9.0]"]  # a batch of the next step
         moved.append(weight.item())
@@ -48,7 +48,7 @@ def test_micro_steps_equal_one_large_batch():
 def test_random_numbers_depend_on_seed_and_step_alone():
     def draw(step: int, seed: int = 0) -> float:
         torch.rand(3)
-        (batch,) = OptimizerStep(step, replace(CONFIG, seed=seed)).micro_batches(iter([{"where": []}]))
+        (batch,) = OptimizerStep(step, replace(CONFIG, seed=seed), []).micro_batches(iter([{"where": []}]))
         return torch.rand(()).item()
 
     assert draw(7) == draw(7) and len({draw(7), draw(8), draw(7, seed=5)}) == 3
@@ -57,7 +57,7 @@ def test_random_numbers_depend_on_seed_and_step_alone():
 def test_gradients_of_each_optimizer_are_clipped_to_the_maximal_norm():
     """(3, 4) over two parameters has the norm 5; (0.3, 0.4) is below the maximum."""
     large, small = [parameter(3.0), parameter(4.0)], parameter(0.3, 0.4)
-    result = OptimizerStep(0, CONFIG).update([sgd(*large), sgd(small)])
+    result = OptimizerStep(0, CONFIG, [sgd(*large), sgd(small)]).update()
     torch.testing.assert_close(torch.cat(large), torch.tensor([-0.6, -0.8]))
     torch.testing.assert_close(small.data, torch.tensor([-0.3, -0.4]))
     assert result.grad_norm == 5 and result.skipped == ""
@@ -67,7 +67,8 @@ def test_gradients_of_each_optimizer_are_clipped_to_the_maximal_norm():
 def test_the_schedule_sets_the_rate_of_the_first_optimizer_alone():
     first, second = parameter(1.0), parameter(1.0)
     config = replace(CONFIG, warmup_steps=4, max_grad_norm=100.0)
-    result = OptimizerStep(1, config).update([sgd(first, learning_rate=9.0), sgd(second, learning_rate=0.125)])
+    optimizers = [sgd(first, learning_rate=9.0), sgd(second, learning_rate=0.125)]
+    result = OptimizerStep(1, config, optimizers).update()
     assert (result.learning_rate, first.item(), second.item()) == (0.5, -0.5, -0.125)
 
 
@@ -77,10 +78,10 @@ def test_a_gradient_that_is_not_finite_changes_no_parameter(broken, value):
     parameters = [parameter(1.0, 1.0), parameter(1.0)]
     parameters[broken].grad[0] = value
     optimizers = [torch.optim.Adam([x], 0.1) for x in parameters]
-    step = OptimizerStep(2, replace(CONFIG, on_nonfinite="skip"))
+    step = OptimizerStep(2, replace(CONFIG, on_nonfinite="skip"), optimizers)
     list(step.micro_batches(iter([{"where": ["a, frame 3"]}])))
     step.add({"pixel_l1": torch.tensor(value), "latent_l1": torch.tensor(1.0)})
-    skipped = step.update(optimizers).skipped
+    skipped = step.update().skipped
     for name in ("step 3", "pixel_l1", "a, frame 3", "states"):
         assert name in skipped
     assert "latent_l1" not in skipped
@@ -91,7 +92,7 @@ def test_a_gradient_that_is_not_finite_changes_no_parameter(broken, value):
 def test_a_gradient_that_is_not_finite_stops_the_run_by_default():
     weight = parameter(float("nan"))
     with pytest.raises(TrainError, match="step 1: the gradient is not finite"):
-        OptimizerStep(0, CONFIG).update([sgd(weight)])
+        OptimizerStep(0, CONFIG, [sgd(weight)]).update()
     assert weight.item() == 0
 
 

@@ -48,7 +48,7 @@ def test_an_untrained_expert_depends_on_its_seed_alone():
 def test_a_saved_expert_is_loaded_by_file_and_the_newest_by_folder(tmp_path):
     for step in (3, 20, 100):
         network = build_syncnet("wav2lip_narrow", step)
-        path = save_syncnet(tmp_path / "run", step, network, "wav2lip_narrow")
+        path = save_syncnet(tmp_path / "run", step, network.state_dict(), "wav2lip_narrow")
     shutil.copy(path, tmp_path / "renamed.safetensors")
     (tmp_path / "run" / "syncnet-9999999.safetensors.5.partial").touch()
     for place in (tmp_path / "run", path, tmp_path / "renamed.safetensors"):

@@ -224,7 +224,7 @@ def models(tmp_path) -> Path:
 
 def test_a_run_starts_from_an_expert_of_an_earlier_run(config, tmp_path):
     earlier = build_syncnet("wav2lip_narrow", 9)
-    save_syncnet(tmp_path / "earlier", 7, earlier, "wav2lip_narrow")
+    save_syncnet(tmp_path / "earlier", 7, earlier.state_dict(), "wav2lip_narrow")
     run = replace(config, start_from=str(tmp_path / "earlier"), num_steps=1, learning_rate=1e-12)
     train("demo", run)
     name = "face_encoder.0.conv_block.0.weight"

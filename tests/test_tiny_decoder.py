@@ -20,8 +20,8 @@ from musetalk.data.cache import Cache, CacheWriter
 from musetalk.models.tiny_decoder import TinyDecoder, load_tiny_decoder, save_tiny_decoder
 from musetalk.models.vae import VAE, load_vae
 from musetalk.models.weights import WeightsError
-from musetalk.training.checkpoint import save_state
 from musetalk_trainer import PRESETS, TrainConfig, train, weights
+from tests.conftest import interrupted_after_a_save
 from tools import distil_decoder
 from tools.distil_decoder import DistilConfig
 
@@ -182,13 +182,7 @@ def test_distillation_improves_the_decoder_and_writes_its_files(cache, mini, vae
 
 def test_a_resumed_distillation_equals_an_uninterrupted_one(cache, mini, tmp_path):
     whole = distil(cache, mini, tmp_path / "whole", 4)
-
-    def save_and_interrupt(*arguments: object) -> None:
-        save_state(*arguments)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("musetalk.training.run.save_state", save_and_interrupt)
+    with interrupted_after_a_save():
         distil(cache, mini, tmp_path / "resumed", 4)
     assert not (tmp_path / "resumed/tiny_decoder.safetensors").exists()
     resumed = distil(cache, mini, tmp_path / "resumed", 4)

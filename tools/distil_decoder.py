@@ -140,7 +140,7 @@ def optimizer_step(
     state: NetworkState[TinyDecoder], vae: VAE, batches: Iterator[dict], config: DistilConfig, accelerator: Accelerator
 ) -> StepResult:
     """Updates the tiny decoder on the absolute difference of its images from the VAE decoder's."""
-    step = OptimizerStep(state.step, config)
+    step = OptimizerStep(state.step, config, state.optimizers)
 
     # Draw the batch (seeded by step).
     for batch in step.micro_batches(batches):
@@ -155,7 +155,7 @@ def optimizer_step(
         step.add({"loss": loss.detach()})
 
     # Clip, skip if non-finite, update.
-    result = step.update([state.optimizer])
+    result = step.update()
     state.step += 1
     return result
 

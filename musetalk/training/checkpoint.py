@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map
 from torch.utils.serialization import config as serialization
 
 from musetalk.contract import FeatureContract
@@ -16,6 +17,11 @@ from musetalk.models.weights import PICKLE_ERRORS, WeightsError, read_tensors
 STATE_NAME = r"training-state-(\d+)\.pt"
 WEIGHTS_NAME = r"[a-z]+-(\d+)\.safetensors"  # of any network
 GO_BACK = "delete it to resume from the state before it"
+
+
+def host_copy(values: dict) -> dict:
+    """Copies the tensors in nested dicts and lists to host memory, where further training does not change them."""
+    return tree_map(lambda x: x.detach().to("cpu", copy=True) if isinstance(x, torch.Tensor) else x, values)
 
 
 def save_state(run_dir: Path, step: int, state: dict, keep: int) -> Path:

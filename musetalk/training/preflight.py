@@ -1,4 +1,4 @@
-"""Checks before the first step: disk space, shared memory and the number of workers."""
+"""Checks and choices before the first step: disk space, shared memory, the number of workers, the chunk size."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ from musetalk.training.protocols import RunConfig, State
 MOST_WORKERS = 8  # of a process by default; a sample takes about a millisecond to read
 SHARED_MEMORY = Path("/dev/shm")  # holds the batches of workers
 GB = 10**9
+# Bytes of a sample on a GPU at full size: activations of the UNet, without and with checkpointing, and of all networks
+# on decoded images.
+UNET_BYTES, CHECKPOINTED_BYTES, DECODE_BYTES = 0.25 * 2**30, 0.05 * 2**30, 0.9 * 2**30
+RESERVE = 0.9  # share of the free memory to use: the rest is for the workspace of kernels and fragmentation
 
 
 def tensors_in(value: object) -> list[torch.Tensor]:
@@ -97,3 +101,16 @@ def check_shared_memory(sample: dict, batch_size: int, workers: int, prefetch: i
             f"{local_processes()} processes have ready, but has {free / 1e6:.0f} MB free; start Docker with --ipc=host "
             f"or --shm-size={math.ceil(2 * needed / GB)}g, or set num_workers or prefetch lower"
         )
+
+
+def chunk_that_fits(device: torch.device, state: State, samples: int, *, checkpointing: bool) -> int:
+    """Returns how many samples of a batch can be decoded at once in the free memory of a GPU; 1 on other devices.
+
+    Gradients and the optimizers' moments are not allocated yet. An estimate for the full-size networks.
+    """
+    if device.type != "cuda":
+        return 1
+    free, _ = torch.cuda.mem_get_info(device)
+    parameters = [x for optimizer in state.optimizers for group in optimizer.param_groups for x in group["params"]]
+    used = 3 * bytes_of(parameters) + samples * (CHECKPOINTED_BYTES if checkpointing else UNET_BYTES)
+    return max(1, int((RESERVE * free - used) / DECODE_BYTES))

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from musetalk.data.loader import loader
 from musetalk.data.sync_dataset import SyncDataset
 from musetalk.devices import describe
 from musetalk.files import delete_older, folder_lock
-from musetalk.training.checkpoint import load_latest_state, save_state
+from musetalk.training.checkpoint import host_copy, load_latest_state, save_state
 from musetalk.training.distributed import Ranks
 from musetalk.training.log import RunLog, SilentLog
 from musetalk.training.preflight import check_disk, check_shared_memory, checksum, tensors_in, workers_that_fit
@@ -45,6 +47,8 @@ class Run:
     stopping: StopRequests  # of this process
     stack: ExitStack  # closed at the end of the run
     saved_at: float  # seconds of time.monotonic() at the last save or the start
+    writer: ThreadPoolExecutor  # of one thread, which writes files while the training goes on
+    writes: deque[Future] = field(default_factory=deque)  # that may not be complete
 
     def batches(self, dataset: FaceDataset | SyncDataset) -> Iterator[dict]:
         """Returns this process's batches of all remaining steps; a resumed run draws the same ones.
@@ -69,35 +73,60 @@ class Run:
         self.stack.callback(batches.close)
         return batches
 
-    def steps(self) -> Iterable[int]:
-        """Returns the remaining steps, shown by a progress bar."""
+    def steps(self) -> Iterator[int]:
+        """Yields the remaining steps, shown by a progress bar. Raises what a write raised meanwhile."""
         first, last = self.state.step, self.config.num_steps
         tqdm_kwargs = {"desc": "train", "unit": "step", "disable": not self.accelerator.is_main_process}
-        return tqdm(range(first, last), initial=first, total=last, **tqdm_kwargs)
+        for step in tqdm(range(first, last), initial=first, total=last, **tqdm_kwargs):
+            yield step
+            while self.writes and self.writes[0].done():
+                self.writes.popleft().result()
 
     def save_state(self) -> None:
-        """Writes the training state in the main process; signals do not interrupt it."""
+        """Copies the training state in the main process and writes the copy while the training goes on."""
         if self.accelerator.is_main_process:
             with self.stopping.patience():
-                save_state(self.folder, self.state.step, self.state.as_dict(), self.config.keep_states)
+                copy = host_copy(self.state.as_dict())
+            self._write(save_state, self.folder, self.state.step, copy, self.config.keep_states)
             self.saved_at = time.monotonic()
+
+    def save_weights(self, save: Callable[..., Path], weights: dict[str, torch.Tensor], metadata: object) -> None:
+        """Copies weights in the main process, writes the copy while the training goes on, and deletes older weights.
+
+        save: writes them, given the folder, the step, the weights and the metadata, and returns the path.
+        """
+
+        def _write(step: int, copy: dict[str, torch.Tensor]) -> None:
+            path = save(self.folder, step, copy, metadata)
+            delete_older(path, self.config.keep_weights, self.config.keep_weights_every)
+            self.log.line(f"saved {path}")
+
+        if self.accelerator.is_main_process:
+            self._write(_write, self.state.step, host_copy(weights))
+
+    def _write(self, function: Callable[..., object], *arguments: object) -> None:
+        """Calls a function in the writer's thread, after the earlier writes, of which it leaves at most one pending."""
+        self._finish_writes(pending=1)
+        self.writes.append(self.writer.submit(function, *arguments))
+
+    def _finish_writes(self, pending: int = 0) -> None:
+        """Waits until at most so many writes are pending; signals do not interrupt it. Raises what a write raised."""
+        with self.stopping.patience():
+            while len(self.writes) > pending:
+                self.writes.popleft().result()
 
     def figures(self, result: StepResult) -> dict[str, float]:
         """Losses of a step as means over processes, gradient norm and learning rate. All processes must call it."""
         values = self.accelerator.reduce(result.terms, "mean") | {"grad_norm": result.grad_norm}
         return {name: value.item() for name, value in values.items()} | {"learning_rate": result.learning_rate}
 
-    def keep_weights(self, path: Path) -> None:
-        """Logs weights that were just saved and deletes older ones beyond `keep_weights`."""
-        delete_older(path, self.config.keep_weights, self.config.keep_weights_every)
-        self.log.line(f"saved {path}")
-
     def stop_requested(self) -> bool:
         """Whether any process was asked to stop. All processes must call it."""
         return self.ranks.any(self.stopping())
 
     def finish(self) -> None:
-        """Waits until the last state is saved. Raises KeyboardInterrupt if the run was stopped before its last step."""
+        """Waits until all is written. Raises KeyboardInterrupt if the run was stopped before its last step."""
+        self._finish_writes()
         self.ranks.wait()  # when one process exits, a launcher kills the others
         self.accelerator.end_training()
         if self.state.step < self.config.num_steps:
@@ -147,7 +176,8 @@ def open_run(
         log.line(f"on {devices}; at step {state.step}")
         # Until here there is nothing to save, and a signal ends the process.
         stopping = stack.enter_context(stop_requests(patient=accelerator.num_processes > 1))
-        yield Run(config, state, accelerator, folder, log, resumed, ranks, stopping, stack, time.monotonic())
+        writer = stack.enter_context(ThreadPoolExecutor(1))
+        yield Run(config, state, accelerator, folder, log, resumed, ranks, stopping, stack, time.monotonic(), writer)
 
 
 def closable(batches: Iterator[dict]) -> Generator[dict, None, None]:

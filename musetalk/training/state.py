@@ -77,7 +77,7 @@ class TrainState:
     contract: FeatureContract  # of the data and the audio window
     optimizer: torch.optim.Optimizer
     optimizer_name: str  # a key of `OPTIMIZERS`, shared with the discriminators
-    ema: dict[str, torch.Tensor]  # averaged weights with diffusers' names, in host memory
+    ema: dict[str, torch.Tensor]  # averaged weights with diffusers' names, on the device or in host memory
     gan_losses: dict[str, Any] = field(default_factory=dict)  # by region, each with `network` and `optimizer`
     adaptive_weights: dict[str, torch.Tensor] = field(default_factory=dict)  # factor of adv_g by region
     sync_offset: int = 0  # frames by which the sync expert's mel is shifted, as its check measured
@@ -121,7 +121,7 @@ class TrainState:
         check_number(saved, "sync_offset", -MAX_OFFSET, MAX_OFFSET, path)
         self._check_discriminators(saved, path)
         load_strictly(self.unet.model, saved["ema"], path)
-        self.ema = host_copy(self.unet)
+        self.restart_ema()
         load_strictly(self.unet.model, saved["unet"], path)
         restore_optimizer_state(self.optimizer, saved["optimizer"], path)
         for region, gan_loss in self.gan_losses.items():
@@ -154,28 +154,33 @@ class TrainState:
             fields = tuple(field for field in ALL_FIELDS if field != "encode_dtype")
             contract.require(self.contract, fields, str(file))
         load_strictly(self.unet.model, unwrap(read_tensors(file), file), file)
-        self.ema = host_copy(self.unet)
+        self.restart_ema()
         return f"starts from {file}" + ("" if contract else ", which carries no contract; this run's is assumed")
 
-    @torch.no_grad()
+    def restart_ema(self) -> None:
+        """Sets the average to the weights."""
+        for name, value in self.unet.model.state_dict().items():
+            self.ema[name].copy_(value)
+
     def update_ema(self, decay: float) -> None:
         """Moves the average towards the weights; the decay warms up, so that the initial weights are soon forgotten."""
         decay = min(decay, (1 + self.step) / (10 + self.step))
         for name, value in self.unet.model.state_dict().items():
-            self.ema[name].lerp_(value.to("cpu"), 1 - decay)
+            self.ema[name].lerp_(value.to(self.ema[name].device), 1 - decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Swaps the averaged weights into the UNet inside the context."""
-        weights = host_copy(self.unet)
-        self.unet.model.load_state_dict(self.ema)
+        """Swaps the averaged weights and those of the UNet inside the context."""
+        self._swap()
         yield
-        self.unet.model.load_state_dict(weights)
+        self._swap()
 
-
-def host_copy(unet: UNet) -> dict[str, torch.Tensor]:
-    """Returns a copy of the UNet's weights in host memory, with diffusers' names."""
-    return {name: value.to("cpu", copy=True) for name, value in unet.model.state_dict().items()}
+    def _swap(self) -> None:
+        """Exchanges the average and the weights, one tensor after the other."""
+        for name, value in self.unet.model.state_dict().items():
+            weight = value.clone()
+            value.copy_(self.ema[name])
+            self.ema[name].copy_(weight)
 
 
 def check_keys(state: State, saved: dict, path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import gather_object, reduce
 
 from musetalk.errors import TrainError
-from musetalk.training.distributed import average_gradients
+from musetalk.training.distributed import GradientAverage
 
 
 class StepConfig(Protocol):
@@ -41,24 +41,29 @@ class StepResult(NamedTuple):
 class OptimizerStep:
     """Collects the micro steps of one optimizer step, then updates.
 
-    step = OptimizerStep(state.step, config)
+    step = OptimizerStep(state.step, config, [optimizer])
     for batch in step.micro_batches(batches):
-        ...  # losses; backward of each, divided by grad_accum_steps
+        ...  # losses; one backward pass, of their sum divided by grad_accum_steps
         step.add(terms)
-    result = step.update([optimizer])
+    result = step.update()
     """
 
-    def __init__(self, step: int, config: StepConfig) -> None:
+    def __init__(self, step: int, config: StepConfig, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """step: optimizer updates made before this one."""
-        self.step, self.config = step, config
+        self.step, self.config, self.optimizers = step, config, optimizers
+        self.parameters = [[p for group in x.param_groups for p in group["params"]] for x in optimizers]
+        self.average: GradientAverage | None = None  # from the last micro step on
         self.terms: dict[str, torch.Tensor] = {}
         self.sample_ids: list[str] = []
 
     def micro_batches(self, batches: Iterator[dict]) -> Iterator[dict]:
         """Yields the batches of this step. Seeds torch by the step number, so that a resumed run is exact."""
         torch.manual_seed(self.config.seed + self.step)
-        for batch in islice(batches, self.config.grad_accum_steps):
+        count = self.config.grad_accum_steps
+        for micro_step, batch in enumerate(islice(batches, count), 1):
             self.sample_ids += batch["where"]
+            if micro_step == count:
+                self.average = GradientAverage(chain(*reversed(self.parameters)))
             yield batch
 
     def add(self, terms: dict[str, torch.Tensor]) -> None:
@@ -66,22 +71,22 @@ class OptimizerStep:
         for name, value in terms.items():
             self.terms[name] = self.terms.get(name, 0) + value / self.config.grad_accum_steps
 
-    def update(self, optimizers: Sequence[torch.optim.Optimizer]) -> StepResult:
+    def update(self) -> StepResult:
         """Averages gradients over processes, clips each optimizer's to `max_grad_norm`, and updates all or none.
 
         The learning rate schedule is that of the first optimizer. If a gradient is not finite, no parameter changes:
         with `on_nonfinite` "skip" the result says why, with "stop" TrainError is raised. Clears the gradients.
         """
         rate = scheduled_rate(self.step, self.config)
-        parameters = [[p for group in x.param_groups for p in group["params"]] for x in optimizers]
-        average_gradients(sum(parameters, []))
-        norms = [torch.nn.utils.clip_grad_norm_(group, self.config.max_grad_norm) for group in parameters]
+        if self.average:
+            self.average.finish()
+        norms = [torch.nn.utils.clip_grad_norm_(group, self.config.max_grad_norm) for group in self.parameters]
         finite = bool(torch.stack(norms).isfinite().all())  # the only host read in a step
         if finite:
-            optimizers[0].param_groups[0]["lr"] = rate
-            for optimizer in optimizers:
+            self.optimizers[0].param_groups[0]["lr"] = rate
+            for optimizer in self.optimizers:
                 optimizer.step()
-        for optimizer in optimizers:
+        for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         return StepResult(self.terms, norms[0], rate, "" if finite else self._nonfinite())
 

@@ -47,13 +47,13 @@ def build_syncnet(architecture: str, seed: int) -> SyncNet:
         return ARCHITECTURES[architecture]()
 
 
-def save_syncnet(run_dir: Path, step: int, network: SyncNet, architecture: str) -> Path:
-    """Writes an expert for use, with its architecture as the only metadata key. Returns the path.
+def save_syncnet(run_dir: Path, step: int, tensors: dict[str, torch.Tensor], architecture: str) -> Path:
+    """Writes an expert's weights for use, with its architecture as the only metadata key. Returns the path.
 
     Raises WeightsError if writing fails.
     """
     path = run_dir / f"syncnet-{step:07d}.safetensors"
-    write_tensors(path, network.state_dict(), {"architecture": architecture})
+    write_tensors(path, tensors, {"architecture": architecture})
     return path
 
 

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 
 from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, LATENT_SIZE, RIGID, WINDOW_STEPS
 from musetalk.errors import TrainError
-from musetalk.models.vae import load_vae
+from musetalk.training.state import load_pixel_vae
 from musetalk_trainer import PRESETS, TrainConfig, build_objective, build_state, check_config, optimizer_step, weights
 
 pytestmark = pytest.mark.slow
@@ -53,7 +53,7 @@ def results(config: TrainConfig, mini: Path) -> dict[str, torch.Tensor]:
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     state = build_state(config, RIGID, accelerator)
-    vae = load_vae(mini, accelerator.device, torch.float32)
+    vae = load_pixel_vae(mini, accelerator)
     objective, _ = build_objective(config, state, vae, accelerator)
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(3, 2, 1, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, generator=generator).half()

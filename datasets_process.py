@@ -5,7 +5,7 @@
 
 Reads every video below `hdtf_dir`, resamples it to 25 frames per second, tracks and crops the face, encodes the crops
 with the VAE and the audio with Whisper. Writes one tensor file and one record per clip into `hdtf_samples_dir` (see
-musetalk/data/cache.py), a contact sheet of the crops, and a reason for every rejected video.
+musetalk/data/cache_format.py), a contact sheet of the crops, and a reason for every rejected video.
 The videos are distributed over `num_workers` processes; the output does not depend on their number.
 To resume after an interruption, run the same command again: completed clips are skipped. A video whose file size has
 changed is processed again. `--verify` checks all files of a cache against their sha256.
@@ -39,18 +39,13 @@ from musetalk.contract import (
     FeatureContract,
 )
 from musetalk.data.audio import audio_features, clip_audio, sync_mel, window_start
-from musetalk.data.cache import (
-    MAX_CLIP_FRAMES,
-    Cache,
-    CacheError,
-    CacheWriter,
-    JpegBuffer,
-    clip_name,
-    verify,
-)
+from musetalk.data.cache import Cache, CacheError, verify
+from musetalk.data.cache_format import MAX_CLIP_FRAMES, clip_name
+from musetalk.data.cache_writer import CacheWriter, JpegBuffer
 from musetalk.data.crop import MIN_FACE, Person, crop_clips
 from musetalk.data.face import FACE_BACKENDS, load_face_backend
 from musetalk.data.face.face import FaceBackend
+from musetalk.data.references import face_shapes
 from musetalk.data.sources import Source, find_sources, independent
 from musetalk.data.video import MediaError, file_size, read_audio, read_frames
 from musetalk.data.workers import Bar, map_jobs, most_processes
@@ -237,7 +232,7 @@ def clip_tensors(
     audio_inputs: tuple[np.ndarray, np.ndarray],
     models: Models,
 ) -> dict[str, np.ndarray]:
-    """Builds the tensors of a clip, see TENSORS in musetalk/data/cache.py.
+    """Builds the tensors of a clip, see TENSORS in musetalk/data/cache_format.py.
 
     crops: those of `person`; only those of usable frames are stored.
     audio_inputs: features and mel from the first frame of the clip to the end of the source.
@@ -249,7 +244,8 @@ def clip_tensors(
     masked_latents, latents = models.vae.encode_clip(name, stored_crops, models.contract)
     face_jpeg, face_jpeg_offsets = jpegs.tensors()
     no_landmarks = np.zeros((68, 2))
-    landmarks = np.stack([no_landmarks if face is None else face.landmarks for face in person.faces])
+    points = np.stack([no_landmarks if face is None else face.landmarks for face in person.faces])
+    landmarks = points.astype(np.float32)
     return {
         "face_jpeg": face_jpeg,
         "face_jpeg_offsets": face_jpeg_offsets,
@@ -257,7 +253,8 @@ def clip_tensors(
         "masked_latents": masked_latents,
         "audio_features": features[: window_start(count - 1) + WINDOW_STEPS],
         "mel": mel[: SYNC_MEL_RATE * count // VIDEO_FPS + 1],
-        "landmarks": landmarks.astype(np.float32),
+        "landmarks": landmarks,
+        "face_shapes": face_shapes(landmarks),
         "boxes": person.boxes,
         "usable": usable,
     }

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from musetalk.data.cache import clip_name, identity_of
+from musetalk.data.cache_format import clip_name, identity_of
 from musetalk.data.video import MediaError, count_frames
 from musetalk.errors import UserError
 from musetalk.files import read_json

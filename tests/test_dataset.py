@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from benchmarks.reading import sparse_cache
 from musetalk.contract import RIGID, FeatureContract
 from musetalk.data.audio import audio_windows
 from musetalk.data.cache import Cache, CacheError
@@ -25,6 +27,7 @@ from musetalk.data.dataset import (
     unit_hash,
 )
 from musetalk.data.references import face_shapes, pose_matched_candidates
+from musetalk.data.sync_dataset import SyncDataset
 from musetalk.data.video import read_frames
 from musetalk.errors import UserError
 
@@ -158,6 +161,21 @@ def test_the_margins_of_the_contract_select_the_variants(cache, margins, variant
     samples = [dataset.draw(step, 0) for step in range(60)]
     assert {sample.variant for sample in samples} == variants
     assert {sample.reference_variants[0] for sample in samples} == variants
+
+
+def test_little_is_kept_in_memory_for_a_frame(tmp_path):
+    """64 workers that read 100 hours, 9 million frames, fit into 2 GB if each keeps 3.5 bytes a frame."""
+    folder = sparse_cache(tmp_path / "cache", 300)  # 5 hours, without contents
+    tracemalloc.start()
+    cache = Cache(folder)
+    names = list(cache.clips)
+    faces = open_dataset(cache, names, contract=cache.contract, references="pose_and_mouth", frames=2, mel_frames=16)
+    sync = SyncDataset(cache, names, seed=0, slots=1, frames=5, num_steps=9, gaps=(15, 3), other_clips=0.2)
+    for step in range(300):
+        faces.draw(step, 0), sync.draw(step, 0)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 3.5 * sum(map(len, cache.clips.values()))
 
 
 # References.

@@ -74,6 +74,11 @@ def _open_tensors(clip: Clip) -> dict[str, Any]:
     return tensors
 
 
+def close_clips() -> None:
+    """Closes the tensor files of all clips. They are opened again when they are read."""
+    _open_tensors.cache_clear()
+
+
 class Clip:
     """One clip of a cache. Only its record is kept in memory: tensors are read on demand from a memory map."""
 

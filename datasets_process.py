@@ -157,8 +157,7 @@ def load_models(config: PrepareConfig) -> Models:
         margins=config.margins or base.margins,
         encode_dtype=config.encode_dtype or (base.encode_dtype if supports_bf16(config.device) else "float32"),
     )
-    if config.device == "cpu":
-        torch.set_num_threads(1)  # with more threads the last bits of the output depend on the batch size
+    torch.set_num_threads(1)  # there is a process for each core; with more the last bits depend on the batch size
     device = torch.device(config.device)
     vae = load_vae(config.models_dir, device, getattr(torch, contract.encode_dtype))
     audio_encoder = load_audio_encoder(config.models_dir, device)

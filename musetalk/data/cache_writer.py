@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path, PurePath
 
@@ -70,16 +70,21 @@ class CacheWriter:
         else:
             atomic_write_bytes(path, json_bytes({"version": VERSION, "contract": contract.as_dict(CACHE_FIELDS)}))
 
-    def finished(self, metadata: dict) -> list[dict]:
+    def finished(self, metadata: dict, first: int = 0, stop: int | None = None) -> list[dict]:
         """Returns the records of a source's completed clips in order, including rejected ones; [] if there are none.
 
-        metadata: source, source_bytes and identity, as stored in records. The source is complete if its last record
-        has "last" set. If the size of the file has changed, its clips are deleted; if its identity has changed, the
-        records are updated. Raises MediaError if another source has the same clip name.
+        metadata: source, source_bytes and identity, as stored in records. first, stop: only consecutive parts from
+        `first` on and below `stop`. The source is complete if its last record has "last" set. If the size of the file
+        has changed, its clips are deleted; if its identity has changed, the records are updated. Raises MediaError if
+        another source has the same clip name.
         """
         source = PurePath(metadata["source"])
-        paths = [path] if (path := self._record(clip_name(source))) else []
-        while not path and (part := self._record(clip_name(source, len(paths)))):
+        whole = None if first else self._record(clip_name(source))
+        paths = [whole] if whole else []
+        while not whole and first + len(paths) != stop:
+            part = self._record(clip_name(source, first + len(paths)))
+            if not part:
+                break
             paths.append(part)
         records = [read_record(path) for path in paths]
         for path, record in zip(paths, records, strict=True):
@@ -134,3 +139,17 @@ class CacheWriter:
         record = metadata | {"kind": kind, "reason": reason}
         atomic_write_bytes(self.folder / "rejected" / f"{clip}.json", json_bytes(record))
         return record
+
+
+def remove_later_parts(folder: Path, counts: Mapping[str, int]) -> None:
+    """Removes the clips and rejections of sources from the parts `counts` on, where counts maps a source to its parts.
+
+    A video whose parts are processed side by side has some where it turns out to be unreadable before them.
+    """
+    sources = {clip_name(PurePath(source)): source for source in counts}
+    for path in [*folder.glob("clips/*.json"), *folder.glob("rejected/*.json")]:
+        name, _, part = path.stem.rpartition("-")
+        source = sources.get(name)
+        if source and part.isdecimal() and int(part) >= counts[source] and read_record(path)["source"] == source:
+            path.unlink()
+            path.with_suffix(".safetensors").unlink(missing_ok=True)

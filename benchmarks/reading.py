@@ -16,10 +16,11 @@ import numpy as np
 from benchmarks.timings import ratio
 from benchmarks.workplace import Measured, UnavailableError, Workplace
 from musetalk.contract import RIGID
-from musetalk.data.cache import DTYPES, Cache, close_clips
+from musetalk.data.cache import Cache, close_clips
 from musetalk.data.cache_format import MAX_CLIP_FRAMES, TENSORS, json_bytes
 from musetalk.data.cache_writer import CacheWriter
 from musetalk.data.dataset import FaceDataset
+from musetalk.data.tensor_file import DTYPES
 
 CLIPS = 6000  # of a minute: 100 hours, 9 million frames
 DRAWN = 20_000  # samples
@@ -40,7 +41,7 @@ def sparse_cache(folder: Path, clips: int) -> Path:
     sizes: dict[str | int, int] = {"T": frames, "K": 1, "N": frames, "T K + 1": frames + 1}
     sizes.update({"640 (T + 30)": 640 * (frames + 30), "F": 2 * frames, "S": 5, "D": 384, "M": 3 * frames})
     contents = {"usable": np.ones(frames, bool), "face_jpeg_offsets": np.arange(frames + 1)}
-    kinds = {np.dtype(dtype): kind for kind, dtype in DTYPES.items()}
+    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
     header, starts, end = {}, {}, 0
     for name, (scalar, shape) in TENSORS.items():
         dtype, lengths = np.dtype(scalar), [sizes.get(size, size) for size in shape]
@@ -138,7 +139,7 @@ def read_cold(workplace: Workplace) -> tuple[float, float, float]:
 
 
 def forget(paths: list[Path]) -> None:
-    """Removes files of a cache from the system's page cache. Pages that a process has mapped would stay."""
+    """Removes files of a cache from the system's page cache, and closes them."""
     close_clips()
     for path in paths:
         with open(path, "rb") as file:

@@ -8,15 +8,13 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import cv2
 import numpy as np
-import safetensors
 
 from musetalk.contract import CACHE_FIELDS, CONTEXT_FRAMES, FEATURES_PER_FRAME, IMAGE_SIZE, FeatureContract
 from musetalk.data.cache_format import (
-    TENSORS,
     VERSION,
     CacheError,
     check_tensors,
@@ -24,18 +22,10 @@ from musetalk.data.cache_format import (
     read_cache_json,
     read_record,
 )
+from musetalk.data.tensor_file import TensorFile
 from musetalk.files import atomic_write_bytes
 
-MAX_OPEN_CLIPS = 256  # of a process
-DTYPES = {
-    "U8": np.uint8,
-    "I16": np.int16,
-    "I32": np.int32,
-    "I64": np.int64,
-    "F16": np.float16,
-    "F32": np.float32,
-    "BOOL": np.bool_,
-}  # of safetensors
+MAX_OPEN_CLIPS = 128  # of a process, which may have 1,024 open files on most systems
 
 Frames = TypeVar("Frames", int, np.ndarray)
 
@@ -56,31 +46,26 @@ def read_contract(folder: Path) -> FeatureContract:
 
 
 @lru_cache(MAX_OPEN_CLIPS)
-def _open_tensors(clip: Clip) -> dict[str, Any]:
-    """Maps the tensor file of a clip and returns its tensors by name, unread. Raises CacheError.
-
-    They stay mapped until `MAX_OPEN_CLIPS` others are opened: a process may have some 65,000 memory maps.
-    """
+def _open(clip: Clip) -> TensorFile:
+    """Opens the tensor file of a clip, until `MAX_OPEN_CLIPS` others are opened. Raises CacheError."""
     try:
-        file = safetensors.safe_open(clip.path, framework="numpy")
-        tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
+        file = TensorFile(clip.path)
+    except (OSError, ValueError) as error:
         raise CacheError(f"{clip.path} cannot be read ({error}); {clip.repair_hint()}") from error
-    types = {name: np.dtype(DTYPES.get(rows.get_dtype(), object)) for name, rows in tensors.items()}
-    shapes = {name: tuple(rows.get_shape()) for name, rows in tensors.items()}
-    check_tensors(str(clip.path), {name: (types[name], shapes[name]) for name in tensors})
-    if len(clip) != (frames := shapes["usable"][0]):
+    check_tensors(str(clip.path), file.tensors)
+    _, (frames,) = file.tensors["usable"]
+    if len(clip) != frames:
         raise CacheError(f"{clip.path} has {frames} frames, its record says {len(clip)}; {clip.repair_hint()}")
-    return tensors
+    return file
 
 
 def close_clips() -> None:
     """Closes the tensor files of all clips. They are opened again when they are read."""
-    _open_tensors.cache_clear()
+    _open.cache_clear()
 
 
 class Clip:
-    """One clip of a cache. Only its record is kept in memory: tensors are read on demand from a memory map."""
+    """One clip of a cache. Only its record is kept in memory: tensors are read on demand."""
 
     def __init__(self, folder: Path, name: str) -> None:
         """Raises CacheError if the tensor file is missing or does not match `TENSORS` and the record."""
@@ -149,25 +134,26 @@ class Clip:
 
     def has(self, name: str) -> bool:
         """Whether the clip has a tensor, which may be one of `OPTIONAL_TENSORS`."""
-        return name in _open_tensors(self)
+        return name in _open(self).tensors
 
     def rows(self, name: str) -> int:
         """Number of rows of a tensor of `TENSORS`."""
-        return _open_tensors(self)[name].get_shape()[0]
+        _, (length, *_) = _open(self).tensors[name]
+        return length
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Reads rows [start, stop) of a tensor of `TENSORS`, clipped to its length.
 
         Raises CacheError if the clip lacks this optional tensor.
         """
-        rows = _open_tensors(self).get(name)
-        if rows is None:
+        if not self.has(name):
             raise CacheError(f"{self.path} has no tensor {name}; {self.repair_hint()}")
-        length, *rest = rows.get_shape()
+        length = self.rows(name)
         stop = length if stop is None else min(stop, length)
-        if start >= stop:  # safetensors cannot read empty slices
-            return np.zeros((0, *rest), TENSORS[name][0])
-        return rows[start:stop]
+        try:
+            return _open(self).read(name, min(start, stop), stop)
+        except (OSError, ValueError) as error:
+            raise CacheError(f"{self.path} cannot be read ({error}); {self.repair_hint()}") from error
 
     def image(self, frame: int, variant: int = 0) -> np.ndarray:
         """Decodes the face crop of a usable frame: BGR uint8 (256, 256, 3). Raises CacheError if there is none."""

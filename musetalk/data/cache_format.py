@@ -1,7 +1,7 @@
 """The files of a cache. This module alone defines their names, dtypes and version.
 
 <folder>/contract.json               the feature contract of the cache; every reader checks it
-<folder>/clips/<clip>.safetensors    the tensors of a clip, memory-mapped by readers
+<folder>/clips/<clip>.safetensors    the tensors of a clip, of which readers read parts
 <folder>/clips/<clip>.json           the record of the clip, written last: it marks the clip as complete
 <folder>/rejected/<clip>.json        why a source was rejected
 

@@ -43,7 +43,7 @@ from musetalk.contract import (
 from musetalk.data.audio import audio_features, clip_audio, sync_mel, window_start
 from musetalk.data.cache import Cache, CacheError, verify
 from musetalk.data.cache_format import MAX_CLIP_FRAMES, clip_name
-from musetalk.data.cache_writer import CacheWriter, JpegBuffer, remove_later_parts
+from musetalk.data.cache_writer import CacheWriter, JpegBuffer, join_pieces
 from musetalk.data.crop import MIN_FACE, Person, crop_clips
 from musetalk.data.face import FACE_BACKENDS, load_face_backend
 from musetalk.data.face.face import FaceBackend
@@ -124,21 +124,6 @@ def start_worker(number: int, constants: dict) -> Callable[[list[Source], Bar], 
         config = replace(config, device=f"cuda:{number % torch.cuda.device_count()}")
     models = load_models(config)
     return partial(prepare_all, config.hdtf_dir, CacheWriter(config.hdtf_samples_dir, models.contract), models)
-
-
-def join_pieces(folder: Path, records: list[dict]) -> list[dict]:
-    """Ends each video at its first part that is the last one, and returns the records up to there.
-
-    records: of all videos, those of a video in order. Where a video cannot be read to its end, pieces of it that were
-    processed at the same time may have later parts; these are removed, as if it had been processed in order.
-    """
-    kept: dict[str, list[dict]] = {}
-    for record in records:
-        parts = kept.setdefault(record["source"], [])
-        if not (parts and parts[-1]["last"]):
-            parts.append(record)
-    remove_later_parts(folder, {source: len(parts) for source, parts in kept.items()})
-    return [record for parts in kept.values() for record in parts]
 
 
 def prepare_all(folder: Path, writer: CacheWriter, models: Models, sources: list[Source], bar: Bar) -> list[dict]:

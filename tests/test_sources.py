@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 import datasets_process
 import musetalk.data.crop
-from datasets_process import PrepareConfig, join_pieces, load_models, prepare_all
+from datasets_process import PrepareConfig, load_models, prepare_all
 from musetalk.data.cache import Cache
-from musetalk.data.cache_writer import CacheWriter
+from musetalk.data.cache_writer import CacheWriter, join_pieces
 from musetalk.data.sources import Source, find_sources, find_videos, independent, read_identities
 from musetalk.data.video import read_audio, read_frames, write_video
 from musetalk.errors import UserError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path, PurePath
 
@@ -141,15 +141,22 @@ class CacheWriter:
         return record
 
 
-def remove_later_parts(folder: Path, counts: Mapping[str, int]) -> None:
-    """Removes the clips and rejections of sources from the parts `counts` on, where counts maps a source to its parts.
+def join_pieces(folder: Path, records: Iterable[dict]) -> list[dict]:
+    """Ends each video at the first of its records that is the last one, and returns the records up to there.
 
-    A video whose parts are processed side by side has some where it turns out to be unreadable before them.
+    records: of all videos; those of a video are in order. Pieces of a video are processed at the same time, so there
+    are later parts if it turns out to be unreadable before them. These are removed, as if it had been read in order.
     """
-    sources = {clip_name(PurePath(source)): source for source in counts}
+    kept: dict[str, list[dict]] = {}
+    for record in records:
+        parts = kept.setdefault(record["source"], [])
+        if not (parts and parts[-1]["last"]):
+            parts.append(record)
+    sources = {clip_name(PurePath(source)): source for source in kept}
     for path in [*folder.glob("clips/*.json"), *folder.glob("rejected/*.json")]:
         name, _, part = path.stem.rpartition("-")
         source = sources.get(name)
-        if source and part.isdecimal() and int(part) >= counts[source] and read_record(path)["source"] == source:
+        if source and part.isdecimal() and int(part) >= len(kept[source]) and read_record(path)["source"] == source:
             path.unlink()
             path.with_suffix(".safetensors").unlink(missing_ok=True)
+    return [record for parts in kept.values() for record in parts]

@@ -5,8 +5,9 @@
 
 Reads every video below `hdtf_dir`, resamples it to 25 frames per second, tracks and crops the face, encodes the crops
 with the VAE and the audio with Whisper. Writes one tensor file and one record per clip into `hdtf_samples_dir` (see
-musetalk/data/cache.py), a contact sheet of the crops, and a reason for every rejected video.
-The videos are distributed over `num_workers` processes; the output does not depend on their number.
+musetalk/data/cache_format.py), a contact sheet of the crops, and a reason for every rejected video.
+The videos, and pieces of ten minutes of longer ones, are distributed over `num_workers` processes; the output does not
+depend on their number.
 To resume after an interruption, run the same command again: completed clips are skipped. A video whose file size has
 changed is processed again. `--verify` checks all files of a cache against their sha256.
 `identities.json` in `hdtf_dir` is optional and names the person in each video (path without suffix -> name).
@@ -19,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import Literal
 
@@ -39,18 +41,13 @@ from musetalk.contract import (
     FeatureContract,
 )
 from musetalk.data.audio import audio_features, clip_audio, sync_mel, window_start
-from musetalk.data.cache import (
-    MAX_CLIP_FRAMES,
-    Cache,
-    CacheError,
-    CacheWriter,
-    JpegBuffer,
-    clip_name,
-    verify,
-)
+from musetalk.data.cache import Cache, CacheError, verify
+from musetalk.data.cache_format import MAX_CLIP_FRAMES, clip_name
+from musetalk.data.cache_writer import CacheWriter, JpegBuffer, join_pieces
 from musetalk.data.crop import MIN_FACE, Person, crop_clips
 from musetalk.data.face import FACE_BACKENDS, load_face_backend
 from musetalk.data.face.face import FaceBackend
+from musetalk.data.references import face_shapes
 from musetalk.data.sources import Source, find_sources, independent
 from musetalk.data.video import MediaError, file_size, read_audio, read_frames
 from musetalk.data.workers import Bar, map_jobs, most_processes
@@ -117,7 +114,7 @@ def main(config: PrepareConfig) -> None:
                 records = [record for job_records in results.values() for record in job_records]
             else:
                 records = start_worker(0, vars(config))(sources, bar)
-        report(config.hdtf_samples_dir, records)
+        report(config.hdtf_samples_dir, join_pieces(config.hdtf_samples_dir, records))
 
 
 def start_worker(number: int, constants: dict) -> Callable[[list[Source], Bar], list[dict]]:
@@ -138,13 +135,14 @@ def prepare_all(folder: Path, writer: CacheWriter, models: Models, sources: list
         metadata: dict[str, str | int] = {"source": source.path.as_posix(), "identity": source.identity}
         try:
             metadata["source_bytes"] = file_size(folder / source.path)
-            for record in prepare_source(folder / source.path, metadata, writer, models, bar):
+            path, first, stop = folder / source.path, source.first, source.stop
+            for record in prepare_source(path, metadata, writer, models, bar, first=first, stop=stop):
                 source_records.append(record)
         except MediaError as error:
             if error.kind == "same name":
                 rejected = clip_name(source.path) + source.path.suffix
             else:
-                rejected = clip_name(source.path, len(source_records) or None)  # earlier clips are kept
+                rejected = clip_name(source.path, source.first + len(source_records) or None)  # earlier clips are kept
             metadata = {"source_bytes": 0, **metadata}
             source_records.append(writer.reject(rejected, metadata | {"last": True}, error.kind, str(error)))
             bar.write(f"refused: {error}")
@@ -162,8 +160,7 @@ def load_models(config: PrepareConfig) -> Models:
         margins=config.margins or base.margins,
         encode_dtype=config.encode_dtype or (base.encode_dtype if supports_bf16(config.device) else "float32"),
     )
-    if config.device == "cpu":
-        torch.set_num_threads(1)  # with more threads the last bits of the output depend on the batch size
+    torch.set_num_threads(1)  # there is a process for each core; with more the last bits depend on the batch size
     device = torch.device(config.device)
     vae = load_vae(config.models_dir, device, getattr(torch, contract.encode_dtype))
     audio_encoder = load_audio_encoder(config.models_dir, device)
@@ -177,26 +174,35 @@ def load_models(config: PrepareConfig) -> Models:
     return Models(backend, vae, audio_encoder, contract)
 
 
-def prepare_source(source: Path, metadata: dict, writer: CacheWriter, models: Models, bar: Bar) -> Iterator[dict]:
+def prepare_source(
+    source: Path,
+    metadata: dict,
+    writer: CacheWriter,
+    models: Models,
+    bar: Bar,
+    *,
+    first: int = 0,
+    stop: int | None = None,
+) -> Iterator[dict]:
     """Writes the clips of one video into the cache and yields their records in order, those of earlier runs first.
 
-    metadata: the fields that all its records share. Raises MediaError.
+    metadata: the fields that all its records share. first, stop: see `Source`. Raises MediaError.
     """
     relative = PurePath(metadata["source"])
-    finished = writer.finished(metadata)
+    finished = writer.finished(metadata, first, stop)
     bar.update(PASSES * sum(record.get("frames", 0) for record in finished))
     yield from finished
-    if finished and finished[-1]["last"]:
+    first += len(finished)
+    if first == stop or (finished and finished[-1]["last"]):
         return
 
     # The audio is processed at once, the video clip by clip.
     audio = read_audio(source)
     mel = sync_mel(audio)
     features = audio_features(audio, models.audio_encoder, models.contract)
-    first_part = len(finished)
-    frames = counted(read_frames(source, first_part * MAX_CLIP_FRAMES), bar)
-    clips = crop_clips(relative, frames, models.backend, models.contract, first_part)
-    for part, (name, person, last) in enumerate(clips, first_part):
+    frames = counted(read_frames(source, first * MAX_CLIP_FRAMES), bar)
+    clips = crop_clips(relative, frames, models.backend, models.contract, first)
+    for part, (name, person, last) in enumerate(islice(clips, stop and stop - first), first):
         start = part * MAX_CLIP_FRAMES
         clip_metadata = metadata | {"start": start, "last": last, "device": models.vae.autoencoder.device.type}
         has_face = np.array([face is not None for face in person.faces])
@@ -237,7 +243,7 @@ def clip_tensors(
     audio_inputs: tuple[np.ndarray, np.ndarray],
     models: Models,
 ) -> dict[str, np.ndarray]:
-    """Builds the tensors of a clip, see TENSORS in musetalk/data/cache.py.
+    """Builds the tensors of a clip, see TENSORS in musetalk/data/cache_format.py.
 
     crops: those of `person`; only those of usable frames are stored.
     audio_inputs: features and mel from the first frame of the clip to the end of the source.
@@ -249,7 +255,8 @@ def clip_tensors(
     masked_latents, latents = models.vae.encode_clip(name, stored_crops, models.contract)
     face_jpeg, face_jpeg_offsets = jpegs.tensors()
     no_landmarks = np.zeros((68, 2))
-    landmarks = np.stack([no_landmarks if face is None else face.landmarks for face in person.faces])
+    points = np.stack([no_landmarks if face is None else face.landmarks for face in person.faces])
+    landmarks = points.astype(np.float32)
     return {
         "face_jpeg": face_jpeg,
         "face_jpeg_offsets": face_jpeg_offsets,
@@ -257,7 +264,8 @@ def clip_tensors(
         "masked_latents": masked_latents,
         "audio_features": features[: window_start(count - 1) + WINDOW_STEPS],
         "mel": mel[: SYNC_MEL_RATE * count // VIDEO_FPS + 1],
-        "landmarks": landmarks.astype(np.float32),
+        "landmarks": landmarks,
+        "face_shapes": face_shapes(landmarks),
         "boxes": person.boxes,
         "usable": usable,
     }

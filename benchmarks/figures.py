@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks import counts, inference, timings
+from benchmarks import counts, inference, reading, timings
 from benchmarks.workplace import Measured, Workplace
 
 RELATIONS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
@@ -52,6 +52,10 @@ FIGURES = (
     Figure("stage1_host_copies", "copies", "<=", 10, lambda _: counts.host_copies(counts.STAGE1_FAST)),
     Figure("cache_bytes_per_frame", "bytes", "<=", 45_000, counts.cache_bytes_per_frame),
     Figure("cache_files_per_clip", "files", "<=", 2, counts.cache_files_per_clip),
+    Figure("reader_gb_64_workers", "GB", "<=", 2, reading.reader_gb_64_workers),
+    Figure("cache_open_ratio", "x", "<=", 1.5, reading.cache_open_ratio),
+    Figure("cold_read_mb", "MB", "<=", 2, reading.cold_read_mb),
+    Figure("cold_read_ratio", "x", "<=", 10, reading.cold_read_ratio),
     Figure("loader_ratio", "x", ">=", 8, timings.loader_ratio),
     Figure("preprocess_vae_encodes_per_frame", "encodes", "==", 2, lambda _: counts.vae_encodes_per_frame()),
     Figure("preprocess_nonmodel_ratio", "x", ">=", 2.7, timings.preprocess_nonmodel_ratio),

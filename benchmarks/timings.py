@@ -18,7 +18,7 @@ from benchmarks.silent import SilentBackend, silent_vae
 from benchmarks.workplace import Measured, UnavailableError, Workplace, cut, prepare_quietly
 from datasets_process import PrepareConfig
 from musetalk.contract import IMAGE_SIZE, RIGID
-from musetalk.data.cache import JpegBuffer
+from musetalk.data.cache_writer import JpegBuffer
 from musetalk.data.crop import crop_clips, face_box
 from musetalk.data.dataset import FaceDataset
 from musetalk.data.face.face import FaceBackend

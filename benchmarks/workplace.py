@@ -21,7 +21,9 @@ from benchmarks import ROOT
 from datasets_process import PrepareConfig
 from datasets_process import main as prepare
 from musetalk.contract import VIDEO_FPS
-from musetalk.data.cache import MAX_CLIP_FRAMES, OPTIONAL_TENSORS, TENSORS, Cache, CacheWriter
+from musetalk.data.cache import Cache
+from musetalk.data.cache_format import MAX_CLIP_FRAMES, OPTIONAL_TENSORS, TENSORS
+from musetalk.data.cache_writer import CacheWriter
 from musetalk.data.video import read_frames
 from musetalk.files import read_json
 from musetalk.models.audio_encoder import build_encoder

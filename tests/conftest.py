@@ -213,8 +213,8 @@ def write_source() -> Callable:
 
 @pytest.fixture(scope="session")
 def random_tensors() -> Callable[..., dict[str, np.ndarray]]:
-    """A function: sizes -> the tensors of a synthetic clip, see musetalk/data/cache.py."""
-    from musetalk.data.cache import JpegBuffer
+    """A function: sizes -> the tensors of a synthetic clip, see musetalk/data/cache_format.py."""
+    from musetalk.data.cache_writer import JpegBuffer
 
     def make(
         frames: int,
@@ -249,6 +249,7 @@ def random_tensors() -> Callable[..., dict[str, np.ndarray]]:
             "boxes": rng.integers([0, 0, 250, 250], [250, 250, 500, 500], (frames, variants, 4)).astype(np.int32),
             "usable": usable,
             "audio": rng.integers(-(2**15), 2**15, SAMPLES_PER_FRAME * (frames + 30)).astype(np.int16),
+            "face_shapes": rng.uniform(-1, 1, (frames, 25, 2)).astype(np.float32),
         }
 
     return make

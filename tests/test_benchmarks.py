@@ -17,7 +17,8 @@ from benchmarks.memory import LiveStorages
 from benchmarks.training import fake_tensors, training, zero_batch
 from benchmarks.workplace import Measured, UnavailableError, Workplace
 from musetalk.contract import FeatureContract, sync_mel_frames
-from musetalk.data.cache import Cache, CacheWriter
+from musetalk.data.cache import Cache
+from musetalk.data.cache_writer import CacheWriter
 from musetalk.data.dataset import FaceDataset, Sample
 from musetalk.errors import UserError
 from musetalk.images import mask_lower_half, to_tensor

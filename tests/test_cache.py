@@ -16,16 +16,9 @@ import pytest
 import safetensors.numpy
 
 from musetalk.contract import CACHE_FIELDS, IMAGE_SIZE, ContractError, FeatureContract
-from musetalk.data.cache import (
-    TENSORS,
-    VERSION,
-    Cache,
-    CacheError,
-    CacheWriter,
-    Clip,
-    JpegBuffer,
-    read_contract,
-)
+from musetalk.data.cache import Cache, CacheError, Clip, read_contract
+from musetalk.data.cache_format import TENSORS, VERSION
+from musetalk.data.cache_writer import CacheWriter, JpegBuffer
 
 METADATA = {"source": "a.mp4", "source_bytes": 9, "identity": "somebody", "start": 0, "last": True}
 CONTRACT = FeatureContract(margins=(0, 10), vae="abc")

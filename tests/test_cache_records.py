@@ -13,16 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from musetalk.contract import FeatureContract
-from musetalk.data.cache import (
-    CLIP_RECORD,
-    TENSORS,
-    Cache,
-    CacheError,
-    CacheWriter,
-    clip_name,
-    identity_of,
-    verify,
-)
+from musetalk.data.cache import Cache, CacheError, verify
+from musetalk.data.cache_format import CLIP_RECORD, TENSORS, clip_name, identity_of
+from musetalk.data.cache_writer import CacheWriter
 from musetalk.data.video import MediaError
 
 CONTRACT = FeatureContract()

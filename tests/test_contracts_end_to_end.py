@@ -33,7 +33,8 @@ from musetalk.contract import (
     ContractError,
     FeatureContract,
 )
-from musetalk.data.cache import Cache, CacheWriter
+from musetalk.data.cache import Cache
+from musetalk.data.cache_writer import CacheWriter
 from musetalk.data.dataset import FaceDataset, read_windows
 from musetalk.data.face.face import Face
 from musetalk.data.video import ping_pong_index, read_frames, write_video

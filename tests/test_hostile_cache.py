@@ -17,7 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from musetalk.contract import CACHE_FIELDS, FeatureContract
-from musetalk.data.cache import CLIP_RECORD, TENSORS, Cache, CacheWriter, verify
+from musetalk.data.cache import Cache, verify
+from musetalk.data.cache_format import CLIP_RECORD, TENSORS
+from musetalk.data.cache_writer import CacheWriter
 
 CONTRACT = FeatureContract(margins=(0, 10))
 METADATA = {"source": "a.mp4", "source_bytes": 9, "identity": "somebody", "start": 0, "last": True}

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from musetalk.contract import RIGID, ContractError
-from musetalk.data.cache import CacheError, CacheWriter, verify
+from musetalk.data.cache import CacheError, verify
+from musetalk.data.cache_writer import CacheWriter
 from musetalk.data.offsets import MIN_CONFIDENCE, OffsetsConfig, main
 
 LIPS = slice(65, 68)  # the lower points of the inner lips

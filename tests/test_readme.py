@@ -22,7 +22,8 @@ import tyro
 from nbclient import NotebookClient
 
 from musetalk.contract import AUDIO_SAMPLE_RATE, CONTRACTS, SAMPLES_PER_FRAME
-from musetalk.data.cache import Cache, CacheWriter
+from musetalk.data.cache import Cache
+from musetalk.data.cache_writer import CacheWriter
 from musetalk.data.dataset import SAMPLE_HELD_OUT, split_clips
 from musetalk.data.sources import find_videos, read_identities
 from musetalk.data.video import read_audio, read_frames, write_video

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path, PurePath
 
 import pytest
@@ -12,7 +14,8 @@ from tqdm import tqdm
 import datasets_process
 import musetalk.data.crop
 from datasets_process import PrepareConfig, load_models, prepare_all
-from musetalk.data.cache import Cache, CacheWriter
+from musetalk.data.cache import Cache
+from musetalk.data.cache_writer import CacheWriter, join_pieces
 from musetalk.data.sources import Source, find_sources, find_videos, independent, read_identities
 from musetalk.data.video import read_audio, read_frames, write_video
 from musetalk.errors import UserError
@@ -90,6 +93,19 @@ def test_sources_whose_clips_may_have_one_name_are_one_job(groups):
     assert sorted(" ".join(source.path.as_posix() for source in job) for job in jobs) == sorted(groups)
     lengths = [sum(source.frames for source in job) for job in jobs]
     assert lengths == sorted(lengths, reverse=True)
+
+
+def test_a_long_video_that_is_alone_becomes_jobs_of_ten_minutes():
+    lengths = {"short.mp4": 15_000, "long.mp4": 40_000, "x.mp4": 40_000, "x-0001.mp4": 9}
+    jobs = independent([Source(PurePath(name), "", frames) for name, frames in lengths.items()])
+    pieces = {name: [(source.frames, source.first, source.stop) for source in job] for name, job in jobs.items()}
+    assert pieces == {
+        "x": [(40_000, 0, None), (9, 0, None)],
+        "short": [(15_000, 0, None)],
+        "long": [(15_000, 0, 10)],
+        "long-0010": [(15_000, 10, 20)],
+        "long-0020": [(10_000, 20, None)],
+    }
 
 
 # Preparing.
@@ -183,6 +199,34 @@ def test_a_changed_source_replaces_all_its_clips(write, prepare, tmp_path):
     assert contents(tmp_path / "cache") == contents(tmp_path / "fresh")
     (tmp_path / "videos" / "x.mp4").write_text("no video")
     assert prepare() == {"clips/other": "other.mp4", "rejected/x": "x.mp4 unreadable"}
+
+
+def test_pieces_of_a_video_in_any_order_give_the_bytes_of_the_whole(write, write_source, models, small_clips, tmp_path):
+    """`long` has four parts. `broken` cannot be read from its second part on, but could be again from part 250 on."""
+    frames, audio = list(read_frames(small_clips / "sample_00.mp4", 0, 15)), read_audio(small_clips / "sample_00.mp4")
+    write_video(tmp_path / "long.mp4", frames, audio, 16_000)
+    times = [Fraction(index + 1000 * (index > 5), 25) for index in range(15)]
+    write_source(tmp_path / "broken.mp4", frames, times, audio=audio)
+
+    def prepare_pieces(name: str, *sources: Source) -> dict[str, bytes]:
+        writer = CacheWriter(tmp_path / name, models.contract)
+        with tqdm() as bar:
+            jobs = [prepare_all(tmp_path, writer, models, [source], bar) for source in reversed(sources)]
+        join_pieces(writer.folder, [record for records in reversed(jobs) for record in records])
+        return contents(writer.folder)
+
+    long, broken = (Source(PurePath(name), "", 15) for name in ("long.mp4", "broken.mp4"))
+    whole = prepare_pieces("whole", long, broken)
+    assert {name for name in whole if name.endswith(".json")} == {
+        *("contract.json", "clips/broken-0000.json", "rejected/broken-0001.json"),
+        *(f"clips/long-{part:04d}.json" for part in range(4)),
+    }
+    bounds = [(0, 1), (1, 3), (3, 250), (250, None)]
+    pieces = [replace(source, first=first, stop=stop) for source in (long, broken) for first, stop in bounds]
+    assert prepare_pieces("pieces", *pieces) == whole
+    for path in (tmp_path / "pieces/clips").glob("long-0001.*"):
+        path.unlink()
+    assert prepare_pieces("pieces", *pieces) == whole == prepare_pieces("pieces", long, broken)
 
 
 def test_an_identity_given_later_is_stored_without_encoding_again(write, prepare, tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ from torch import nn
 
 from musetalk.contract import RIGID
 from musetalk.data.audio import mel_start
-from musetalk.data.cache import Cache, CacheError, CacheWriter, JpegBuffer
+from musetalk.data.cache import Cache, CacheError
+from musetalk.data.cache_writer import CacheWriter, JpegBuffer
 from musetalk.models.syncnet import SyncNet, Wav2LipSyncNet
 from musetalk.training.sync_check import (
     MAX_OFFSET,

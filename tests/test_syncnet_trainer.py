@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 import syncnet_trainer
 from musetalk.cli import check_constants
 from musetalk.contract import FeatureContract
-from musetalk.data.cache import Cache, CacheError, CacheWriter
+from musetalk.data.cache import Cache, CacheError
+from musetalk.data.cache_writer import CacheWriter
 from musetalk.data.sync_dataset import SyncDataset
 from musetalk.errors import TrainError, UserError
 from musetalk.models.syncnet import ARCHITECTURES, StableSyncNet, build_syncnet, load_syncnet, save_syncnet

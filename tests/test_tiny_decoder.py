@@ -16,7 +16,8 @@ from accelerate.state import AcceleratorState
 
 from losses.objective import Objective
 from musetalk.contract import CONTRACTS, ContractError, FeatureContract
-from musetalk.data.cache import Cache, CacheWriter
+from musetalk.data.cache import Cache
+from musetalk.data.cache_writer import CacheWriter
 from musetalk.models.tiny_decoder import TinyDecoder, load_tiny_decoder, save_tiny_decoder
 from musetalk.models.vae import VAE, load_vae
 from musetalk.models.weights import WeightsError

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from musetalk.contract import AUDIO_MARGIN, CONTRACTS, IMAGE_SIZE, SAMPLES_PER_FRAME
-from musetalk.data.cache import Cache, CacheError, CacheWriter, JpegBuffer
+from musetalk.data.cache import Cache, CacheError
+from musetalk.data.cache_writer import CacheWriter, JpegBuffer
 from musetalk.data.crop import LIP_PAIRS
 from musetalk.data.dataset import read_windows
 from musetalk.data.face.face import Face

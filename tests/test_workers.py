@@ -192,7 +192,12 @@ def test_each_core_has_a_process_if_memory_allows(monkeypatch, memory, count):
     assert most_processes() == count
 
 
-def test_each_gpu_has_two_processes(monkeypatch):
+@pytest.mark.parametrize(("gpus", "gigabytes", "count"), [(1, 80, 16), (2, 80, 16), (1, 24, 8), (2, 16, 10), (1, 2, 1)])
+def test_the_cores_share_the_gpus_as_far_as_their_memory_allows(monkeypatch, gpus, gigabytes, count):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64 << 30))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert most_processes() == 16
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    properties = SimpleNamespace(total_memory=gigabytes << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert most_processes() == count

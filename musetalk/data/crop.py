@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from musetalk.contract import IMAGE_SIZE, FeatureContract
-from musetalk.data.cache import MAX_CLIP_FRAMES, clip_name
+from musetalk.data.cache_format import MAX_CLIP_FRAMES, clip_name
 from musetalk.data.face.face import Face, FaceBackend, area
 from musetalk.data.face.tracking import follow_person, people
 from musetalk.images import batched
@@ -176,7 +176,7 @@ def face_box(
     points = landmarks.astype(np.int32)  # truncated, as in MuseTalk
     centre = int(points[NOSE_POINT, 1]) + bbox_shift
     if crop == "rigid":
-        size = skull_size(landmarks)
+        size = float(skull_size(landmarks))
         middle = landmarks[list(EYE_CORNERS), 0].mean()
         left, right = round(middle - RIGID_HALF_WIDTH * size), round(middle + RIGID_HALF_WIDTH * size)
         half = round(RIGID_HALF_HEIGHT * size)
@@ -189,16 +189,22 @@ def face_box(
     return box if min(box[2] - box[0], box[3] - box[1]) >= MIN_FACE else None
 
 
-def skull_size(landmarks: np.ndarray) -> float:
+def skull_size(landmarks: np.ndarray) -> np.ndarray:
     """Estimates the distance between the outer eye corners as if the head faced the camera, in source pixels.
 
     Turning the head by an angle scales the distance by the cosine, and shifts the tip of the nose, which lies half
-    that distance in front of the eyes, by the sine. landmarks: (68, 2).
+    that distance in front of the eyes, by the sine. landmarks: (..., 68, 2). Returns float64 (...).
     """
-    left, right = landmarks[list(EYE_CORNERS)]
-    eye_distance = max(float(np.linalg.norm(right - left)), 1e-6)
-    nose_shift = float((landmarks[NOSE_TIP] - (left + right) / 2) @ (right - left)) / eye_distance
-    return float(np.hypot(eye_distance, 2 * nose_shift))
+    left, right = (landmarks[..., corner, :] for corner in EYE_CORNERS)
+    across = right - left
+    eye_distance = np.maximum(np.sqrt(_dot(across, across)).astype(np.float64), 1e-6)
+    nose_shift = _dot(landmarks[..., NOSE_TIP, :] - (left + right) / 2, across) / eye_distance
+    return np.hypot(eye_distance, 2 * nose_shift)
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Dot product of vectors (..., N), summed in float64 and rounded to their dtype."""
+    return (a * b).sum(axis=-1, dtype=np.float64).astype(a.dtype)
 
 
 def lip_gaps(landmarks: np.ndarray, unit: tuple[int, int]) -> np.ndarray:

@@ -7,8 +7,7 @@ frame from the same clip in a randomly drawn variant.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -19,7 +18,8 @@ from torch.utils.data import Dataset
 from musetalk.contract import CACHE_FIELDS, FEATURES_PER_FRAME, WINDOW_STEPS, FeatureContract
 from musetalk.data.audio import audio_windows, mel_start, window_start
 from musetalk.data.cache import Cache, CacheError, Clip
-from musetalk.data.crop import CLOSED, EYE_CORNERS, INNER_LIPS, JAW, lip_gaps, mouth_box, skull_size
+from musetalk.data.crop import CLOSED, EYE_CORNERS, lip_gaps, mouth_box
+from musetalk.data.references import face_shapes, pose_matched_candidates
 from musetalk.data.sampling import WindowSampler, window_starts
 from musetalk.errors import UserError
 
@@ -27,7 +27,6 @@ References = Literal["random", "pose_and_mouth", "adjacent"]
 SAMPLE_HELD_OUT = tuple(  # clips of the built-in sample that the presets `demo` hold out
     f"s1_{sentence}" for sentence in ("pwad5a", "lwbl7s", "lrar2p", "bbbs4n", "lwie7a", "lrwz3s", "bgan7a")
 )
-QUANTILE = 0.51  # of frames, which are near in pose, and which are far in mouth shape; over 0.5 so that the two overlap
 
 
 @dataclass(frozen=True)
@@ -84,72 +83,69 @@ class FaceDataset(Dataset):
         self.references, self.min_reference_gap = references, 1 if references == "adjacent" else min_reference_gap
         self.mel_frames, self.sync_offset = mel_frames, sync_offset
         self.variants = [cache.contract.margins.index(margin) for margin in contract.margins]
-        starts = {name: self._window_starts(cache.clips[name]) for name in clips}
-        starts = {name: frames for name, frames in starts.items() if len(frames)}
-        if not starts:
+        counts = {name: count for name in clips if (count := len(self.starts(name)))}
+        if not counts:
             mel = f" with {mel_frames} mel frames at an offset of {sync_offset} frames" if mel_frames else ""
             raise CacheError(
                 f"{cache.folder}: no clip has {frames} consecutive usable frames{mel} and a reference frame "
                 f"{self.min_reference_gap} frames away; prepare longer videos"
             )
-        identities = {name: cache.clips[name].identity for name in starts}
-        self.sampler = WindowSampler(starts, identities, identity_cap_minutes)
-        self.silence_share, self.silence, self.closed_starts = silence_share, silence, {}
-        if silence is not None:
-            self.closed_starts = {name: self._closed_starts(name) for name in starts}
-            if not any(map(len, self.closed_starts.values())):
-                raise CacheError(
-                    f"{cache.folder}: no clip has {frames} consecutive frames with a closed mouth; "
-                    "set silence_share to 0"
-                )
-        self._shapes: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # clip -> `face_shapes`, 200 bytes a frame
+        self.sampler = WindowSampler(
+            counts, {name: cache.clips[name].identity for name in counts}, identity_cap_minutes
+        )
+        self.silence_share, self.silence = silence_share, silence
+        if silence is not None and not any(len(self.closed_starts(name)) for name in counts):
+            raise CacheError(
+                f"{cache.folder}: no clip has {frames} consecutive frames with a closed mouth; set silence_share to 0"
+            )
 
-    def _window_starts(self, clip: Clip) -> np.ndarray:
-        """Returns the first frames of windows of usable frames with a reference frame each and mel in range."""
-        usable = np.flatnonzero(clip.usable)
+    def starts(self, name: str) -> np.ndarray:
+        """Returns the first frames of a clip's windows: of usable frames with a reference frame each, mel in range."""
+        clip = self.cache.clips[name]
+        mask = clip.usable
+        usable = np.flatnonzero(mask)
         if not len(usable):
             return usable
         index = np.arange(len(clip))
         far = (index - usable[0] >= self.min_reference_gap) | (usable[-1] - index >= self.min_reference_gap)
-        starts = window_starts(clip.usable & far, self.frames)
+        starts = window_starts(mask & far, self.frames)
         if not self.mel_frames:
             return starts
         mel = mel_start(clip.audio_frame(starts) + self.sync_offset)
         return starts[(mel >= 0) & (mel + self.mel_frames <= clip.rows("mel"))]
 
-    def _closed_starts(self, name: str) -> np.ndarray:
-        """Returns those windows of a clip whose mouth is closed in each frame."""
+    def closed_starts(self, name: str) -> np.ndarray:
+        """Returns the first frames of those windows of a clip whose mouth is closed in each frame."""
         closed = lip_gaps(self.cache.clips[name].tensor("landmarks"), EYE_CORNERS) < CLOSED
-        return np.intersect1d(self.sampler.starts[name], window_starts(closed, self.frames))
+        return np.intersect1d(self.starts(name), window_starts(closed, self.frames))
 
     def draw(self, step: int, slot: int) -> Sample:
         """Draws the sample of a slot at a step: an identity, then one of its windows."""
         rng = np.random.default_rng([self.seed, step, slot])
-        name, start = self.sampler.draw(rng)
-        silence = None
-        if self.silence is not None and rng.random() < self.silence_share and len(self.closed_starts[name]):
+        name, window = self.sampler.draw(rng)
+        start, silence = int(self.starts(name)[window]), None
+        if self.silence is not None and rng.random() < self.silence_share and len(closed := self.closed_starts(name)):
             kinds, features = self.silence.shape[:2]
-            start = int(rng.choice(self.closed_starts[name]))
+            start = int(rng.choice(closed))
             silence = int(rng.integers(kinds)), int(rng.integers(features // FEATURES_PER_FRAME - self.frames + 1))
-        references = tuple(
-            int(rng.choice(self._candidates(name, frame))) for frame in range(start, start + self.frames)
-        )
+        candidates = self._candidates(self.cache.clips[name], range(start, start + self.frames))
+        references = tuple(int(rng.choice(frames)) for frames in candidates)
         variant, *others = (int(variant) for variant in rng.choice(self.variants, 1 + self.frames))
         return Sample(name, start, references, variant, tuple(others), silence)
 
-    def _candidates(self, name: str, frame: int) -> np.ndarray:
-        """Returns the frames of a clip that may serve as reference of a frame."""
-        clip = self.cache.clips[name]
+    def _candidates(self, clip: Clip, frames: range) -> Iterator[np.ndarray]:
+        """Yields for each of some frames of a clip those that may serve as its reference."""
         usable = np.flatnonzero(clip.usable)
-        far = usable[np.abs(usable - frame) >= self.min_reference_gap]
-        if self.references == "random":
-            return far
-        if self.references == "adjacent":
-            distances = np.abs(far - frame)
-            return far[distances == distances.min()]
-        if name not in self._shapes:
-            self._shapes[name] = face_shapes(clip.tensor("landmarks"))
-        return pose_matched_candidates(*self._shapes[name], frame, far)
+        shapes = read_face_shapes(clip) if self.references == "pose_and_mouth" else None
+        for frame in frames:
+            distances = np.abs(usable - frame)
+            far = distances >= self.min_reference_gap
+            if shapes is not None:
+                yield pose_matched_candidates(shapes, frame, usable[far])
+            elif self.references == "adjacent":
+                yield usable[distances == distances[far].min()]
+            else:
+                yield usable[far]
 
     def __len__(self) -> int:
         return 2**62  # unlimited steps
@@ -188,35 +184,9 @@ class FaceDataset(Dataset):
         return audio_windows(self.silence[kind], range(first, first + self.frames), self.contract)
 
 
-def face_shapes(landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns jaw and mouth shape of each frame as x + iy in skull sizes: complex64 (T, 17) and (T, 8).
-
-    The jaw is relative to the midpoint of the eyes, so it changes with head pose and only a little with speech. The
-    inner lips are relative to their own centre and rotated upright, so they change with speech and only a little with
-    pose. landmarks: (T, 68, 2), zero where there is no face.
-    """
-    points = landmarks[..., 0] + 1j * landmarks[..., 1]
-    left, right = points[:, EYE_CORNERS[:1]], points[:, EYE_CORNERS[1:]]
-    size = np.array([skull_size(frame) for frame in landmarks])[:, None]
-    upright = np.conj(right - left) / np.maximum(np.abs(right - left), 1e-6)
-    lips = points[:, INNER_LIPS]
-    jaw = (points[:, JAW] - (left + right) / 2) / size
-    mouth = (lips - lips.mean(axis=1, keepdims=True)) * upright / size
-    return jaw.astype(np.complex64), mouth.astype(np.complex64)
-
-
-def pose_matched_candidates(jaw: np.ndarray, mouth: np.ndarray, frame: int, candidates: np.ndarray) -> np.ndarray:
-    """Returns those candidates whose pose is near that of a frame and whose mouth shape differs; at least one.
-
-    The intersection of the nearer half by jaw and the farther half by mouth, as in MuseTalk v1.5 (which measures
-    landmarks within the face box). Both halves are rounded up to more than half, so the intersection is not empty.
-    jaw, mouth: see `face_shapes`. candidates: int (N,), N >= 1.
-    """
-    count = math.ceil(QUANTILE * len(candidates))
-    jaw_distance = np.linalg.norm(jaw[candidates] - jaw[frame], axis=1)
-    mouth_distance = np.linalg.norm(mouth[candidates] - mouth[frame], axis=1)
-    near, far = np.argsort(jaw_distance, kind="stable")[:count], np.argsort(-mouth_distance, kind="stable")[:count]
-    return candidates[np.intersect1d(near, far)]
+def read_face_shapes(clip: Clip) -> np.ndarray:
+    """Reads the `face_shapes` of a clip, or computes them for a clip that was made before they were stored."""
+    return clip.tensor("face_shapes") if clip.has("face_shapes") else face_shapes(clip.tensor("landmarks"))
 
 
 def read_windows(clip: Clip, start: int, stop: int, contract: FeatureContract) -> np.ndarray:

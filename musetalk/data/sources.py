@@ -6,28 +6,31 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
-from musetalk.data.cache import clip_name, identity_of
+from musetalk.data.cache_format import MAX_CLIP_FRAMES, clip_name, identity_of
 from musetalk.data.video import MediaError, count_frames
 from musetalk.errors import UserError
 from musetalk.files import read_json
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"}
+PARTS_PER_JOB = 10  # each job computes the audio features of the whole video
 NAME_SUFFIX = re.compile(r"(-\d{4,}|\.\w+)\Z")  # appended by the cache: index of a part or file suffix
 
 
 @dataclass(frozen=True)
 class Source:
-    """A video below a folder.
+    """A video below a folder, or some of its parts: it becomes a clip for each `MAX_CLIP_FRAMES`.
 
-    frames: estimated number of frames, 0 if the file is unreadable. Only for progress bars.
+    frames: estimated number of frames, 0 if the file is unreadable.
     """
 
     path: PurePath  # relative to the folder
     identity: str
     frames: int
+    first: int = 0  # part
+    stop: int | None = None  # part; None: to the end
 
 
 def find_sources(folder: Path) -> list[Source]:
@@ -89,6 +92,7 @@ def independent(sources: Sequence[Source]) -> dict[str, list[Source]]:
 
     Sources whose clip names may collide stay in one job, in order, since the first one gets the name: a source and
     another that is named like one of its parts ("a" and "a-0001") or like its rejected record ("a.mp4").
+    A long video that is alone in its job becomes several jobs.
     """
     names = {clip_name(source.path) for source in sources}
     jobs = defaultdict(list)
@@ -98,4 +102,23 @@ def independent(sources: Sequence[Source]) -> dict[str, list[Source]]:
             name = shorter
             first = name if name in names else first
         jobs[first].append(source)
-    return dict(sorted(jobs.items(), key=lambda item: -sum(source.frames for source in item[1])))
+    split: dict[str, list[Source]] = {}
+    for name, group in jobs.items():
+        pieces = [[piece] for piece in _pieces(*group)] if len(group) == 1 else [group]
+        split |= {f"{name}-{piece[0].first:04d}" if piece[0].first else name: piece for piece in pieces}
+    return dict(sorted(split.items(), key=lambda item: -sum(source.frames for source in item[1])))
+
+
+def _pieces(source: Source) -> list[Source]:
+    """Splits a video into pieces of `PARTS_PER_JOB` parts. The last one is open, since the length is an estimate."""
+    length = PARTS_PER_JOB * MAX_CLIP_FRAMES
+    starts = range(0, max(1, source.frames), length)
+    return [
+        replace(
+            source,
+            frames=min(length, source.frames - start),
+            first=start // MAX_CLIP_FRAMES,
+            stop=None if start == starts[-1] else (start + length) // MAX_CLIP_FRAMES,
+        )
+        for start in starts
+    ]

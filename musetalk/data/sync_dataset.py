@@ -58,20 +58,20 @@ class SyncDataset(Dataset):
         """
         self.cache, self.seed, self.slots, self.frames = cache, seed, slots, frames
         self.num_steps, self.gaps, self.other_clips = num_steps, gaps, other_clips
-        starts, self.mel_starts = {}, {}  # clip -> first frames of windows, and frames where mel may start
-        for name in clips:
-            clip = cache.clips[name]
-            windows, with_audio = sync_window_starts(clip, frames), frames_with_audio(clip, frames)
-            if len(windows) and len(with_audio) > 2 * min(gaps):
-                starts[name], self.mel_starts[name] = windows, with_audio
-        if not starts:
+        counts = {
+            name: windows
+            for name in clips
+            if (windows := len(sync_window_starts(cache.clips[name], frames)))
+            and len(frames_with_audio(cache.clips[name], frames)) > 2 * min(gaps)
+        }
+        if not counts:
             raise CacheError(
                 f"{cache.folder}: no clip has {frames} consecutive usable frames and mel at least {min(gaps)} frames "
                 "away; prepare longer videos"
             )
-        self.names = list(starts)
+        self.names = list(counts)
         self.sampler = WindowSampler(
-            starts, {name: cache.clips[name].identity for name in starts}, identity_cap_minutes
+            counts, {name: cache.clips[name].identity for name in counts}, identity_cap_minutes
         )
 
     def gap(self, step: int) -> int:
@@ -82,16 +82,20 @@ class SyncDataset(Dataset):
     def draw(self, step: int, slot: int) -> SyncSample:
         """Draws the sample of a slot at a step: a window, and mel of the same clip by inverse distance."""
         rng = np.random.default_rng([self.seed, step, slot])
-        name, start = self.sampler.draw(rng)
-        variant, mirrored = int(rng.integers(self.cache.clips[name].variants)), bool(rng.integers(2))
+        name, window = self.sampler.draw(rng)
+        clip = self.cache.clips[name]
+        start = int(sync_window_starts(clip, self.frames)[window])
+        variant, mirrored = int(rng.integers(clip.variants)), bool(rng.integers(2))
         if len(self.names) > 1 and rng.random() < self.other_clips:
             index = self.names.index(name) + int(rng.integers(1, len(self.names)))
             other = self.names[index % len(self.names)]
-            return SyncSample(name, start, variant, mirrored, other, int(rng.choice(self.mel_starts[other])))
-        distance = np.abs(self.mel_starts[name] - start)
+            other_start = int(rng.choice(frames_with_audio(self.cache.clips[other], self.frames)))
+            return SyncSample(name, start, variant, mirrored, other, other_start)
+        mel_starts = frames_with_audio(clip, self.frames)
+        distance = np.abs(mel_starts - start)
         far = distance >= min(self.gap(step), (len(distance) - 1) // 2)
         weights = far / np.maximum(distance, 1)
-        other_start = int(rng.choice(self.mel_starts[name], p=weights / weights.sum()))
+        other_start = int(rng.choice(mel_starts, p=weights / weights.sum()))
         return SyncSample(name, start, variant, mirrored, name, other_start)
 
     def __len__(self) -> int:

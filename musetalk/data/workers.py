@@ -24,6 +24,7 @@ from musetalk.devices import cpu_cores
 from musetalk.errors import UserError
 
 MEMORY = 3 << 30  # bytes per process: up to 2 GB for networks and libraries, the rest for frames and audio
+GPU_MEMORY = 3 << 30  # bytes per process on its GPU: CUDA itself, full-size networks and a batch of the VAE's encoder
 GRACE_SECONDS = 10  # for a process to remove its temporary files before it is killed
 
 
@@ -58,14 +59,16 @@ Bar: TypeAlias = tqdm | RemoteBar
 
 
 def most_processes() -> int:
-    """Returns the number of processes that makes full use of this machine.
+    """Returns the number of processes that makes full use of this machine: one per core, as far as memory allows.
 
-    Two per GPU: one decodes, detects faces and writes while the other computes. Otherwise one per core, as far as
-    memory allows, since networks on a CPU run on one thread.
+    Each runs on one thread. A GPU is shared by the processes of several cores, since decoding and finding landmarks
+    takes a core about 20 ms a frame, and the networks take a GPU a few.
     """
+    count = min(cpu_cores(), psutil.virtual_memory().total // MEMORY)
     if torch.cuda.is_available():
-        return 2 * torch.cuda.device_count()
-    return max(1, min(cpu_cores(), psutil.virtual_memory().total // MEMORY))
+        gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        count = min(count, sum(gpu.total_memory // GPU_MEMORY for gpu in gpus))
+    return max(1, count)
 
 
 def map_jobs(start: str, arguments: tuple, jobs: Mapping[str, object], count: int, bar: tqdm) -> dict[str, Any]:

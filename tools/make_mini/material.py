@@ -22,7 +22,7 @@ from pathlib import Path
 import tyro
 
 from musetalk.cli import run_script
-from musetalk.data.cache import identity_of
+from musetalk.data.cache_format import identity_of
 from musetalk.files import atomic_write_bytes, read_json
 from tools.make_mini.held_out import HELD_OUT
 

@@ -24,7 +24,8 @@ from musetalk.contract import VIDEO_FPS
 from musetalk.data.video import read_audio
 from musetalk.errors import UserError
 from musetalk.inference.blend import Blend
-from musetalk.inference.pipeline import LipSyncPipeline, StageTimer, count_speech_frames
+from musetalk.inference.pipeline import LipSyncPipeline, count_speech_frames
+from musetalk.inference.stage_timer import StageTimer
 
 
 @dataclass

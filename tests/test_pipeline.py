@@ -24,7 +24,8 @@ from musetalk.contract import (
 from musetalk.data.audio import audio_features, audio_windows
 from musetalk.data.cache import Cache
 from musetalk.data.dataset import FaceDataset
-from musetalk.data.video import MediaError, ping_pong_index, read_audio, read_frames, write_video
+from musetalk.data.ping_pong import ping_pong_index
+from musetalk.data.video import MediaError, read_audio, read_frames, write_video
 from musetalk.errors import UserError
 from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.unet import build_unet

@@ -6,6 +6,7 @@ which needs no weights, or by a face parser as in MuseTalk.
 
 from __future__ import annotations
 
+import zlib
 from typing import Literal, NamedTuple
 
 import cv2
@@ -122,3 +123,14 @@ def feather(mask: np.ndarray, top: int, radius: int) -> np.ndarray:
     mask[:top] = 0
     size = 2 * radius + 1
     return cv2.GaussianBlur(mask, (size, size), 0, borderType=cv2.BORDER_CONSTANT) / np.float32(255)
+
+
+def pack_alpha(alpha: np.ndarray) -> bytes:
+    """Compresses a mask float32 (h, w) in [0, 1] of 256 levels, such as those of this module, without loss."""
+    return zlib.compress(np.round(alpha * 255).astype(np.uint8))
+
+
+def unpack_alpha(packed: bytes, box: np.ndarray) -> np.ndarray:
+    """The mask of a box, float32 (y2 - y1, x2 - x1) in [0, 1], that `pack_alpha` compressed."""
+    x1, y1, x2, y2 = box
+    return np.frombuffer(zlib.decompress(packed), np.uint8).reshape(y2 - y1, x2 - x1) / np.float32(255)

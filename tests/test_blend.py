@@ -175,6 +175,7 @@ def test_the_pipeline_blends_by_the_classes_of_its_parser(mini, checkpoint, vide
     pipeline = LipSyncPipeline.from_checkpoint(checkpoint, tmp_path, blend="jaw")
     prepared = pipeline.prepare(video)
     parser = load_face_parser(tmp_path, torch.device("cpu"))
+    pipeline.face_parser = None  # not needed again
     output = pipeline.frames(prepared, FEATURES, 3)
     for frame, blended, box in zip(read_frames(video), output, prepared.boxes, strict=True):
         x1, y1, x2, y2 = box

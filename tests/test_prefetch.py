@@ -65,17 +65,3 @@ def test_an_error_follows_the_items_before_it_and_stays_the_same(error):
         for item in prefetched(iter(source), 2):
             received.append(item)
     assert caught.value is error and received == list(range(5)) and ended(source)
-
-
-def test_closing_a_chain_ends_every_thread():
-    source, doubled = Source(), Source()
-
-    def double(items):
-        for _, item in zip(doubled, items, strict=False):
-            yield 2 * item
-
-    items = prefetched(double(inner := prefetched(iter(source), 2)), 2)
-    assert next(items) == 0
-    items.close()
-    inner.close()
-    assert ended(source) and not any(thread.is_alive() for thread in doubled.threads)

@@ -59,11 +59,14 @@ def face_alpha(landmarks: np.ndarray, box: np.ndarray) -> np.ndarray:
     jaw = np.round(landmarks[JAW] - (x1, y1)).astype(np.int32)
     # Low enough for blurring to reduce the share at the chin by less than a tenth.
     bottom = max(height, int(jaw[:, 1].max()) + radius // 2 + 2)
-    mask = np.zeros((bottom, width), np.uint8)
-    cv2.fillConvexPoly(mask, cv2.convexHull(jaw), 255)
+    top = height // 2 - radius  # above it the mask is empty
+    mask = np.zeros((bottom - top, width), np.uint8)
+    cv2.fillConvexPoly(mask, cv2.convexHull(jaw - (0, top)), 255)
     mask = cv2.dilate(mask, np.ones((2 * radius + 1, radius)))  # so that the feather begins below the chin
     mask[:, : radius + 1] = mask[:, -radius - 1 :] = 0
-    return feather(mask, height // 2, radius)[:height]
+    alpha = np.zeros((height, width), np.float32)
+    alpha[top:] = feather(mask, radius, radius)[: height - top]
+    return alpha
 
 
 def parsed_alpha(classes: np.ndarray, box: np.ndarray, blend: ParserBlend) -> np.ndarray:
@@ -126,11 +129,13 @@ def feather(mask: np.ndarray, top: int, radius: int) -> np.ndarray:
 
 
 def pack_alpha(alpha: np.ndarray) -> bytes:
-    """Compresses a mask float32 (h, w) in [0, 1] of 256 levels, such as those of this module, without loss."""
-    return zlib.compress(np.round(alpha * 255).astype(np.uint8))
+    """Compresses a mask of 256 levels, float32 (h, w) in [0, 1], without loss and without its empty upper rows."""
+    mask = np.round(alpha * 255).astype(np.uint8)
+    mask = mask[mask.any(axis=1).argmax() :]
+    return zlib.compress(np.diff(mask, axis=0, prepend=np.uint8(0)), level=1)  # differences take two thirds
 
 
-def unpack_alpha(packed: bytes, box: np.ndarray) -> np.ndarray:
-    """The mask of a box, float32 (y2 - y1, x2 - x1) in [0, 1], that `pack_alpha` compressed."""
-    x1, y1, x2, y2 = box
-    return np.frombuffer(zlib.decompress(packed), np.uint8).reshape(y2 - y1, x2 - x1) / np.float32(255)
+def unpack_alpha(packed: bytes, width: int) -> np.ndarray:
+    """The lower rows (n, width) of a mask that `pack_alpha` compressed, float32 in [0, 1]; above them it is 0."""
+    differences = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(-1, width)
+    return np.cumsum(differences, axis=0, dtype=np.uint8) / np.float32(255)

@@ -35,4 +35,4 @@ class PreparedVideo:
         """Blends a crop, BGR uint8 (256, 256, 3), into the frame of this index in place, if it shows the face."""
         box, alpha = self.boxes[index], self.alphas[index]
         if alpha is not None:
-            paste_back(frame, crop, box, unpack_alpha(alpha, box))
+            paste_back(frame, crop, box, unpack_alpha(alpha, int(box[2] - box[0])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -12,15 +13,32 @@ from musetalk.contract import VIDEO_FPS
 
 BT709 = 1  # code of the HD colour matrix in ISO/IEC 23091-2; players guess other matrices for untagged files
 X264 = {"crf": "15", "preset": "fast"}
+NVENC = {"rc": "vbr", "cq": "15", "b": "0", "preset": "p5"}  # constant quality, without a limit of the bit rate
 
 
 def add_h264_stream(container: av.container.OutputContainer, height: int, width: int) -> av.VideoStream:
-    """Adds an H.264 stream for the `yuv420p_frames` of images of this size."""
-    stream = container.add_stream("libx264", rate=VIDEO_FPS, options=X264)
-    stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
+    """Adds an H.264 stream for the `yuv420p_frames` of images of this size, encoded by an NVIDIA GPU if possible."""
+    height, width = height + height % 2, width + width % 2
+    name, options = ("h264_nvenc", NVENC) if nvenc_opens(height, width) else ("libx264", X264)
+    stream = container.add_stream(name, rate=VIDEO_FPS, options=options)
+    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
     codec = stream.codec_context
     codec.colorspace = codec.color_primaries = codec.color_trc = BT709
     return stream
+
+
+def nvenc_opens(height: int, width: int) -> bool:
+    """Whether this machine's NVIDIA GPU encodes frames of this size: PyAV may have the encoder without a GPU."""
+    if "h264_nvenc" not in av.codecs_available:
+        return False
+    codec = av.CodecContext.create("h264_nvenc", "w")
+    codec.height, codec.width, codec.pix_fmt = height, width, "yuv420p"
+    codec.time_base, codec.options = Fraction(1, VIDEO_FPS), NVENC
+    try:
+        codec.open()
+    except av.FFmpegError:
+        return False
+    return True
 
 
 def yuv420p_frames(images: Iterable[np.ndarray]) -> Iterator[av.VideoFrame]:

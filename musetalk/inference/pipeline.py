@@ -8,12 +8,13 @@ The notebook, the samples of the trainer and the validation all use this class.
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path, PurePath
 from typing import Literal, get_args
 
@@ -28,15 +29,16 @@ from musetalk.data.face import FACE_BACKENDS, check_face_backend, load_face_back
 from musetalk.data.face.face import Face, FaceBackend
 from musetalk.data.ping_pong import ping_pong, ping_pong_index
 from musetalk.data.video import MediaError, count_frames, read_audio, read_frames, write_video
-from musetalk.devices import choose_device
+from musetalk.devices import choose_device, mixed_precision
 from musetalk.errors import UserError
 from musetalk.images import batched, to_tensor, to_uint8
 from musetalk.inference.blend import Blend, ParserBlend, crop_square, face_alpha, pack_alpha, parsed_alpha
-from musetalk.inference.prepared_video import PreparedVideo
+from musetalk.inference.prepared_video import PreparedVideo, blended_frames
 from musetalk.inference.stage_timer import StageTimer
 from musetalk.models.audio_encoder import AudioEncoder, load_audio_encoder
 from musetalk.models.face_parser import WEIGHTS as FACE_PARSER
 from musetalk.models.face_parser import FaceParser, load_face_parser
+from musetalk.models.tiny_decoder import TinyDecoder, load_tiny_decoder
 from musetalk.models.trained_unet import find_unet, load_trained_unet
 from musetalk.models.unet import UNet
 from musetalk.models.vae import VAE, load_vae
@@ -60,6 +62,7 @@ class LipSyncPipeline:
         face_backend: str | None = None,
         *,
         blend: Blend = "landmarks",
+        tiny_decoder: TinyDecoder | None = None,
     ) -> None:
         """The audio encoder, the face parser and the face backend are loaded on first use.
 
@@ -72,8 +75,8 @@ class LipSyncPipeline:
             face_backend = contract.face_backend or "mediapipe"
         requested = replace(contract, face_backend=FACE_BACKENDS[face_backend])
         contract.require(requested, ("face_backend",), "the UNet")
-        self.unet, self.vae, self.contract = unet, vae, contract
-        self.models_dir, self.face_backend, self.blend = models_dir, face_backend, blend
+        self.unet, self.vae, self.tiny_decoder, self.contract = unet, vae, tiny_decoder, contract
+        self.models_dir, self.face_backend, self.blend, self.compiled = models_dir, face_backend, blend, False
 
     @classmethod
     def from_checkpoint(
@@ -84,6 +87,8 @@ class LipSyncPipeline:
         contract: Literal["rigid", "musetalk_v15", "musetalk_v1"] | None = None,
         blend: Blend = "landmarks",
         *,
+        tiny_decoder: str | Path | None = None,
+        compile: bool = False,
         device: str = "auto",
     ) -> LipSyncPipeline:
         """Loads a trained UNet and the VAE it was trained with.
@@ -93,6 +98,8 @@ class LipSyncPipeline:
         face_backend: "mediapipe", "dwpose" or "mmpose"; by default that of training, or mediapipe if unknown.
         blend: how the generated face is masked: by "landmarks", or by a face parser: "jaw" and "raw" as in MuseTalk's
         offline script for v1.5 and v1 weights, "musetalk_v1" as in v1.0 when it was released.
+        tiny_decoder: a file of tools/distil_decoder.py that decodes in place of the VAE: faster, less sharp.
+        compile: uses torch.compile, which takes minutes at the first batch.
         device: "cpu", "cuda", "cuda:<number>", "mps", or "auto": CUDA's GPU if there is one, else the CPU.
 
         Raises UserError for an unknown name, DeviceError if the GPU cannot be used, WeightsError for missing or
@@ -103,11 +110,25 @@ class LipSyncPipeline:
             raise ContractError(f"contract must be one of {', '.join(CONTRACTS)}, not {contract!r}")
         path, models_dir = find_unet(Path(checkpoint)), Path(models_dir)
         check_choices(models_dir, face_backend, blend)
+        if compile and not shutil.which(os.environ.get("CXX", "g++")):
+            raise UserError("compile must be False here: torch.compile needs a C++ compiler (g++, or the one in CXX)")
         torch_device = choose_device(device)
         unet, trained = load_trained_unet(path, models_dir, CONTRACTS[contract] if contract else None)
         vae = load_vae(models_dir, torch_device, getattr(torch, trained.encode_dtype))
         trained.require(replace(trained, vae=vae.fingerprint), ("vae",), str(path))
-        return cls(unet.to(torch_device).eval(), vae, trained, models_dir, face_backend, blend=blend)
+        tiny = load_tiny_decoder(Path(tiny_decoder), vae) if tiny_decoder else None
+        pipeline = cls(
+            unet.to(torch_device).eval(), vae, trained, models_dir, face_backend, blend=blend, tiny_decoder=tiny
+        )
+        if compile:
+            pipeline.compile()
+        return pipeline
+
+    def compile(self) -> None:
+        """Compiles the UNet and the decoder, at the first batch and for batches of its size."""
+        for network in (self.unet.model, self.tiny_decoder or self.vae.autoencoder.decoder):
+            network.compile(dynamic=False)
+        self.compiled = True
 
     @property
     def device(self) -> torch.device:
@@ -233,10 +254,12 @@ class LipSyncPipeline:
 
     def _generated_batches(self, prepared: PreparedVideo, features: np.ndarray, count: int) -> Iterator[np.ndarray]:
         """Face crops for the first `count` frames, in batches BGR uint8 (B, 256, 256, 3)."""
-        for batch in batched(range(count), BATCH[self.device.type]):
-            index = [ping_pong_index(k, len(prepared.faces)) for k in batch]
-            windows = audio_windows(features, batch, self.contract)
-            yield self.generate(prepared.masked_latents[index], prepared.latents[index], windows)
+        size = BATCH[self.device.type]
+        for batch in batched(range(count), size):
+            padded = batch + batch[-1:] * (size - len(batch)) if self.compiled else batch  # another size compiles again
+            index = [ping_pong_index(k, len(prepared.faces)) for k in padded]
+            windows = audio_windows(features, padded, self.contract)
+            yield self.generate(prepared.masked_latents[index], prepared.latents[index], windows)[: len(batch)]
 
     @torch.no_grad()
     def generate(
@@ -246,21 +269,8 @@ class LipSyncPipeline:
         parameter = next(self.unet.parameters())
         unet_input = torch.from_numpy(np.concatenate([masked_latents, reference_latents], axis=1)).to(parameter)
         windows = torch.from_numpy(audio_windows).to(parameter)
-        return to_uint8(self.vae.decode(self.unet(unet_input, windows)))
-
-
-def blended_frames(
-    prepared: PreparedVideo,
-    source: Generator[np.ndarray, None, None],
-    batches: Generator[np.ndarray, None, None],
-    timer: StageTimer,
-) -> Generator[np.ndarray, None, None]:
-    """The frames of `ping_pong` with the generated crops pasted back. Closes both generators when it ends."""
-    with closing(source), closing(batches):
-        for k, (frame, crop) in enumerate(zip(source, chain.from_iterable(batches), strict=True)):
-            with timer("blend"):
-                prepared.paste(frame, crop, ping_pong_index(k, len(prepared.faces)))
-            yield frame
+        with mixed_precision(self.device):
+            return to_uint8((self.tiny_decoder or self.vae).decode(self.unet(unet_input, windows)))
 
 
 def count_speech_frames(samples: np.ndarray, path: str | Path) -> int:

@@ -29,7 +29,7 @@ from musetalk.inference.pipeline import LipSyncPipeline, count_speech_frames
 from musetalk.inference.stage_timer import StageTimer
 from musetalk.models.tiny_decoder import decoder_psnr
 
-COMPARED = 5  # first frames, on which a tiny decoder is compared with the VAE's
+COMPARED = 5  # first frames with a face, on which a tiny decoder is compared with the VAE's
 
 
 @dataclass
@@ -78,7 +78,8 @@ def main(config: DubConfig) -> None:
             f"--face 1 to {prepared.people} chooses from left to right"
         )
     if pipeline.tiny_decoder:
-        latents = torch.from_numpy(prepared.latents[:COMPARED]).to(pipeline.device)
+        with_face = [index for index, face in enumerate(prepared.faces) if face][:COMPARED]
+        latents = torch.from_numpy(prepared.latents[with_face]).to(pipeline.device)
         loss = decoder_psnr(pipeline.tiny_decoder, pipeline.vae, latents)
         print(f"the tiny decoder's faces have a PSNR of {loss:.1f} dB against those of the VAE's decoder")
     with timer("generate and write"):

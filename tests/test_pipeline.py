@@ -253,3 +253,30 @@ def test_the_vae_has_the_dtype_of_the_contract(sample_cache, tmp_path):
     vae = LipSyncPipeline.from_checkpoint(path, MINI).vae
     assert vae.autoencoder.dtype is torch.bfloat16
     assert vae.fingerprint == load_vae(MINI, torch.device("cpu"), torch.float32).fingerprint
+
+
+def test_the_unet_and_the_decoder_run_in_the_mixed_precision_of_the_device(pipeline, monkeypatch):
+    dtypes = []
+    layers = [pipeline.unet.model.conv_in, pipeline.vae.autoencoder.decoder.conv_in]
+    hooks = [layer.register_forward_hook(lambda _, __, output: dtypes.append(output.dtype)) for layer in layers]
+    latents, windows = np.zeros((1, 4, 32, 32), np.float16), np.zeros((1, 50, 128), np.float16)
+    pipeline.generate(latents, latents, windows)
+    monkeypatch.setattr(pipeline_module, "mixed_precision", lambda device: torch.autocast(device.type, torch.bfloat16))
+    pipeline.generate(latents, latents, windows)
+    assert dtypes == [torch.float32] * 2 + [torch.bfloat16] * 2
+    for hook in hooks:
+        hook.remove()
+
+
+def test_compiled_networks_get_batches_of_one_size(sample_cache, video, tmp_path, monkeypatch):
+    """And the frames stay the same."""
+    plain, compiled = make_pipeline(sample_cache, tmp_path), make_pipeline(sample_cache, tmp_path)
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
+    compiled.compile()
+    sizes = []
+    compiled.unet.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setitem(pipeline_module.BATCH, "cpu", 3)
+    prepared, features = plain.prepare(video), np.zeros((20, 5, 128), np.float16)
+    frames = zip(plain.frames(prepared, features, 7), compiled.frames(prepared, features, 7), strict=True)
+    assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in frames)
+    assert sizes == [3, 3, 3]

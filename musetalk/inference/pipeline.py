@@ -232,6 +232,7 @@ class LipSyncPipeline:
         encoder, timer = self.audio_encoder, StageTimer()
         with timer("audio"):
             features = audio_features(samples, encoder, self.contract)
+            del samples  # 2.5 KB a frame
             soundtrack = read_audio(Path(audio), OUTPUT_SAMPLE_RATE)
         with timer("write"), closing(self.frames(prepared, features, count, timer)) as frames:
             progress = tqdm(timer.iterate(None, frames), f"write {output}", count, unit="frame")

@@ -152,7 +152,7 @@ def test_training_uses_bf16_on_gpus_that_support_it_only(usable, monkeypatch):
     ("device", "supported", "used"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
 )
 def test_dubbing_uses_bf16_on_gpus_that_support_it_only(monkeypatch, device, supported, used):
-    monkeypatch.setattr("musetalk.devices.supports_bf16", lambda _: supported)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: supported)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     with mixed_precision(torch.device(device)):
         assert torch.is_autocast_enabled("cuda") == used and not torch.is_autocast_enabled("cpu")

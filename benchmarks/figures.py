@@ -61,6 +61,7 @@ FIGURES = (
     Figure("preprocess_nonmodel_ratio", "x", ">=", 2.7, timings.preprocess_nonmodel_ratio),
     Figure("vae_encode_cpu_ratio", "x", ">=", 2.3, timings.vae_encode_cpu_ratio),
     Figure("preprocess_ratio", "x", ">=", 2, timings.preprocess_ratio),
-    Figure("pipeline_overhead", "x", "<=", 1.5, inference.pipeline_overhead),
+    Figure("pipeline_overhead", "x", "<=", 1.3, inference.pipeline_overhead),
+    Figure("pipeline_wall_ratio", "x", "<=", 0.8, inference.pipeline_wall_ratio),
     Figure("inference_memory_ratio", "x", "<=", 1.2, inference.inference_memory_ratio),
 )

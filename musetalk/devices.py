@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import AbstractContextManager, nullcontext
 from glob import glob
 from pathlib import Path
 
@@ -91,6 +92,13 @@ def supports_bf16(device: torch.device | str) -> bool:
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return kind == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def mixed_precision(device: torch.device) -> AbstractContextManager:
+    """A context in which networks compute in bfloat16 on GPUs that support it, and in their own dtype elsewhere."""
+    if device.type == "cuda" and supports_bf16(device):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
 
 
 def cpu_cores() -> int:

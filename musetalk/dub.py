@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 
 from musetalk.cli import Count, Positive, check_constants, run_script
@@ -24,7 +25,11 @@ from musetalk.contract import VIDEO_FPS
 from musetalk.data.video import read_audio
 from musetalk.errors import UserError
 from musetalk.inference.blend import Blend
-from musetalk.inference.pipeline import LipSyncPipeline, StageTimer, count_speech_frames
+from musetalk.inference.pipeline import LipSyncPipeline, count_speech_frames
+from musetalk.inference.stage_timer import StageTimer
+from musetalk.models.tiny_decoder import decoder_psnr
+
+COMPARED = 5  # first frames with a face, on which a tiny decoder is compared with the VAE's
 
 
 @dataclass
@@ -40,6 +45,8 @@ class DubConfig:
     models_dir: Path = Path("models/mini")  # with the VAE and the audio encoder of the checkpoint's training
     contract: Literal["rigid", "musetalk_v15", "musetalk_v1"] | None = None  # of weights without one, as MuseTalk's own
     blend: Blend = "landmarks"  # how the generated face is masked; all others need a face parser
+    tiny_decoder: Path | None = None  # file of tools/distil_decoder.py that decodes faster; None: the VAE decodes
+    compile: bool = False  # torch.compile the networks: minutes at the start, faster on a GPU
     device: str = "auto"  # cpu, cuda, cuda:<number>, mps; auto: CUDA's GPU, or the CPU without one
 
 
@@ -55,7 +62,13 @@ def main(config: DubConfig) -> None:
     timer = StageTimer()
     with timer("load"):
         pipeline = LipSyncPipeline.from_checkpoint(
-            config.checkpoint, config.models_dir, contract=config.contract, blend=config.blend, device=config.device
+            config.checkpoint,
+            config.models_dir,
+            contract=config.contract,
+            blend=config.blend,
+            tiny_decoder=config.tiny_decoder,
+            compile=config.compile,
+            device=config.device,
         )
     with timer("prepare"):
         prepared = pipeline.prepare(config.video, face=config.face, max_frames=max_frames)
@@ -64,6 +77,11 @@ def main(config: DubConfig) -> None:
             f"{config.video} shows {prepared.people} people, of whom the one with the largest face is dubbed; "
             f"--face 1 to {prepared.people} chooses from left to right"
         )
+    if pipeline.tiny_decoder:
+        with_face = [index for index, face in enumerate(prepared.faces) if face][:COMPARED]
+        latents = torch.from_numpy(prepared.latents[with_face]).to(pipeline.device)
+        loss = decoder_psnr(pipeline.tiny_decoder, pipeline.vae, latents)
+        print(f"the tiny decoder's faces have a PSNR of {loss:.1f} dB against those of the VAE's decoder")
     with timer("generate and write"):
         count = pipeline.speak(prepared, config.audio, output, max_frames=max_frames)
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in timer.seconds.items())

@@ -37,7 +37,8 @@ from musetalk.data.cache import Cache
 from musetalk.data.cache_writer import CacheWriter
 from musetalk.data.dataset import FaceDataset, read_windows
 from musetalk.data.face.face import Face
-from musetalk.data.video import ping_pong_index, read_frames, write_video
+from musetalk.data.ping_pong import ping_pong_index
+from musetalk.data.video import read_frames, write_video
 from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.audio_encoder import load_audio_encoder
 from musetalk.models.trained_unet import load_trained_unet

@@ -12,7 +12,7 @@ import musetalk_trainer
 import syncnet_trainer
 from musetalk import devices
 from musetalk.contract import RIGID
-from musetalk.devices import DeviceError, choose_device, describe
+from musetalk.devices import DeviceError, choose_device, describe, mixed_precision
 from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.unet import build_unet
 from musetalk.training.checkpoint import save_unet
@@ -154,3 +154,14 @@ def test_training_uses_bf16_and_the_requested_kernels_on_gpus(usable, monkeypatc
         for enable in (torch.backends.cuda.enable_mem_efficient_sdp, torch.backends.cuda.enable_cudnn_sdp):
             enable(True)
     assert start_processes("cpu").cpu and not on_gpu.cpu and on_gpu.mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("device", "supported", "used"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_dubbing_uses_bf16_on_gpus_that_support_it_only(monkeypatch, device, supported, used):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: supported)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    with mixed_precision(torch.device(device)):
+        assert torch.is_autocast_enabled("cuda") == used and not torch.is_autocast_enabled("cpu")
+        assert not used or torch.get_autocast_dtype("cuda") == torch.bfloat16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from musetalk.contract import AUDIO_SAMPLE_RATE, RIGID, SAMPLES_PER_FRAME, VIDEO
 from musetalk.data.video import read_audio, read_frames, write_video
 from musetalk.dub import DubConfig, main
 from musetalk.errors import UserError
+from musetalk.models.tiny_decoder import TinyDecoder, save_tiny_decoder
 from musetalk.models.unet import build_unet
 from musetalk.models.vae import load_vae
 from musetalk.training.checkpoint import save_unet
@@ -94,6 +96,16 @@ def test_without_an_output_the_names_of_both_inputs_are_used(dub, couple, tmp_pa
     assert [path.name for path in (tmp_path / "output").iterdir()] == ["couple_speech.mp4"]
 
 
+def test_a_tiny_decoder_replaces_that_of_the_vae_and_its_loss_is_printed(dub, mini, tmp_path, capsys):
+    vae = load_vae(mini, torch.device("cpu"), torch.float32)
+    save_tiny_decoder(tmp_path / "tiny.safetensors", TinyDecoder(4), vae)
+    full = list(read_frames(dub()))
+    assert "tiny decoder" not in capsys.readouterr().out
+    tiny = list(read_frames(dub(tiny_decoder=tmp_path / "tiny.safetensors")))
+    assert any(np.abs(a.astype(int) - b).max() > 40 for a, b in zip(full, tiny, strict=True))
+    assert re.search(r"tiny decoder's faces have a PSNR of \d+\.\d dB", capsys.readouterr().out)
+
+
 def test_a_number_without_a_person_is_refused(dub):
     with pytest.raises(UserError, match=r"couple.mp4: face cannot be 3.* is 2;"):
         dub(face=3)
@@ -118,6 +130,7 @@ def test_an_input_is_not_overwritten(dub, couple, tmp_path, name):
         ({"video": Path("none.mp4")}, "none.mp4: cannot be read"),
         ({"checkpoint": Path("none.safetensors")}, "none.safetensors is neither a file"),
         ({"face": 0}, "face cannot be 0"),
+        ({"tiny_decoder": Path("none.safetensors")}, "none.safetensors cannot be read as a tiny decoder"),
         ({"preview": 0.0}, "preview cannot be 0"),
     ],
 )

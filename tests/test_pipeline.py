@@ -1,7 +1,8 @@
 """The inference pipeline: its UNet inputs are those of training, its output, and arguments that it refuses."""
 
+import threading
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 import torch
 from scipy.io import wavfile
 
+import musetalk.data.ping_pong as ping_pong_module
+import musetalk.data.video as video_module
 import musetalk.inference.pipeline as pipeline_module
 from datasets_process import PrepareConfig
 from datasets_process import main as prepare
@@ -24,9 +27,11 @@ from musetalk.contract import (
 from musetalk.data.audio import audio_features, audio_windows
 from musetalk.data.cache import Cache
 from musetalk.data.dataset import FaceDataset
-from musetalk.data.video import MediaError, ping_pong_index, read_audio, read_frames, write_video
+from musetalk.data.ping_pong import ping_pong_index
+from musetalk.data.video import MediaError, read_audio, read_frames, write_video
 from musetalk.errors import UserError
 from musetalk.inference.pipeline import LipSyncPipeline
+from musetalk.inference.prepared_video import PreparedVideo
 from musetalk.models.unet import build_unet
 from musetalk.models.vae import load_vae
 from musetalk.training.checkpoint import save_unet
@@ -99,6 +104,51 @@ def test_a_video_shorter_than_the_audio_plays_forwards_and_backwards(pipeline, v
         outside[y1:y2, x1:x2] = False
         assert np.array_equal(frame[outside], source[index][outside])
         assert np.array_equal(frame, source[index]) == (prepared.faces[index] is None)
+
+
+@pytest.mark.parametrize("error", [MediaError("unreadable", "lost"), KeyboardInterrupt()])
+@pytest.mark.parametrize("stage", ["decode", "generate", "blend", "encode"])
+def test_an_error_in_any_stage_reaches_the_caller_and_ends_all_threads(
+    pipeline, video, tmp_path, monkeypatch, stage, error
+):
+    prepared, speech = pipeline.prepare(video), tmp_path / "speech.wav"
+    wavfile.write(speech, AUDIO_SAMPLE_RATE, np.zeros(200 * SAMPLES_PER_FRAME, np.int16))
+    _ = pipeline.audio_encoder
+    owner, name = {
+        "decode": (ping_pong_module, "upright"),
+        "generate": (pipeline, "generate"),
+        "blend": (PreparedVideo, "paste"),
+        "encode": (video_module, "yuv420p_frames"),
+    }[stage]
+    calls, working = count(1), getattr(owner, name)
+
+    def failing(*args):
+        if stage == "encode":
+            return raising(args[0])
+        if next(calls) > 3:
+            raise error
+        return working(*args)
+
+    def raising(images):
+        yield from working(islice(images, 3))
+        raise error
+
+    monkeypatch.setattr(owner, name, failing)
+    before = set(threading.enumerate())
+    with pytest.raises(type(error)) as caught:
+        pipeline.speak(prepared, speech, tmp_path / "out" / "out.mp4")
+    assert caught.value is error
+    assert set(threading.enumerate()) == before
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_consumer_that_stops_early_leaves_no_thread(pipeline, video):
+    prepared, before = pipeline.prepare(video), set(threading.enumerate())
+    frames = pipeline.frames(prepared, np.zeros((400, 5, 128), np.float16), 200)
+    next(frames)
+    assert set(threading.enumerate()) > before
+    frames.close()
+    assert set(threading.enumerate()) == before
 
 
 def test_a_limited_number_of_frames_are_the_first_ones(pipeline, video, tmp_path, monkeypatch):
@@ -203,3 +253,31 @@ def test_the_vae_has_the_dtype_of_the_contract(sample_cache, tmp_path):
     vae = LipSyncPipeline.from_checkpoint(path, MINI).vae
     assert vae.autoencoder.dtype is torch.bfloat16
     assert vae.fingerprint == load_vae(MINI, torch.device("cpu"), torch.float32).fingerprint
+
+
+def test_the_unet_and_the_decoder_run_in_the_mixed_precision_of_the_device(pipeline, monkeypatch):
+    dtypes = []
+    layers = [pipeline.unet.model.conv_in, pipeline.vae.autoencoder.decoder.conv_in]
+    hooks = [layer.register_forward_hook(lambda _, __, output: dtypes.append(output.dtype)) for layer in layers]
+    latents, windows = np.zeros((1, 4, 32, 32), np.float16), np.zeros((1, 50, 128), np.float16)
+    pipeline.generate(latents, latents, windows)
+    monkeypatch.setattr(pipeline_module, "mixed_precision", lambda device: torch.autocast(device.type, torch.bfloat16))
+    pipeline.generate(latents, latents, windows)
+    before_unet, _, *after = dtypes  # the VAE may have been loaded in bfloat16
+    assert before_unet == torch.float32 and after == [torch.bfloat16] * 2
+    for hook in hooks:
+        hook.remove()
+
+
+def test_compiled_networks_get_batches_of_one_size(sample_cache, video, tmp_path, monkeypatch):
+    """And the frames stay the same."""
+    plain, compiled = make_pipeline(sample_cache, tmp_path), make_pipeline(sample_cache, tmp_path)
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
+    compiled.compile()
+    sizes = []
+    compiled.unet.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setitem(pipeline_module.BATCH, "cpu", 3)
+    prepared, features = plain.prepare(video), np.zeros((20, 5, 128), np.float16)
+    frames = zip(plain.frames(prepared, features, 7), compiled.frames(prepared, features, 7), strict=True)
+    assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in frames)
+    assert sizes == [3, 3, 3]

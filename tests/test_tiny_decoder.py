@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import pytest
@@ -18,7 +20,7 @@ from losses.objective import Objective
 from musetalk.contract import CONTRACTS, ContractError, FeatureContract
 from musetalk.data.cache import Cache
 from musetalk.data.cache_writer import CacheWriter
-from musetalk.models.tiny_decoder import TinyDecoder, load_tiny_decoder, save_tiny_decoder
+from musetalk.models.tiny_decoder import TinyDecoder, decoder_psnr, load_tiny_decoder, save_tiny_decoder
 from musetalk.models.vae import VAE, load_vae
 from musetalk.models.weights import WeightsError
 from musetalk_trainer import PRESETS, TrainConfig, train, weights
@@ -88,6 +90,15 @@ def config(cache, tiny, mini, tmp_path) -> TrainConfig:
 def test_the_number_of_parameters_is_that_of_taesd():
     with torch.device("meta"):
         assert sum(parameter.numel() for parameter in TinyDecoder().parameters()) == 1_222_531
+
+
+def test_the_psnr_of_a_decoder_by_hand():
+    """Constant images of 0.5 against black (-1): the squared error is 2.25, of a peak of 2."""
+    constant = SimpleNamespace(decode=lambda latents: torch.full((len(latents), 3, 256, 256), 0.5))
+    black = SimpleNamespace(decode=lambda latents: torch.full((len(latents), 3, 256, 256), -1.2))
+    assert decoder_psnr(constant, black, torch.zeros(2, 4, 32, 32)) == pytest.approx(
+        10 * math.log10(4 / 2.25), abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

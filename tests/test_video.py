@@ -15,8 +15,6 @@ from musetalk.contract import AUDIO_SAMPLE_RATE, SAMPLES_PER_FRAME, VIDEO_FPS
 from musetalk.data.video import (
     MediaError,
     count_frames,
-    ping_pong,
-    ping_pong_index,
     read_audio,
     read_frames,
     write_video,
@@ -337,14 +335,7 @@ def test_a_file_without_audio_is_refused_as_audio(counted):
     assert caught.value.kind == "no audio" and str(caught.value).startswith(f"{counted}: ")
 
 
-# Playing forwards and backwards.
-
-
-def test_ping_pong_shows_the_frames_that_its_index_names(counted):
-    assert [ping_pong_index(k, 3) for k in range(8)] == [0, 1, 2, 2, 1, 0, 0, 1]
-    for length, count in ((60, 130), (26, 60), (1, 3)):
-        shown = [number(picture) for picture in ping_pong(counted, length, count)]
-        assert shown == [ping_pong_index(k, length) for k in range(count)]
+# Batches.
 
 
 @pytest.mark.parametrize(("count", "size"), [(0, 3), (6, 3), (7, 3), (2, 3)])

@@ -67,6 +67,13 @@ def rigid_box(face: Face, frame: np.ndarray) -> np.ndarray:
     return box
 
 
+def pasted(frame: np.ndarray, face: np.ndarray, box: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """A copy of a frame with a crop pasted back."""
+    copy = frame.copy()
+    paste_back(copy, face, box, alpha)
+    return copy
+
+
 def draw_masks() -> None:
     """Draws the masks and results of three blends side by side."""
     frame = cv2.resize(data.astronaut()[:320, 64:384, ::-1], None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
@@ -78,7 +85,7 @@ def draw_masks() -> None:
     alphas = [face_alpha(face.landmarks, box), *(parsed_alpha(classes, box, blend) for blend in ("raw", "jaw"))]
     rows = [[colours], [crop_square(frame, box, "jaw")]]
     for row, background, foreground in zip(rows, (0 * frame, frame), (0 * generated + 255, generated), strict=True):
-        row += [crop_square(paste_back(background, foreground, box, alpha), box, "jaw") for alpha in alphas]
+        row += [crop_square(pasted(background, foreground, box, alpha), box, "jaw") for alpha in alphas]
     view = slice(side // 6, -side // 6)
     rows = [[panel(square[view, view]) for square in row] for row in rows]
     save("docs/blend.png", rows, ("classes", "landmarks", "raw", "jaw"))
@@ -101,7 +108,7 @@ def draw_jaw(clip: Path) -> None:
     for target, source in (DROPPED, CLOSED), (CLOSED, DROPPED):
         boxes = [rigid_box(faces[index], frames[index]) for index in (target, source)]
         generated = crop_face(frames[source], boxes[1])
-        blended = paste_back(frames[target], generated, boxes[0], face_alpha(faces[target].landmarks, boxes[0]))
+        blended = pasted(frames[target], generated, boxes[0], face_alpha(faces[target].landmarks, boxes[0]))
         panels = [lower_face(frames[target], boxes[0]), lower_face(frames[source], boxes[1])]
         rows.append([*panels, before[len(rows)], lower_face(blended, boxes[0])])
     save(JAW_IMAGE, rows, ("frame", "generated face", "before", "now"))

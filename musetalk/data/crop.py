@@ -256,16 +256,13 @@ def crop_face(frame: np.ndarray, box: np.ndarray) -> np.ndarray:
     return cv2.resize(frame[y1:y2, x1:x2], (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_LANCZOS4)
 
 
-def paste_back(frame: np.ndarray, face: np.ndarray, box: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Pastes a crop back into its box on a copy of the frame: the inverse of `crop_face`.
+def paste_back(frame: np.ndarray, face: np.ndarray, box: np.ndarray, alpha: np.ndarray) -> None:
+    """Pastes a crop back into its box of a frame, in place: the inverse of `crop_face`.
 
-    face: BGR uint8 (256, 256, 3), resized bilinearly as in MuseTalk. alpha: float32 (y2 - y1, x2 - x1), opacity of the
-    face in [0, 1]. Where alpha is 0 the frame is unchanged.
+    face: BGR uint8 (256, 256, 3), resized bilinearly as in MuseTalk. alpha: float32 (h, x2 - x1), opacity of the face
+    in [0, 1] in the lowest h rows of the box. Where alpha is 0, and above, the frame is unchanged.
     """
-    x1, y1, x2, y2 = box
-    face = cv2.resize(face, (int(x2 - x1), int(y2 - y1)), interpolation=cv2.INTER_LINEAR)
-    result = frame.copy()
-    background = result[y1:y2, x1:x2]
-    blended = background + alpha[..., None] * (face.astype(np.float32) - background)
-    result[y1:y2, x1:x2] = np.round(blended).astype(np.uint8)
-    return result
+    x1, y1, x2, y2 = (int(value) for value in box)
+    top = y2 - len(alpha)
+    face = cv2.resize(face, (x2 - x1, y2 - y1), interpolation=cv2.INTER_LINEAR)[top - y1 :]
+    frame[top:y2, x1:x2] = cv2.blendLinear(face, frame[top:y2, x1:x2], alpha, 1 - alpha)

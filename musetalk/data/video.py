@@ -16,6 +16,7 @@ import numpy as np
 from av.stream import Disposition
 
 from musetalk.contract import AUDIO_SAMPLE_RATE, VIDEO_FPS
+from musetalk.data.h264 import add_h264_stream, yuv420p_frames
 from musetalk.errors import UserError
 from musetalk.files import atomic_write
 
@@ -27,7 +28,6 @@ SAMPLE_RATES = (4000, 768_000)  # Hz; anything else is a broken header
 MAX_PIXELS = 1 << 26  # of a frame, twice 8K
 FULL_SCALE = np.float32(2**15)  # of 16-bit audio
 MAX_LAST_DURATION = Fraction(1)  # s that the last frame is shown at most
-BT709 = 1  # code of the HD colour matrix in ISO/IEC 23091-2; players guess other matrices for untagged files
 
 
 class MediaError(UserError):
@@ -72,7 +72,7 @@ def _stream(container: av.container.InputContainer, kind: str, path: str | Path)
     return stream
 
 
-def _upright(frame: av.VideoFrame) -> np.ndarray:
+def upright(frame: av.VideoFrame) -> np.ndarray:
     """Converts a frame to BGR uint8 (H, W, 3), rotated by the file's rotation flag."""
     quarters = round(frame.rotation / 90) if abs(frame.rotation) <= 180 else 0  # a larger value is not a rotation
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="bgr24"), quarters))
@@ -132,8 +132,13 @@ def _frames_around(
 def read_frames(path: str | Path, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
     """Reads frames [start, stop) of a video resampled to 25 per second, each the source frame nearest in time.
 
-    Yields BGR uint8 (H, W, 3). Raises MediaError if the file is not a readable video.
+    Yields BGR uint8 (H, W, 3), a new array for each frame. Raises MediaError if the file is not a readable video.
     """
+    yield from map(upright, resampled_frames(path, start, stop))
+
+
+def resampled_frames(path: str | Path, start: int = 0, stop: int | None = None) -> Iterator[av.VideoFrame]:
+    """The frames of `read_frames` as they are decoded, which take half the memory of BGR. Some may be the same."""
     with _open(path) as container:
         stream = _stream(container, "video", path)
         stream.thread_type = "AUTO"
@@ -149,7 +154,7 @@ def read_frames(path: str | Path, start: int = 0, stop: int | None = None) -> It
             time = origin + int(Fraction(start, VIDEO_FPS) / stream.time_base)
             found = _frames_around(container, stream, time, path)
             if found is None:
-                yield from islice(read_frames(path, 0, stop), start, None)
+                yield from islice(resampled_frames(path, 0, stop), start, None)
                 return
             frames = found
         frames = (frame for frame in frames if (frame.height, frame.width) == size)
@@ -160,12 +165,10 @@ def read_frames(path: str | Path, start: int = 0, stop: int | None = None) -> It
             time = (frame.pts - origin) * stream.time_base
             if previous is not None:
                 _require_steady(path, "video", previous_time, time)
-                image = None  # converted once even if repeated
                 while Fraction(index, VIDEO_FPS) <= (previous_time + time) / 2:
                     if index == stop:
                         return
-                    image = _upright(previous) if image is None else image
-                    yield image
+                    yield previous
                     index += 1
             previous, previous_time = frame, time
         # The last frame is shown for the average frame duration.
@@ -173,7 +176,7 @@ def read_frames(path: str | Path, start: int = 0, stop: int | None = None) -> It
             duration = min(1 / Fraction(stream.average_rate or VIDEO_FPS), MAX_LAST_DURATION)
             end = max(previous_time + duration, Fraction(1, VIDEO_FPS))
             while index != stop and Fraction(2 * index + 1, 2 * VIDEO_FPS) <= end:
-                yield _upright(previous)
+                yield previous
                 index += 1
 
 
@@ -260,7 +263,7 @@ def _samples(resampler: av.AudioResampler, frame: av.AudioFrame | None, path: st
 def write_video(path: Path, frames: Iterable[np.ndarray], audio: np.ndarray, sample_rate: int) -> int:
     """Writes an mp4 (H.264, AAC) at 25 frames per second, atomically.
 
-    frames: BGR uint8 (H, W, 3), all of one size; odd sizes are padded to even ones, which H.264 players require.
+    frames: BGR uint8 (H, W, 3), all of one size; odd sizes are padded to even ones.
     audio: float32 (N,) in [-1, 1], truncated or padded with silence to the length of the video.
     Returns the number of frames written. Raises ValueError if there is no frame.
     """
@@ -268,15 +271,10 @@ def write_video(path: Path, frames: Iterable[np.ndarray], audio: np.ndarray, sam
     first = next(frames, None)
     if first is None:
         raise ValueError(f"{path}: there are no frames to write")
-    height, width = first.shape[:2]
     count = 0
     with atomic_write(path) as partial:
         with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            video_stream = container.add_stream("libx264", rate=VIDEO_FPS, options={"crf": "15", "preset": "fast"})
-            video_stream.width, video_stream.height = width + width % 2, height + height % 2
-            video_stream.pix_fmt = "yuv420p"
-            codec = video_stream.codec_context
-            codec.colorspace = codec.color_primaries = codec.color_trc = BT709
+            video_stream = add_h264_stream(container, *first.shape[:2])
             audio_stream = container.add_stream("aac", rate=sample_rate, layout="mono")
 
             def mux_audio(begin: int, end: int) -> None:
@@ -287,12 +285,7 @@ def write_video(path: Path, frames: Iterable[np.ndarray], audio: np.ndarray, sam
                 frame.sample_rate, frame.pts, frame.time_base = sample_rate, begin, Fraction(1, sample_rate)
                 container.mux(audio_stream.encode(frame))
 
-            for image in chain([first], frames):
-                image = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-                frame = av.VideoFrame.from_ndarray(image, format="bgr24")
-                # Via 4:4:4: the direct conversion takes chroma from every other line (-5 dB PSNR).
-                frame = frame.reformat(format="yuv444p", dst_colorspace="ITU709")
-                frame = frame.reformat(format="yuv420p", interpolation="AREA")
+            for frame in yuv420p_frames(chain([first], frames)):
                 frame.pts, frame.time_base = count, Fraction(1, VIDEO_FPS)
                 container.mux(video_stream.encode(frame))
                 mux_audio(count * sample_rate // VIDEO_FPS, (count + 1) * sample_rate // VIDEO_FPS)
@@ -300,24 +293,3 @@ def write_video(path: Path, frames: Iterable[np.ndarray], audio: np.ndarray, sam
             container.mux(video_stream.encode(None))
             container.mux(audio_stream.encode(None))
     return count
-
-
-def ping_pong(path: Path, length: int, count: int) -> Iterator[np.ndarray]:
-    """Yields `count` frames of a video of `length` frames that plays forwards, then backwards, and so on.
-
-    Memory is constant: backwards, the video is read in blocks of one second.
-    """
-
-    def play() -> Iterator[np.ndarray]:
-        while True:
-            yield from read_frames(path, 0, length)
-            for stop in range(length, 0, -VIDEO_FPS):
-                yield from reversed(list(read_frames(path, max(0, stop - VIDEO_FPS), stop)))
-
-    return islice(play(), count)
-
-
-def ping_pong_index(k: int, length: int) -> int:
-    """Returns the index of the k-th frame of `ping_pong`."""
-    k %= 2 * length
-    return k if k < length else 2 * length - 1 - k

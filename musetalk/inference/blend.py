@@ -6,6 +6,7 @@ which needs no weights, or by a face parser as in MuseTalk.
 
 from __future__ import annotations
 
+import zlib
 from typing import Literal, NamedTuple
 
 import cv2
@@ -58,11 +59,14 @@ def face_alpha(landmarks: np.ndarray, box: np.ndarray) -> np.ndarray:
     jaw = np.round(landmarks[JAW] - (x1, y1)).astype(np.int32)
     # Low enough for blurring to reduce the share at the chin by less than a tenth.
     bottom = max(height, int(jaw[:, 1].max()) + radius // 2 + 2)
-    mask = np.zeros((bottom, width), np.uint8)
-    cv2.fillConvexPoly(mask, cv2.convexHull(jaw), 255)
+    top = height // 2 - radius  # above it the mask is empty
+    mask = np.zeros((bottom - top, width), np.uint8)
+    cv2.fillConvexPoly(mask, cv2.convexHull(jaw - (0, top)), 255)
     mask = cv2.dilate(mask, np.ones((2 * radius + 1, radius)))  # so that the feather begins below the chin
     mask[:, : radius + 1] = mask[:, -radius - 1 :] = 0
-    return feather(mask, height // 2, radius)[:height]
+    alpha = np.zeros((height, width), np.float32)
+    alpha[top:] = feather(mask, radius, radius)[: height - top]
+    return alpha
 
 
 def parsed_alpha(classes: np.ndarray, box: np.ndarray, blend: ParserBlend) -> np.ndarray:
@@ -122,3 +126,17 @@ def feather(mask: np.ndarray, top: int, radius: int) -> np.ndarray:
     mask[:top] = 0
     size = 2 * radius + 1
     return cv2.GaussianBlur(mask, (size, size), 0, borderType=cv2.BORDER_CONSTANT) / np.float32(255)
+
+
+def pack_alpha(alpha: np.ndarray) -> bytes:
+    """Compresses a mask of 256 levels, float32 (h, w) in [0, 1], without loss and without its empty upper rows."""
+    mask = np.round(alpha * 255).astype(np.uint8)
+    mask = mask[mask.any(axis=1).argmax() :]
+    differences = np.diff(mask, axis=0, prepend=np.uint8(0))  # compress to half the size
+    return zlib.compress(differences.tobytes())
+
+
+def unpack_alpha(packed: bytes, width: int) -> np.ndarray:
+    """The lower rows (n, width) of a mask that `pack_alpha` compressed, float32 in [0, 1]; above them it is 0."""
+    differences = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(-1, width)
+    return np.cumsum(differences, axis=0, dtype=np.uint8) / np.float32(255)

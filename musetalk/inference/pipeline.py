@@ -8,15 +8,15 @@ The notebook, the samples of the trainer and the validation all use this class.
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -24,82 +24,30 @@ from tqdm import tqdm
 
 from musetalk.contract import CONTRACTS, SAMPLES_PER_FRAME, VIDEO_FPS, ContractError, FeatureContract
 from musetalk.data.audio import audio_features, audio_windows
-from musetalk.data.crop import crop_clips, paste_back
+from musetalk.data.crop import crop_clips
 from musetalk.data.face import FACE_BACKENDS, check_face_backend, load_face_backend
 from musetalk.data.face.face import Face, FaceBackend
-from musetalk.data.video import (
-    MediaError,
-    count_frames,
-    ping_pong,
-    ping_pong_index,
-    read_audio,
-    read_frames,
-    write_video,
-)
-from musetalk.devices import choose_device
+from musetalk.data.ping_pong import ping_pong, ping_pong_index
+from musetalk.data.video import MediaError, count_frames, read_audio, read_frames, write_video
+from musetalk.devices import choose_device, mixed_precision
 from musetalk.errors import UserError
 from musetalk.images import batched, to_tensor, to_uint8
-from musetalk.inference.blend import Blend, crop_square, face_alpha, parsed_alpha
+from musetalk.inference.blend import Blend, ParserBlend, crop_square, face_alpha, pack_alpha, parsed_alpha
+from musetalk.inference.prepared_video import PreparedVideo, blended_frames
+from musetalk.inference.stage_timer import StageTimer
 from musetalk.models.audio_encoder import AudioEncoder, load_audio_encoder
 from musetalk.models.face_parser import WEIGHTS as FACE_PARSER
 from musetalk.models.face_parser import FaceParser, load_face_parser
+from musetalk.models.tiny_decoder import TinyDecoder, load_tiny_decoder
 from musetalk.models.trained_unet import find_unet, load_trained_unet
 from musetalk.models.unet import UNet
 from musetalk.models.vae import VAE, load_vae
 from musetalk.models.weights import find
+from musetalk.prefetch import prefetched
 
 OUTPUT_SAMPLE_RATE = 48_000  # of the soundtrack of the output video
 BATCH = {"cpu": 2, "mps": 16, "cuda": 16}  # frames generated at once, by device; larger batches are slower on a CPU
-
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class PreparedVideo:
-    """A video of T frames with its face detected, cropped and encoded; can be lip-synced any number of times.
-
-    faces: T faces, None in frames without one. boxes: int32 (T, 4) in source pixels.
-    masked_latents, latents: float16 (T, 4, 32, 32), zeros in frames without a face.
-    people: the most people detected in one frame.
-    """
-
-    path: Path
-    faces: Sequence[Face | None]
-    boxes: np.ndarray
-    masked_latents: np.ndarray
-    latents: np.ndarray
-    people: int = 1
-
-
-class StageTimer:
-    """Measures the time spent in each stage, without that of the stages nested in it."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Adds the time spent in the block to `stage`, except what the block adds to other stages."""
-        start, counted = time.perf_counter(), sum(self.seconds.values())
-        yield
-        nested = sum(self.seconds.values()) - counted
-        self.seconds[stage] += time.perf_counter() - start - nested
-
-    def iterate(self, stage: str, items: Iterable[Item]) -> Iterator[Item]:
-        """Yields the items and adds the time taken to produce them to `stage`."""
-        iterator = iter(items)
-        while True:
-            with self(stage):
-                try:
-                    item = next(iterator)
-                except StopIteration:
-                    return
-            yield item
-
-    def report(self, frames: int) -> None:
-        """Prints the throughput of each stage on its own, below the progress bar."""
-        rates = (f"{stage} {frames / seconds:.1f}" for stage, seconds in self.seconds.items())
-        tqdm.write(f"frames/s: {', '.join(rates)}", file=sys.stderr)
+FRAMES_AHEAD, BATCHES_AHEAD = 4, 2  # of each stage while dubbing
 
 
 class LipSyncPipeline:
@@ -114,20 +62,21 @@ class LipSyncPipeline:
         face_backend: str | None = None,
         *,
         blend: Blend = "landmarks",
+        tiny_decoder: TinyDecoder | None = None,
     ) -> None:
         """The audio encoder, the face parser and the face backend are loaded on first use.
 
         face_backend: one of FACE_BACKENDS; by default that of the contract, or mediapipe if the contract has none.
-        blend: see `alpha`. Raises UserError and WeightsError as `check_choices` does, ContractError if the backend
-        gives other landmarks than training used.
+        blend: see `from_checkpoint`. Raises UserError and WeightsError as `check_choices` does, ContractError if the
+        backend gives other landmarks than training used.
         """
         check_choices(models_dir, face_backend, blend)
         if face_backend is None:
             face_backend = contract.face_backend or "mediapipe"
         requested = replace(contract, face_backend=FACE_BACKENDS[face_backend])
         contract.require(requested, ("face_backend",), "the UNet")
-        self.unet, self.vae, self.contract = unet, vae, contract
-        self.models_dir, self.face_backend, self.blend = models_dir, face_backend, blend
+        self.unet, self.vae, self.tiny_decoder, self.contract = unet, vae, tiny_decoder, contract
+        self.models_dir, self.face_backend, self.blend, self.compiled = models_dir, face_backend, blend, False
 
     @classmethod
     def from_checkpoint(
@@ -138,6 +87,8 @@ class LipSyncPipeline:
         contract: Literal["rigid", "musetalk_v15", "musetalk_v1"] | None = None,
         blend: Blend = "landmarks",
         *,
+        tiny_decoder: str | Path | None = None,
+        compile: bool = False,
         device: str = "auto",
     ) -> LipSyncPipeline:
         """Loads a trained UNet and the VAE it was trained with.
@@ -147,6 +98,8 @@ class LipSyncPipeline:
         face_backend: "mediapipe", "dwpose" or "mmpose"; by default that of training, or mediapipe if unknown.
         blend: how the generated face is masked: by "landmarks", or by a face parser: "jaw" and "raw" as in MuseTalk's
         offline script for v1.5 and v1 weights, "musetalk_v1" as in v1.0 when it was released.
+        tiny_decoder: a file of tools/distil_decoder.py that decodes in place of the VAE: faster, less sharp.
+        compile: uses torch.compile, which takes minutes at the first batch.
         device: "cpu", "cuda", "cuda:<number>", "mps", or "auto": CUDA's GPU if there is one, else the CPU.
 
         Raises UserError for an unknown name, DeviceError if the GPU cannot be used, WeightsError for missing or
@@ -157,11 +110,25 @@ class LipSyncPipeline:
             raise ContractError(f"contract must be one of {', '.join(CONTRACTS)}, not {contract!r}")
         path, models_dir = find_unet(Path(checkpoint)), Path(models_dir)
         check_choices(models_dir, face_backend, blend)
+        if compile and not shutil.which(os.environ.get("CXX", "g++")):
+            raise UserError("compile must be False here: torch.compile needs a C++ compiler (g++, or the one in CXX)")
         torch_device = choose_device(device)
         unet, trained = load_trained_unet(path, models_dir, CONTRACTS[contract] if contract else None)
         vae = load_vae(models_dir, torch_device, getattr(torch, trained.encode_dtype))
         trained.require(replace(trained, vae=vae.fingerprint), ("vae",), str(path))
-        return cls(unet.to(torch_device).eval(), vae, trained, models_dir, face_backend, blend=blend)
+        tiny = load_tiny_decoder(Path(tiny_decoder), vae) if tiny_decoder else None
+        pipeline = cls(
+            unet.to(torch_device).eval(), vae, trained, models_dir, face_backend, blend=blend, tiny_decoder=tiny
+        )
+        if compile:
+            pipeline.compile()
+        return pipeline
+
+    def compile(self) -> None:
+        """Compiles the UNet and the decoder, at the first batch and for batches of its size."""
+        for network in (self.unet.model, self.tiny_decoder or self.vae.autoencoder.decoder):
+            network.compile(dynamic=False)
+        self.compiled = True
 
     @property
     def device(self) -> torch.device:
@@ -231,9 +198,27 @@ class LipSyncPipeline:
                 f"{path}: face cannot be {face}, because the largest number of people found in one frame is {people}; "
                 f"choose a number up to {people}, counted from left to right",
             )
+        with timer("mask it"):
+            alphas = self._alphas(path, faces, np.concatenate(boxes))
         timer.report(len(faces))
         masked, full = (np.concatenate(pieces)[:, 0] for pieces in zip(*latents, strict=True))
-        return PreparedVideo(path, faces, np.concatenate(boxes), masked, full, people)
+        return PreparedVideo(path, faces, np.concatenate(boxes), alphas, masked, full, people)
+
+    def _alphas(self, path: Path, faces: Sequence[Face | None], boxes: np.ndarray) -> list[bytes | None]:
+        """Packed masks of T boxes, from the landmarks of the faces or from the face parser's classes of the frames."""
+        if self.blend == "landmarks":
+            pairs = zip(faces, boxes, strict=True)
+            alphas = (face_alpha(face.landmarks, box) if face else None for face, box in pairs)
+        else:
+            frames = tqdm(read_frames(path, 0, len(faces)), f"parse the face in {path.name}", len(faces), unit="frame")
+            triples = zip(frames, faces, boxes, strict=True)
+            alphas = (self._parsed_alpha(frame, box, self.blend) if face else None for frame, face, box in triples)
+        return [None if alpha is None else pack_alpha(alpha) for alpha in alphas]
+
+    def _parsed_alpha(self, frame: np.ndarray, box: np.ndarray, blend: ParserBlend) -> np.ndarray:
+        """Opacity of the generated crop in each pixel of its box, from the face parser's classes of the frame."""
+        classes = self.face_parser(to_tensor(crop_square(frame, box, blend)[None]))[0].cpu().numpy()
+        return parsed_alpha(classes, box, blend)
 
     def speak(
         self, prepared: PreparedVideo, audio: str | Path, output: str | Path, *, max_frames: int = sys.maxsize
@@ -247,48 +232,35 @@ class LipSyncPipeline:
         encoder, timer = self.audio_encoder, StageTimer()
         with timer("audio"):
             features = audio_features(samples, encoder, self.contract)
+            del samples  # 2.5 KB a frame
             soundtrack = read_audio(Path(audio), OUTPUT_SAMPLE_RATE)
-        with timer("write"):
-            frames = tqdm(self.frames(prepared, features, count, timer), f"write {output}", count, unit="frame")
-            write_video(Path(output), frames, soundtrack, OUTPUT_SAMPLE_RATE)
+        with timer("write"), closing(self.frames(prepared, features, count, timer)) as frames:
+            progress = tqdm(timer.iterate(None, frames), f"write {output}", count, unit="frame")
+            write_video(Path(output), progress, soundtrack, OUTPUT_SAMPLE_RATE)
         timer.report(count)
         return count
 
     def frames(
         self, prepared: PreparedVideo, features: np.ndarray, count: int, timer: StageTimer | None = None
-    ) -> Iterator[np.ndarray]:
+    ) -> Generator[np.ndarray, None, None]:
         """The first `count` frames of a prepared video lip-synced to audio features (F, S, D): BGR uint8 (H, W, 3).
 
-        Frames without a face are not changed. timer: measures the stages "generate" and "read and blend".
+        Frames without a face are not changed. Decoding, generating and blending run in a thread each, a few frames
+        ahead; closing the generator ends them. timer: measures the stages "decode", "generate" and "blend".
         """
         timer = timer or StageTimer()
-        crops = timer.iterate("generate", self._generated_crops(prepared, features, count))
-        return timer.iterate("read and blend", self._blended_frames(prepared, crops, count))
+        source = prefetched(timer.iterate("decode", ping_pong(prepared.path, len(prepared.faces), count)), FRAMES_AHEAD)
+        batches = timer.iterate("generate", self._generated_batches(prepared, features, count))
+        return prefetched(blended_frames(prepared, source, prefetched(batches, BATCHES_AHEAD), timer), FRAMES_AHEAD)
 
-    def _generated_crops(self, prepared: PreparedVideo, features: np.ndarray, count: int) -> Iterator[np.ndarray]:
-        """A face crop BGR uint8 (256, 256, 3) for each of the first `count` frames, generated in batches."""
-        for batch in batched(range(count), BATCH[self.device.type]):
-            index = [ping_pong_index(k, len(prepared.faces)) for k in batch]
-            windows = audio_windows(features, batch, self.contract)
-            yield from self.generate(prepared.masked_latents[index], prepared.latents[index], windows)
-
-    def _blended_frames(self, prepared: PreparedVideo, crops: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
-        """The first `count` frames of the video with the generated crops pasted back."""
-        length = len(prepared.faces)
-        for k, (crop, frame) in enumerate(zip(crops, ping_pong(prepared.path, length, count), strict=True)):
-            index = ping_pong_index(k, length)
-            face, box = prepared.faces[index], prepared.boxes[index]
-            yield frame if face is None else paste_back(frame, crop, box, self.alpha(frame, face, box))
-
-    def alpha(self, frame: np.ndarray, face: Face, box: np.ndarray) -> np.ndarray:
-        """Opacity of the generated crop in each pixel of its box, float32 (y2 - y1, x2 - x1) in [0, 1].
-
-        Computed from the landmarks of the face, or from the face parser's classes of the frame.
-        """
-        if self.blend == "landmarks":
-            return face_alpha(face.landmarks, box)
-        classes = self.face_parser(to_tensor(crop_square(frame, box, self.blend)[None]))[0].cpu().numpy()
-        return parsed_alpha(classes, box, self.blend)
+    def _generated_batches(self, prepared: PreparedVideo, features: np.ndarray, count: int) -> Iterator[np.ndarray]:
+        """Face crops for the first `count` frames, in batches BGR uint8 (B, 256, 256, 3)."""
+        size = BATCH[self.device.type]
+        for batch in batched(range(count), size):
+            padded = batch + batch[-1:] * (size - len(batch)) if self.compiled else batch  # another size compiles again
+            index = [ping_pong_index(k, len(prepared.faces)) for k in padded]
+            windows = audio_windows(features, padded, self.contract)
+            yield self.generate(prepared.masked_latents[index], prepared.latents[index], windows)[: len(batch)]
 
     @torch.no_grad()
     def generate(
@@ -298,7 +270,8 @@ class LipSyncPipeline:
         parameter = next(self.unet.parameters())
         unet_input = torch.from_numpy(np.concatenate([masked_latents, reference_latents], axis=1)).to(parameter)
         windows = torch.from_numpy(audio_windows).to(parameter)
-        return to_uint8(self.vae.decode(self.unet(unet_input, windows)))
+        with mixed_precision(self.device):
+            return to_uint8((self.tiny_decoder or self.vae).decode(self.unet(unet_input, windows)))
 
 
 def count_speech_frames(samples: np.ndarray, path: str | Path) -> int:

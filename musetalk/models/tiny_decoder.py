@@ -6,6 +6,7 @@ Architecture: https://github.com/madebyollin/taesd. tools/distil_decoder.py dist
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,7 @@ import torch
 from annotated_types import Ge, Le
 from diffusers.models.autoencoders.vae import DecoderTiny
 from pydantic import TypeAdapter, ValidationError
+from torch.nn import functional
 
 from musetalk.contract import LATENT_CHANNELS
 from musetalk.models.vae import VAE
@@ -75,6 +77,13 @@ def load_tiny_decoder(path: Path, vae: VAE) -> TinyDecoder:
         decoder = TinyDecoder(origin.width)
     load_strictly(decoder, read_tensors(path), path)
     return freeze(decoder).to(vae.autoencoder.device, vae.autoencoder.dtype, memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def decoder_psnr(decoder: TinyDecoder, vae: VAE, latents: torch.Tensor) -> float:
+    """PSNR in dB of a decoder's images against those of the VAE's decoder, for latents (B, 4, 32, 32) together."""
+    images, truth = (x.decode(latents).clamp(-1, 1) for x in (decoder, vae))
+    return 10 * math.log10(2**2 / functional.mse_loss(images, truth).item())
 
 
 def _origin(path: Path) -> Origin:

@@ -19,7 +19,10 @@ from musetalk.data.crop import in_crop
 from musetalk.data.face.face import Face
 from musetalk.data.video import write_video
 from musetalk.files import read_json
-from musetalk.inference.pipeline import LipSyncPipeline, PreparedVideo, StageTimer
+from musetalk.inference.blend import face_alpha, pack_alpha
+from musetalk.inference.pipeline import LipSyncPipeline
+from musetalk.inference.prepared_video import PreparedVideo
+from musetalk.inference.stage_timer import StageTimer
 from musetalk.models.unet import build_unet
 from musetalk.models.vae import VAE
 from tools.gpu_check.config import GpuCheckConfig
@@ -43,15 +46,17 @@ def dub(config: GpuCheckConfig, accelerator: Accelerator, report: Callable) -> N
         crops = [[clip.image(frame)] for frame in np.flatnonzero(clip.usable).tolist()]
         masked, full = vae.encode_clip(clip.name, crops, cache.contract)
         encoded = len(crops) / (time.perf_counter() - start)
-        prepared = PreparedVideo(source, faces, boxes, masked[:, 0], full[:, 0])
+        alphas = [pack_alpha(face_alpha(face.landmarks, box)) for face, box in zip(faces, boxes, strict=True)]
+        prepared = PreparedVideo(source, faces, boxes, alphas, masked[:, 0], full[:, 0])
         count = len(crops) * (1 if config.quick else 4)
         timer, silence = StageTimer(), np.zeros(count * SAMPLES_PER_FRAME, np.float32)
+        start = time.perf_counter()
         with timer("write"):
-            frames = pipeline.frames(prepared, clip.tensor("audio_features"), count, timer)
+            frames = timer.iterate(None, pipeline.frames(prepared, clip.tensor("audio_features"), count, timer))
             write_video(config.output / f"dubbed_{height}.mp4", frames, silence, AUDIO_SAMPLE_RATE)
-        rates = {stage.replace(" ", "_"): count / seconds for stage, seconds in timer.seconds.items()}
-        total = count / sum(timer.seconds.values())
-        report("dubbing", f"{height} lines, frames/s", encode=encoded, **rates, all_but_encode=total)
+        dubbed = count / (time.perf_counter() - start)
+        rates = {stage: count / seconds for stage, seconds in timer.seconds.items()}
+        report("dubbing", f"{height} lines, frames/s", encode=encoded, **rates, all_but_encode=dubbed)
 
 
 def write_source(clip: Clip, height: int, path) -> tuple[list[Face], np.ndarray]:

@@ -22,8 +22,6 @@ trained along with the UNet, adv_g_mouth and feat_match_mouth by a second discri
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -34,7 +32,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from losses.adversarial import GANLoss
 from losses.discriminator import PatchDiscriminator
@@ -57,7 +54,7 @@ from musetalk.contract import FeatureContract, sync_mel_frames
 from musetalk.data.cache import Cache
 from musetalk.data.crop import crop_mouth
 from musetalk.data.dataset import SAMPLE_HELD_OUT, FaceDataset, split_clips
-from musetalk.devices import describe
+from musetalk.devices import check_compiler, compile_network, describe
 from musetalk.errors import TrainError
 from musetalk.images import to_tensor
 from musetalk.inference.pipeline import LipSyncPipeline
@@ -447,8 +444,8 @@ def check_config(config: TrainConfig) -> None:
         raise TrainError("adversarial_start must be 0 if only adversarial losses have a weight")
     if config.adaptive_every and not active & {"pixel_l1", "lpips"}:
         raise TrainError("adaptive_every must be 0 if neither pixel_l1 nor lpips has a weight to balance adv_g with")
-    if config.compile and not shutil.which(os.environ.get("CXX", "g++")):
-        raise TrainError("compile must be False here: torch.compile needs a C++ compiler (g++, or the one in CXX)")
+    if config.compile:
+        check_compiler()
 
 
 def active_weights(config: TrainConfig) -> dict[str, float]:
@@ -498,7 +495,7 @@ def build_state(config: TrainConfig, contract: FeatureContract, accelerator: Acc
     if config.adaptive_every:
         unet.keep_last_input()
     if config.compile:
-        compile_network(unet.model, accelerator)
+        compile_network(unet.model, accelerator.device)
     make_optimizer = partial(OPTIMIZERS[config.optimizer], weight_decay=config.weight_decay)
     optimizer = make_optimizer(unet.parameters(), config.learning_rate, config.betas)
     unet = prepare_model(unet, accelerator)
@@ -515,13 +512,6 @@ def build_state(config: TrainConfig, contract: FeatureContract, accelerator: Acc
         if config.adaptive_every and term_name("adv_g", region) in active:
             adaptive_weights[region] = torch.zeros((), device=accelerator.device)
     return TrainState(unet, contract, optimizer, config.optimizer, ema, gan_losses, adaptive_weights)
-
-
-def compile_network(network: nn.Module, accelerator: Accelerator) -> None:
-    """Compiles a network in place at its first forward pass, for fixed shapes."""
-    # In bfloat16 on a CPU torch 2.13 loses the gradient of an upsampler if it optimises layouts.
-    options = {"layout_optimization": False} if accelerator.device.type == "cpu" else None
-    network.compile(dynamic=False, options=options)
 
 
 def choose_chunk_size(config: TrainConfig, state: TrainState, device: torch.device) -> int:
@@ -547,7 +537,7 @@ def build_objective(
     distance = load_lpips(config.models_dir, *frozen) if "lpips" in active else None
     if config.compile:
         for network in filter(None, (vae.autoencoder.decoder, tiny, distance)):
-            compile_network(network, accelerator)
+            compile_network(network, accelerator.device)
 
     def decoder(pixel_step: int) -> Decode:
         if tiny is None or (config.full_decoder_every and pixel_step % config.full_decoder_every == 0):

@@ -1,14 +1,16 @@
-"""Chooses the device that a script computes on, and describes it in one line."""
+"""Chooses the device that a script computes on, describes it in one line, and compiles networks for it."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from glob import glob
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from musetalk.errors import UserError
 
@@ -99,6 +101,19 @@ def mixed_precision(device: torch.device) -> AbstractContextManager:
     if device.type == "cuda" and supports_bf16(device):
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
+
+
+def check_compiler() -> None:
+    """Raises DeviceError if there is no C++ compiler for torch.compile."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        raise DeviceError("compile must be False here: torch.compile needs a C++ compiler (g++, or the one in CXX)")
+
+
+def compile_network(network: nn.Module, device: torch.device) -> None:
+    """Makes torch compile a network at its first forward pass with inputs of a shape."""
+    # On a CPU torch 2.13 loses the gradient of an upsampler, in bfloat16 and channels_last, if it optimises layouts.
+    options = {"layout_optimization": False} if device.type == "cpu" else None
+    network.compile(dynamic=False, options=options)
 
 
 def cpu_cores() -> int:

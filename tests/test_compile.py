@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from torch._dynamo.utils import counters
 
 from musetalk.contract import IMAGE_SIZE, LATENT_CHANNELS, LATENT_SIZE, RIGID, WINDOW_STEPS
-from musetalk.errors import TrainError
+from musetalk.devices import DeviceError
 from musetalk.training.state import load_pixel_vae
 from musetalk_trainer import PRESETS, TrainConfig, build_objective, build_state, check_config, optimizer_step, weights
 
@@ -77,7 +77,7 @@ def results(config: TrainConfig, mini: Path) -> dict[str, torch.Tensor]:
 
 def test_compile_is_refused_without_a_compiler(config, monkeypatch):
     monkeypatch.setenv("CXX", "no such compiler")
-    with pytest.raises(TrainError, match="compile must be False here: torch.compile needs a C.. compiler"):
+    with pytest.raises(DeviceError, match="compile must be False here: torch.compile needs a C.. compiler"):
         check_config(replace(config, compile=True))
     check_config(config)
 

@@ -8,8 +8,6 @@ The notebook, the samples of the trainer and the validation all use this class.
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -29,7 +27,7 @@ from musetalk.data.face import FACE_BACKENDS, check_face_backend, load_face_back
 from musetalk.data.face.face import Face, FaceBackend
 from musetalk.data.ping_pong import ping_pong, ping_pong_index
 from musetalk.data.video import MediaError, count_frames, read_audio, read_frames, write_video
-from musetalk.devices import choose_device, mixed_precision
+from musetalk.devices import check_compiler, choose_device, compile_network, mixed_precision
 from musetalk.errors import UserError
 from musetalk.images import batched, to_tensor, to_uint8
 from musetalk.inference.blend import Blend, ParserBlend, crop_square, face_alpha, pack_alpha, parsed_alpha
@@ -110,8 +108,8 @@ class LipSyncPipeline:
             raise ContractError(f"contract must be one of {', '.join(CONTRACTS)}, not {contract!r}")
         path, models_dir = find_unet(Path(checkpoint)), Path(models_dir)
         check_choices(models_dir, face_backend, blend)
-        if compile and not shutil.which(os.environ.get("CXX", "g++")):
-            raise UserError("compile must be False here: torch.compile needs a C++ compiler (g++, or the one in CXX)")
+        if compile:
+            check_compiler()
         torch_device = choose_device(device)
         unet, trained = load_trained_unet(path, models_dir, CONTRACTS[contract] if contract else None)
         vae = load_vae(models_dir, torch_device, getattr(torch, trained.encode_dtype))
@@ -127,7 +125,7 @@ class LipSyncPipeline:
     def compile(self) -> None:
         """Compiles the UNet and the decoder, at the first batch and for batches of its size."""
         for network in (self.unet.model, self.tiny_decoder or self.vae.autoencoder.decoder):
-            network.compile(dynamic=False)
+            compile_network(network, self.device)
         self.compiled = True
 
     @property

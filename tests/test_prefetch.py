@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from musetalk.prefetch import prefetched
+from musetalk.inference.prefetch import prefetched
 
 
 class Source:

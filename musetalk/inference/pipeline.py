@@ -31,6 +31,7 @@ from musetalk.devices import check_compiler, choose_device, compile_network, mix
 from musetalk.errors import UserError
 from musetalk.images import batched, to_tensor, to_uint8
 from musetalk.inference.blend import Blend, ParserBlend, crop_square, face_alpha, pack_alpha, parsed_alpha
+from musetalk.inference.prefetch import prefetched
 from musetalk.inference.prepared_video import PreparedVideo, blended_frames
 from musetalk.inference.stage_timer import StageTimer
 from musetalk.models.audio_encoder import AudioEncoder, load_audio_encoder
@@ -41,7 +42,6 @@ from musetalk.models.trained_unet import find_unet, load_trained_unet
 from musetalk.models.unet import UNet
 from musetalk.models.vae import VAE, load_vae
 from musetalk.models.weights import find
-from musetalk.prefetch import prefetched
 
 OUTPUT_SAMPLE_RATE = 48_000  # of the soundtrack of the output video
 BATCH = {"cpu": 2, "mps": 16, "cuda": 16}  # frames generated at once, by device; larger batches are slower on a CPU

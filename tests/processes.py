@@ -109,6 +109,7 @@ def train_unet(cache: Cache, config: TrainConfig) -> None:
 
 def main(model: str, cache: str, folder: str, batch_size: str, steps: str, dtype: str) -> None:
     distributed.precision = lambda _: "no"
+    distributed.BUCKET_BYTES = 1000  # for many buckets
     run.stop_requests = partial(stop_after, int(steps))
     torch.set_default_dtype(getattr(torch, dtype))
     torch.Tensor.float = lambda tensor: tensor.to(torch.get_default_dtype())  # where a trainer converts to float32

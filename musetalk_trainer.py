@@ -519,7 +519,7 @@ def choose_chunk_size(config: TrainConfig, state: TrainState, device: torch.devi
     if config.chunk_size != "auto":
         return config.chunk_size
     samples = config.batch_size * config.frames
-    # With a sync loss all samples at once are decoded once, otherwise twice.
+    # With a sync loss several chunks are decoded twice, but a single chunk once.
     most = samples if config.loss_weights.get("sync") else min(samples, MOST_CHUNK)
     return min(most, chunk_that_fits(device, state, samples, checkpointing=config.gradient_checkpointing))
 

@@ -31,7 +31,7 @@ class GANLoss:
         self.trained = [(w.detach().requires_grad_(), b.detach().requires_grad_()) for w, b in self.normalised]
 
     def end_step(self) -> None:
-        """Passes the gradients of the step's passes on to the parameters."""
+        """Propagates the gradients that the step collected to the parameters."""
         assert self.normalised is not None and self.trained is not None
         gradients = [tensor.grad for tensor in chain(*self.trained)]
         torch.autograd.backward(list(chain(*self.normalised)), gradients)

@@ -30,7 +30,7 @@ DTYPES = {
 
 
 class TensorFile:
-    """An open file. tensors: name -> dtype and shape. The file is closed when this is garbage."""
+    """An open file, closed when the object is garbage-collected. tensors: name -> dtype and shape."""
 
     def __init__(self, path: Path) -> None:
         """Reads the header. Raises OSError if the file cannot be opened, ValueError if it is truncated or invalid."""

@@ -105,8 +105,8 @@ class GradientAverage:
     loss.backward()
     average.finish()
 
-    That backward pass adds to each gradient at most once. It is the same in all processes, so they send the buckets in
-    the same order. In a single process nothing happens.
+    The backward pass must add to each gradient at most once. It runs in the same order in all processes, so they send
+    the buckets in the same order. In a single process nothing happens.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -121,7 +121,7 @@ class GradientAverage:
         self._sent: dict[int, tuple[torch.Tensor, torch.distributed.Work]] = {}  # by bucket: its gradients' sum
 
     def _count(self, index: int, _: torch.Tensor) -> None:
-        """Sends a bucket with its last gradient."""
+        """Sends a bucket as soon as its last gradient is complete."""
         self._missing[index] -= 1
         if not self._missing[index]:
             self._send(index)

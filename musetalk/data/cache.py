@@ -90,8 +90,17 @@ class Clip:
 
     @property
     def usable(self) -> np.ndarray:
-        """Frames with an image and with their corrected audio in the clip, bool (T,)."""
-        return self.tensor("usable") & self._has_audio(len(self))
+        """Frames with an image and with their corrected audio in the clip, bool (T,).
+
+        Windows of audio may still reach beyond the clip by their context, as those of the pipeline do at both ends of
+        a file; in a later part of a split source they may not reach before the part, where the pipeline has audio.
+        """
+        first = CONTEXT_FRAMES if self.metadata.get("start") else 0
+        stop = -(-self.rows("audio_features") // FEATURES_PER_FRAME)
+        usable = self.tensor("usable")
+        usable[: max(0, first - self.audio_offset)] = False
+        usable[max(0, stop - self.audio_offset) :] = False
+        return usable
 
     def audio_frame(self, frame: Frames) -> Frames:
         """The frame of the clip's audio (features, mel) that belongs to a frame of its video: audio_offset later.
@@ -99,17 +108,6 @@ class Clip:
         Everything that reads a clip's audio reads it there. Outside the clip for some frames, if there is an offset.
         """
         return frame + self.audio_offset
-
-    def _has_audio(self, count: int) -> np.ndarray:
-        """Whether each frame has its corrected audio in the clip, bool (count,).
-
-        Windows of audio may still reach beyond the clip by their context, as those of the pipeline do at both ends of
-        a file; in a later part of a split source they may not reach before the part, where the pipeline has audio.
-        """
-        audio = self.audio_frame(np.arange(count))
-        first = CONTEXT_FRAMES if self.metadata.get("start") else 0
-        stop = min(count, -(-self.rows("audio_features") // FEATURES_PER_FRAME))
-        return (audio >= first) & (audio < stop)
 
     def write_offset(self, offset: int, scores: dict[str, float]) -> None:
         """Stores an audio offset in frames and scores in the clip's record; its tensors are not touched.

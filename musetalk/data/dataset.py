@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -24,7 +23,6 @@ from musetalk.data.references import face_shapes, pose_matched_candidates
 from musetalk.data.sampling import WindowSampler, window_starts
 from musetalk.errors import UserError
 
-RECENT_CLIPS = 128  # whose usable frames a process keeps: 24 KB each, if they are a minute long
 References = Literal["random", "pose_and_mouth", "adjacent"]
 SAMPLE_HELD_OUT = tuple(  # clips of the built-in sample that the presets `demo` hold out
     f"s1_{sentence}" for sentence in ("pwad5a", "lwbl7s", "lrar2p", "bbbs4n", "lwie7a", "lrwz3s", "bgan7a")
@@ -104,11 +102,19 @@ class FaceDataset(Dataset):
     def starts(self, name: str) -> np.ndarray:
         """Returns the first frames of a clip's windows: of usable frames with a reference frame each, mel in range."""
         clip = self.cache.clips[name]
-        return _starts(clip, self.frames, self.min_reference_gap, self.mel_frames, self.sync_offset)
+        usable = np.flatnonzero(clip.usable)
+        if not len(usable):
+            return usable
+        far = np.maximum(usable - usable[0], usable[-1] - usable) >= self.min_reference_gap
+        starts = window_starts(usable[far], self.frames)
+        if not self.mel_frames:
+            return starts
+        mel = mel_start(clip.audio_frame(starts) + self.sync_offset)
+        return starts[(mel >= 0) & (mel + self.mel_frames <= clip.rows("mel"))]
 
     def closed_starts(self, name: str) -> np.ndarray:
         """Returns the first frames of those windows of a clip whose mouth is closed in each frame."""
-        closed = lip_gaps(self.cache.clips[name].tensor("landmarks"), EYE_CORNERS) < CLOSED
+        closed = np.flatnonzero(lip_gaps(self.cache.clips[name].tensor("landmarks"), EYE_CORNERS) < CLOSED)
         return np.intersect1d(self.starts(name), window_starts(closed, self.frames))
 
     def draw(self, step: int, slot: int) -> Sample:
@@ -127,7 +133,7 @@ class FaceDataset(Dataset):
 
     def _candidates(self, clip: Clip, frames: range) -> Iterator[np.ndarray]:
         """Yields for each of some frames of a clip those that may serve as its reference."""
-        usable = _usable_frames(clip)
+        usable = np.flatnonzero(clip.usable)
         shapes = read_face_shapes(clip) if self.references == "pose_and_mouth" else None
         for frame in frames:
             distances = np.abs(usable - frame)
@@ -174,27 +180,6 @@ class FaceDataset(Dataset):
         assert self.silence is not None
         kind, first = sample.silence
         return audio_windows(self.silence[kind], range(first, first + self.frames), self.contract)
-
-
-@lru_cache(RECENT_CLIPS)
-def _usable_frames(clip: Clip) -> np.ndarray:
-    return np.flatnonzero(clip.usable)
-
-
-@lru_cache(RECENT_CLIPS)
-def _starts(clip: Clip, frames: int, min_reference_gap: int, mel_frames: int, sync_offset: int) -> np.ndarray:
-    """See `FaceDataset.starts`."""
-    usable = _usable_frames(clip)
-    if not len(usable):
-        return usable
-    far = (usable - usable[0] >= min_reference_gap) | (usable[-1] - usable >= min_reference_gap)
-    mask = np.zeros(len(clip), bool)
-    mask[usable[far]] = True
-    starts = window_starts(mask, frames)
-    if not mel_frames:
-        return starts
-    mel = mel_start(clip.audio_frame(starts) + sync_offset)
-    return starts[(mel >= 0) & (mel + mel_frames <= clip.rows("mel"))]
 
 
 def read_face_shapes(clip: Clip) -> np.ndarray:

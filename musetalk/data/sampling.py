@@ -14,10 +14,9 @@ from musetalk.contract import VIDEO_FPS
 
 
 def window_starts(usable: np.ndarray, frames: int) -> np.ndarray:
-    """Returns the first frames of all windows of `frames` consecutive usable frames. usable: bool (T,)."""
-    if len(usable) < frames:
-        return np.zeros(0, int)
-    return np.flatnonzero(np.lib.stride_tricks.sliding_window_view(usable, frames).all(axis=1))
+    """Returns the first frames of all windows of `frames` consecutive usable frames. usable: int (N,), ascending."""
+    firsts = usable[: max(0, len(usable) - frames + 1)]
+    return firsts[usable[frames - 1 :] - firsts == frames - 1]
 
 
 class WindowSampler:

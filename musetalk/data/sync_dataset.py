@@ -127,7 +127,7 @@ def frames_with_audio(clip: Clip, frames: int) -> np.ndarray:
 
 def sync_window_starts(clip: Clip, frames: int) -> np.ndarray:
     """Returns the first frames of windows with usable frames and complete mel."""
-    return np.intersect1d(window_starts(clip.usable, frames), frames_with_audio(clip, frames))
+    return np.intersect1d(window_starts(np.flatnonzero(clip.usable), frames), frames_with_audio(clip, frames))
 
 
 def read_images(clip: Clip, start: int, frames: int, variant: int = 0) -> np.ndarray:

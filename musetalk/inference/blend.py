@@ -133,7 +133,7 @@ def pack_alpha(alpha: np.ndarray) -> bytes:
     mask = np.round(alpha * 255).astype(np.uint8)
     mask = mask[mask.any(axis=1).argmax() :]
     differences = np.diff(mask, axis=0, prepend=np.uint8(0))  # compress to half the size
-    return zlib.compress(differences.tobytes())
+    return zlib.compress(differences.tobytes(), level=1)
 
 
 def unpack_alpha(packed: bytes, width: int) -> np.ndarray:

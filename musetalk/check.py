@@ -37,15 +37,19 @@ from musetalk.errors import UserError
 from musetalk.models.audio_encoder import SEGMENT_STATES, AudioEncoder, load_audio_encoder
 from musetalk.models.face_parser import WEIGHTS as FACE_PARSER
 from musetalk.models.face_parser import load_face_parser
+from musetalk.models.inception import WEIGHTS as INCEPTION
+from musetalk.models.inception import load_inception
 from musetalk.models.lpips import load_lpips
 from musetalk.models.sources import SOURCES
 from musetalk.models.syncnet import PUBLISHED, SyncNet, load_syncnet
+from musetalk.models.syncnet_v2 import CEPSTRA, FACE_SIZE, FRAMES, MFCC_FRAMES, SyncNetV2, load_syncnet_v2
+from musetalk.models.syncnet_v2 import WEIGHTS as SYNCNET_V2
 from musetalk.models.unet import UNet, build_unet, load_unet
 from musetalk.models.vae import VAE, load_vae
 from musetalk.training.preflight import SHARED_MEMORY
 
 PACKAGES = ("torch", "diffusers", "accelerate", "numpy", "av", "safetensors")
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".model")
 CPU = torch.device("cpu")
 GIB = 2**30
 
@@ -142,6 +146,8 @@ def optional_networks(models_dir: Path, states: int) -> Iterator[tuple[str, Call
         "LPIPS": ("vgg/lpips.pth", load_lpips, lambda lpips: lpips(fixed_image(), -fixed_image())),
         "face parser": (FACE_PARSER, load_face_parser, lambda parser: parser(fixed_image())),
         "DWPose": (DWPOSE, load_dwpose, run_dwpose),
+        "SyncNet v2": (SYNCNET_V2, load_syncnet_v2, run_syncnet_v2),
+        "Inception": (INCEPTION, load_inception, lambda inception: inception(fixed_image())),
     }
     for name, (file, load, run) in others.items():
         if (models_dir / file).is_file():
@@ -202,6 +208,11 @@ def run_unet(states: int, unet: UNet) -> torch.Tensor:
 def run_syncnet(expert: SyncNet) -> torch.Tensor:
     images = fixed_image()[:, None].expand(-1, expert.frames, -1, -1, -1)
     return torch.stack(expert.embed(images, fixed(1, expert.mel_frames, SYNC_MEL_BINS)))
+
+
+def run_syncnet_v2(network: SyncNetV2) -> torch.Tensor:
+    faces = 255 * (fixed(1, 3, FRAMES, FACE_SIZE, FACE_SIZE) + 1) / 2
+    return torch.stack([network.embed_faces(faces), network.embed_audio(fixed(1, 1, CEPSTRA, MFCC_FRAMES))])
 
 
 def run_dwpose(backend: DWPose) -> torch.Tensor:

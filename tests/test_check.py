@@ -6,9 +6,13 @@ import re
 import shutil
 
 import pytest
+import torch
+from seeded import random_weights
 
-from musetalk.check import CheckConfig, main
+from musetalk.check import CheckConfig, files, main, optional_networks, trial
 from musetalk.errors import UserError
+from musetalk.models.inception import Inception
+from musetalk.models.syncnet_v2 import SyncNetV2
 
 
 def test_a_report_has_no_fault_and_is_reproducible(sample_cache, mini, capsys):
@@ -23,7 +27,18 @@ def test_a_report_has_no_fault_and_is_reproducible(sample_cache, mini, capsys):
     assert first == second != []
 
 
-def test_every_fault_is_named_and_the_other_files_are_checked(mini, tmp_path, capsys):
+def test_networks_of_the_evaluation_are_checked_if_they_are_there(tmp_path):
+    published = {"syncnet/syncnet_v2.model": SyncNetV2(), "inception/pt_inception-2015-12-05-6726825d.pth": Inception()}
+    for file, network in published.items():
+        (tmp_path / file).parent.mkdir()
+        torch.save(random_weights(network).state_dict(), tmp_path / file)
+    findings = {name: trial(name, load, run)[1] for name, load, run in optional_networks(tmp_path, states=1)}
+    assert findings.keys() == {"SyncNet v2", "Inception"}
+    assert all(": loads strictly" in finding.text and not finding.fault for finding in findings.values())
+    assert len(list(files(tmp_path))) == 2
+
+
+def test_every_fault_is_named_and_the_other_publishedare_checked(mini, tmp_path, capsys):
     """A truncated VAE and an empty cache."""
     models = shutil.copytree(mini, tmp_path / "models")
     vae = models / "sd-vae-ft-mse/diffusion_pytorch_model.safetensors"

@@ -14,6 +14,7 @@ from hostile import refusal
 from torch import nn
 
 from musetalk.models.face_parser import BiSeNet
+from musetalk.models.inception import Inception
 from musetalk.models.lpips import VGG16, Heads
 from musetalk.models.sources import SOURCES
 from musetalk.models.syncnet import (
@@ -22,6 +23,7 @@ from musetalk.models.syncnet import (
     StableSyncNet,
     Wav2LipSyncNet,
 )
+from musetalk.models.syncnet_v2 import SyncNetV2
 from musetalk.models.weights import (
     WeightsError,
     find,
@@ -189,6 +191,8 @@ def test_a_file_of_another_network_is_recognised():
             "Wav2Lip's SyncNet": Wav2LipSyncNet(1),
             "a StableSyncNet without attention": StableSyncNet(STABLE_SYNCNET_16),
             "a StableSyncNet with attention": StableSyncNet(STABLE_SYNCNET_16_ATTENTION),
+            "SyncNet v2": SyncNetV2(),
+            "an Inception": Inception(),
             "the face parser": BiSeNet(),
             "a ResNet": BiSeNet().cp.resnet,
             "VGG": VGG16(),

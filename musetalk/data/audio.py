@@ -109,6 +109,11 @@ def clip_audio(audio: np.ndarray, start: int, frames: int) -> np.ndarray:
     samples = audio[max(0, first) : stop]
     before = max(0, -first)
     samples = np.pad(samples, (before, stop - first - before - len(samples)))
+    return to_int16(samples)
+
+
+def to_int16(samples: np.ndarray) -> np.ndarray:
+    """Converts samples in [-1, 1] to 16 bits, rounded and clipped."""
     return np.clip(np.round(samples * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
 
 

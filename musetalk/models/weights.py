@@ -30,6 +30,8 @@ SIGNATURE_KEYS = {
     "face_encoder.0.conv_block.0.weight": "Wav2Lip's SyncNet",
     "audio_encoder.down_blocks.4.conv1.weight": "a StableSyncNet without attention",
     "audio_encoder.down_blocks.4.attn.to_q.weight": "a StableSyncNet with attention",
+    "netcnnaud.0.weight": "SyncNet v2",
+    "Mixed_5b.branch1x1.conv.weight": "an Inception",
     "cp.resnet.conv1.weight": "the face parser",
     "layer1.0.conv1.weight": "a ResNet",
     "features.0.weight": "VGG",

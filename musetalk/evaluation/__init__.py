@@ -1,0 +1,1 @@
+"""Evaluation: the published measures of generated videos, by published networks."""

@@ -56,6 +56,9 @@ from musetalk.data.crop import crop_mouth
 from musetalk.data.dataset import SAMPLE_HELD_OUT, FaceDataset, split_clips
 from musetalk.devices import check_compiler, compile_network, describe
 from musetalk.errors import TrainError
+from musetalk.evaluation.pictures import GRID_ROWS, draw_grid
+from musetalk.evaluation.sync_check import SyncCheck, check_expert
+from musetalk.evaluation.validation import Validator
 from musetalk.images import to_tensor
 from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.lpips import load_lpips
@@ -66,7 +69,6 @@ from musetalk.models.vae import VAE
 from musetalk.training.bounds import BOUNDS_SAMPLES, first_batch, report_bounds
 from musetalk.training.checkpoint import save_unet
 from musetalk.training.distributed import prepare_model, start_processes
-from musetalk.training.pictures import GRID_ROWS, draw_grid
 from musetalk.training.preflight import chunk_that_fits
 from musetalk.training.run import open_run
 from musetalk.training.state import (
@@ -79,8 +81,6 @@ from musetalk.training.state import (
     training_contract,
 )
 from musetalk.training.step import OptimizerStep, StepResult
-from musetalk.training.sync_check import SyncCheck, check_expert
-from musetalk.training.validation import Validator
 
 LOSSES = (
     *("latent_l1", "latent_l1_mouth", "pixel_l1", "lpips", "sync"),
@@ -314,7 +314,7 @@ def train(preset: str, config: TrainConfig) -> None:
             # Validate.
             if accelerator.is_main_process and validator and run.due(config.val_every):
                 with state.averaged():
-                    validator().report(state.step, run.log)
+                    run.log.validation(state.step, validator())
 
             # Save.
             if run.due(config.save_every):

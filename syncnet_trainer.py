@@ -47,6 +47,7 @@ from musetalk.data.cache import Cache
 from musetalk.data.dataset import SAMPLE_HELD_OUT, split_clips
 from musetalk.data.sync_dataset import SyncDataset
 from musetalk.errors import TrainError
+from musetalk.evaluation.sync_check import check_expert
 from musetalk.images import to_tensor
 from musetalk.models.syncnet import SyncNet, build_syncnet, load_syncnet, save_syncnet
 from musetalk.models.weights import load_strictly
@@ -54,7 +55,6 @@ from musetalk.training.distributed import prepare_model, start_processes
 from musetalk.training.run import open_run
 from musetalk.training.state import OPTIMIZERS, NetworkState, check_weight_decay
 from musetalk.training.step import OptimizerStep, StepResult
-from musetalk.training.sync_check import check_expert
 
 
 @dataclass

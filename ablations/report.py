@@ -21,8 +21,8 @@ from ablations.recipes import (
     SEEDS,
 )
 from ablations.tasks import WORK, Task, cache_task
+from musetalk.evaluation.pictures import rendered
 from musetalk.files import atomic_write_bytes, read_json
-from musetalk.training.log import rendered
 from tools.make_mini.unet import SMALL
 
 ACROSS = 3  # plots in a row

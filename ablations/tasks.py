@@ -41,12 +41,12 @@ from datasets_process import PrepareConfig
 from datasets_process import main as prepare
 from musetalk.contract import VIDEO_FPS
 from musetalk.data.cache import Cache, Clip
+from musetalk.evaluation.pictures import ClipResult
+from musetalk.evaluation.sync_check import check_expert
+from musetalk.evaluation.validation import Validator
 from musetalk.files import atomic_write_bytes, read_json
 from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.syncnet import load_syncnet
-from musetalk.training.pictures import ClipResult
-from musetalk.training.sync_check import check_expert
-from musetalk.training.validation import Validator
 from tools.make_mini.audio_encoder import DIMENSIONS
 from tools.make_mini.subset import link_clips
 

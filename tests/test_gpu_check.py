@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from musetalk.training.windows import true_openings
+from musetalk.evaluation.windows import true_openings
 from tools.gpu_check.__main__ import main
 from tools.gpu_check.config import GpuCheckConfig
 from tools.gpu_check.mouth import MouthReader

@@ -12,7 +12,7 @@ from musetalk.contract import CONTRACTS
 from musetalk.data.crop import crop_person, in_crop
 from musetalk.data.face.face import Face
 from musetalk.data.video import read_frames
-from musetalk.inference.metrics import (
+from musetalk.evaluation.metrics import (
     CROP_BORDER,
     bootstrap_interval,
     closures,

@@ -28,6 +28,7 @@ from musetalk.data.audio import audio_features
 from musetalk.data.face.attention_mesh import AttentionMesh
 from musetalk.data.face.blazeface import FullRangeDetector, ShortRangeDetector
 from musetalk.data.face.dwpose import DWPose, RTMPose
+from musetalk.evaluation.sync_check import offset_sweep
 from musetalk.files import read_json
 from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.audio_encoder import AudioEncoder, build_encoder
@@ -36,7 +37,6 @@ from musetalk.models.tiny_decoder import TinyDecoder
 from musetalk.models.unet import build_unet
 from musetalk.models.vae import VAE
 from musetalk.training.state import NetworkState
-from musetalk.training.sync_check import offset_sweep
 from tools import distil_decoder
 
 MINI = ROOT / "models" / "mini"

@@ -23,6 +23,7 @@ from musetalk.contract import CONTRACTS, ContractError
 from musetalk.data.cache import Cache, CacheError
 from musetalk.data.dataset import FaceDataset, References
 from musetalk.errors import UserError
+from musetalk.evaluation.sync_check import SyncError
 from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.lpips import VGG16, Heads
 from musetalk.models.syncnet import build_syncnet, save_syncnet
@@ -31,7 +32,6 @@ from musetalk.models.unet import build_unet
 from musetalk.models.weights import WeightsError
 from musetalk.training.checkpoint import save_unet
 from musetalk.training.state import OPTIMIZERS, load_silence
-from musetalk.training.sync_check import SyncError
 from musetalk_trainer import LOSSES, PRESETS, TrainConfig, TrainError, parse, train, weights
 from tests.conftest import interrupted_after_a_save
 
@@ -353,7 +353,7 @@ def test_validation_after_the_last_step_records_figures_and_pictures(one_step):
 
 
 def test_a_validation_that_cannot_work_is_refused_before_the_first_step(config, monkeypatch):
-    monkeypatch.setattr("musetalk.training.windows.MIN_FRAMES", 30)
+    monkeypatch.setattr("musetalk.evaluation.windows.MIN_FRAMES", 30)
     with pytest.raises(CacheError, match="no held-out clip has 40 consecutive usable frames"):
         train("demo", replace(config, val_every=1000))
     assert not config.checkpoint_dir.exists()

@@ -13,8 +13,7 @@ from musetalk.contract import RIGID
 from musetalk.data.audio import mel_start
 from musetalk.data.cache import Cache, CacheError
 from musetalk.data.cache_writer import CacheWriter, JpegBuffer
-from musetalk.models.syncnet import SyncNet, Wav2LipSyncNet
-from musetalk.training.sync_check import (
+from musetalk.evaluation.sync_check import (
     MAX_OFFSET,
     OFFSETS,
     SyncCheck,
@@ -25,6 +24,7 @@ from musetalk.training.sync_check import (
     sync_confidence,
     sync_offset,
 )
+from musetalk.models.syncnet import SyncNet, Wav2LipSyncNet
 from tests.conftest import assert_equal
 
 FRAMES, STEP = 60, 4  # frames of a clip; grey levels between consecutive frames
@@ -141,7 +141,7 @@ def test_offset_and_confidence_by_hand():
 
 @pytest.fixture
 def few(monkeypatch) -> None:
-    monkeypatch.setattr("musetalk.training.sync_check.WINDOWS", 30)
+    monkeypatch.setattr("musetalk.evaluation.sync_check.WINDOWS", 30)
 
 
 def test_a_perfect_expert_has_accuracy_1(cache, few):
@@ -175,7 +175,7 @@ def test_the_check_is_deterministic_and_leaves_the_network_unchanged(cache, few)
 
 def test_windows_are_spread_evenly_from_the_first_to_the_last(make_cache_of, monkeypatch):
     cache = make_cache_of({"a": 60, "b": 60})
-    monkeypatch.setattr("musetalk.training.sync_check.WINDOWS", 9)
+    monkeypatch.setattr("musetalk.evaluation.sync_check.WINDOWS", 9)
     read = []
     monkeypatch.setattr(
         type(cache.clips["a"]), "image", lambda clip, frame, _: read.append((clip.name, frame)) or make_image(0, frame)

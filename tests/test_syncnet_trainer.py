@@ -24,10 +24,10 @@ from musetalk.data.cache import Cache, CacheError
 from musetalk.data.cache_writer import CacheWriter
 from musetalk.data.sync_dataset import SyncDataset
 from musetalk.errors import TrainError, UserError
+from musetalk.evaluation.sync_check import SyncError
 from musetalk.models.syncnet import ARCHITECTURES, StableSyncNet, build_syncnet, load_syncnet, save_syncnet
 from musetalk.models.weights import WeightsError
 from musetalk.training.state import OPTIMIZERS
-from musetalk.training.sync_check import SyncError
 from syncnet_trainer import PRESETS, SyncConfig, parse, sync_expert_loss, train
 from tests.conftest import assert_equal
 
@@ -49,7 +49,7 @@ def cache(tmp_path_factory, random_tensors) -> Cache:
 @pytest.fixture(scope="module", autouse=True)
 def four_windows_per_check():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("musetalk.training.sync_check.WINDOWS", 4)
+        patch.setattr("musetalk.evaluation.sync_check.WINDOWS", 4)
         yield
 
 
@@ -256,8 +256,8 @@ def test_a_check_shows_its_table_then_refuses_an_unfit_expert_and_trains_nothing
 
 
 def test_a_check_without_a_name_is_of_the_newest_expert_of_the_preset(trained, config, capsys, monkeypatch):
-    monkeypatch.setattr("musetalk.training.sync_check.MIN_ACCURACY", 0)
-    monkeypatch.setattr("musetalk.training.sync_check.MAX_BIAS", 15)
+    monkeypatch.setattr("musetalk.evaluation.sync_check.MIN_ACCURACY", 0)
+    monkeypatch.setattr("musetalk.evaluation.sync_check.MAX_BIAS", 15)
     train("demo", replace(trained, check_only=True, log_dir=config.log_dir))
     assert f"accuracy {records(trained)[-1]['accuracy']:.3f}" in capsys.readouterr().out
     with pytest.raises(WeightsError, match="syncnet_demo is no sync expert"):

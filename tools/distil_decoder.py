@@ -32,8 +32,8 @@ from musetalk.cli import Count, Positive, PositiveOrZero, Seed, Share, Workers, 
 from musetalk.data.cache import Cache
 from musetalk.data.dataset import FaceDataset, split_clips
 from musetalk.data.loader import loader
+from musetalk.evaluation.metrics import psnr
 from musetalk.images import to_tensor, to_uint8
-from musetalk.inference.metrics import psnr
 from musetalk.models.tiny_decoder import TAESD_WIDTH, TinyDecoder, Width, load_tiny_decoder, save_tiny_decoder
 from musetalk.models.vae import VAE
 from musetalk.training.distributed import start_processes

@@ -13,11 +13,12 @@ from typing import Any
 import cv2
 import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from musetalk.errors import UserError
+from musetalk.evaluation.pictures import draw_curves, draw_faces, rendered
+from musetalk.evaluation.validation import Validation
 from musetalk.files import append_line, atomic_write_bytes
 
 COMPARED = re.compile("_(truth|vae|reference|low|high|floor|ceiling)$")  # suffixes of the bounds of a figure
@@ -73,6 +74,14 @@ class RunLog:
         atomic_write_bytes(path, cv2.imencode(".png", image)[1].tobytes())
         return path
 
+    def validation(self, step: int, validation: Validation) -> None:
+        """Logs the table, the figures and the pictures of a validation."""
+        self.line(f"step {step}, on held-out clips\n{validation}")
+        self.store(step, {f"val_{name}": value for name, value in validation.figures.items() if math.isfinite(value)})
+        self.picture(step, draw_faces(validation.results), "validation")
+        self.picture(step, draw_curves(validation.results), "mouths")
+        self.curves()
+
     def curves(self) -> Path:
         """Plots all figures over the steps, a metric and its bounds in one plot, and returns the path of the image."""
         plots: dict[str, dict[str, list[tuple[float, float]]]] = {}
@@ -109,7 +118,7 @@ class SilentLog:
     def _nothing(self, *_: object, **__: object) -> None:
         pass
 
-    line = record = store = picture = curves = close = _nothing
+    line = record = store = picture = validation = curves = close = _nothing
 
 
 def start_tracker(kind: str, log_dir: Path, run: str, step: int) -> GeneralTracker | None:
@@ -129,13 +138,6 @@ def start_tracker(kind: str, log_dir: Path, run: str, step: int) -> GeneralTrack
     tracker = LOGGER_TYPE_TO_CLASS[kind](run, **options[kind])
     tracker.start()
     return tracker
-
-
-def rendered(figure: Figure) -> np.ndarray:
-    """Renders a figure to an image, BGR uint8 (H, W, 3)."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., 2::-1].copy()
 
 
 def _step(line: str) -> float:

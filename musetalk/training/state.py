@@ -18,6 +18,7 @@ from musetalk.contract import ALL_FIELDS, CACHE_FIELDS, CONTRACTS, MODEL_FIELDS,
 from musetalk.data.audio import silence_features
 from musetalk.data.cache import Cache
 from musetalk.errors import TrainError
+from musetalk.evaluation.sync_check import MAX_OFFSET
 from musetalk.models.audio_encoder import load_audio_encoder
 from musetalk.models.trained_unet import find_unet, read_unet_contract
 from musetalk.models.unet import UNet
@@ -25,7 +26,6 @@ from musetalk.models.vae import VAE, load_vae
 from musetalk.models.weights import Network, WeightsError, load_strictly, read_tensors, unwrap
 from musetalk.training.checkpoint import GO_BACK
 from musetalk.training.protocols import State
-from musetalk.training.sync_check import MAX_OFFSET
 
 MAX_STEPS = 2**53
 # In variants that make no temporary copy as large as the weights.

@@ -20,16 +20,16 @@ from musetalk.contract import FeatureContract
 from musetalk.data.cache import Cache, Clip
 from musetalk.data.dataset import FaceDataset, read_windows, split_clips
 from musetalk.data.loader import loader
+from musetalk.evaluation.metrics import correlation
+from musetalk.evaluation.pictures import rendered
+from musetalk.evaluation.windows import true_openings
 from musetalk.images import to_uint8
-from musetalk.inference.metrics import correlation
 from musetalk.models.vae import VAE
 from musetalk.training.checkpoint import save_state
-from musetalk.training.log import rendered
 from musetalk.training.preflight import workers_that_fit
 from musetalk.training.run import resume as restore_latest
 from musetalk.training.state import TrainState, load_pixel_vae, training_contract
 from musetalk.training.step import StepResult
-from musetalk.training.windows import true_openings
 from musetalk_trainer import (
     PRESETS,
     TrainConfig,

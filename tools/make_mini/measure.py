@@ -16,9 +16,9 @@ import tyro
 
 from musetalk.cli import run_script
 from musetalk.data.cache import Cache
+from musetalk.evaluation.pictures import draw_curves, draw_faces
+from musetalk.evaluation.validation import Validator
 from musetalk.inference.pipeline import LipSyncPipeline
-from musetalk.training.pictures import draw_curves, draw_faces
-from musetalk.training.validation import Validator
 
 CLIPS, FRAMES = 12, 75  # at most
 

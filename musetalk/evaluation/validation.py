@@ -22,8 +22,7 @@ from musetalk.data.crop import CLOSED, crop_mouth
 from musetalk.data.dataset import read_windows
 from musetalk.data.face import load_face_backend
 from musetalk.data.face.face import Face, FaceBackend
-from musetalk.images import batched, to_tensor, to_uint8
-from musetalk.inference.metrics import (
+from musetalk.evaluation.metrics import (
     bootstrap_interval,
     closures,
     correlation,
@@ -38,12 +37,12 @@ from musetalk.inference.metrics import (
     sharpness,
     ssim,
 )
+from musetalk.evaluation.pictures import ClipResult
+from musetalk.evaluation.sync_check import offset_sweep, sync_confidence, sync_offset
+from musetalk.evaluation.windows import MIN_FRAMES, Window, choose_windows, true_openings
+from musetalk.images import batched, to_tensor, to_uint8
 from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.syncnet import SyncNet
-from musetalk.training.log import RunLog, SilentLog
-from musetalk.training.pictures import ClipResult, draw_curves, draw_faces
-from musetalk.training.sync_check import offset_sweep, sync_confidence, sync_offset
-from musetalk.training.windows import MIN_FRAMES, Window, choose_windows, true_openings
 
 BATCH = 8  # frames generated at once
 SHIFTS = (5, 12, 25)  # frames by which the audio comes too early
@@ -94,14 +93,6 @@ class Validation:
                     cells = "".join(f"{'-' if math.isnan(value) else f'{value:.4g}':>11}" for value in values)
                     lines.append(f"  {name:<26}{cells}{interval}".rstrip())
         return "\n".join(lines)
-
-    def report(self, step: int, log: RunLog | SilentLog) -> None:
-        """Writes a table, the figures and images to the log."""
-        log.line(f"step {step}, on held-out clips\n{self}")
-        log.store(step, {f"val_{name}": value for name, value in self.figures.items() if math.isfinite(value)})
-        log.picture(step, draw_faces(self.results), "validation")
-        log.picture(step, draw_curves(self.results), "mouths")
-        log.curves()
 
 
 @dataclass

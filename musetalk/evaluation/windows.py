@@ -14,7 +14,7 @@ from musetalk.data.cache import Cache, CacheError, Clip
 from musetalk.data.crop import in_crop, mouth_box
 from musetalk.data.dataset import unit_hash
 from musetalk.data.face.face import Face
-from musetalk.inference.metrics import mouth_opening
+from musetalk.evaluation.metrics import mouth_opening
 
 MIN_FRAMES = 5  # of a window
 GAP = 5  # frames between a window and its reference frames

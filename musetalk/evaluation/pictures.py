@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from musetalk.contract import MASK_TOP
 from musetalk.data.dataset import FaceDataset
 from musetalk.data.face.face import Face
-from musetalk.inference.metrics import mouth_opening
+from musetalk.evaluation.metrics import mouth_opening
+from musetalk.evaluation.windows import Window
 from musetalk.inference.pipeline import LipSyncPipeline
-from musetalk.training.log import rendered
-from musetalk.training.windows import Window
 
 GRID_ROWS = 6  # frames in a sample grid
 MOMENTS = 8  # frames of a window in the image
@@ -84,3 +84,10 @@ def draw_grid(pipeline: LipSyncPipeline, dataset: FaceDataset) -> np.ndarray:
         prediction = pipeline.generate(*(item[name].numpy() for name in names))[0]
         rows.append(np.hstack([masked, reference, prediction, truth]))
     return np.vstack(rows)
+
+
+def rendered(figure: Figure) -> np.ndarray:
+    """Renders a figure to an image, BGR uint8 (H, W, 3)."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., 2::-1].copy()

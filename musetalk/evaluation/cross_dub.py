@@ -13,7 +13,7 @@ import numpy as np
 
 from musetalk.data.face.face import FaceBackend
 from musetalk.data.video import read_frames
-from musetalk.inference.metrics import correlation, mouth_openings
+from musetalk.evaluation.metrics import correlation, mouth_openings
 from musetalk.inference.pipeline import LipSyncPipeline
 
 

@@ -21,10 +21,10 @@ from musetalk.data.audio import mel_start
 from musetalk.data.cache import Cache, CacheError
 from musetalk.data.sync_dataset import read_images, read_mel, sync_window_starts
 from musetalk.errors import UserError
+from musetalk.evaluation.pictures import rendered
 from musetalk.files import atomic_write_bytes
 from musetalk.images import batched, to_tensor
 from musetalk.models.syncnet import SyncNet
-from musetalk.training.log import rendered
 
 MAX_OFFSET = 15  # frames
 OFFSETS = np.arange(-MAX_OFFSET, MAX_OFFSET + 1)  # (31,)

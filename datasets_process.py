@@ -11,6 +11,8 @@ depend on their number.
 To resume after an interruption, run the same command again: completed clips are skipped. A video whose file size has
 changed is processed again. `--verify` checks all files of a cache against their sha256.
 `identities.json` in `hdtf_dir` is optional and names the person in each video (path without suffix -> name).
+`--identities` compares the faces in a cache, tells which identities show one person, and if there are any, proposes
+another file: `identities.proposed.json` beside it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from musetalk.cli import Pixels, Shift, Workers, check_constants, run_script
+from musetalk.cli import Pixels, Share, Shift, Workers, check_constants, run_script
 from musetalk.contract import (
     CONTEXT_FRAMES,
     CONTRACTS,
@@ -47,6 +49,7 @@ from musetalk.data.cache_writer import CacheWriter, JpegBuffer, join_pieces
 from musetalk.data.crop import MIN_FACE, Person, crop_clips
 from musetalk.data.face import FACE_BACKENDS, load_face_backend
 from musetalk.data.face.face import FaceBackend
+from musetalk.data.identities import compare_faces
 from musetalk.data.references import face_shapes
 from musetalk.data.sources import Source, find_sources, independent
 from musetalk.data.video import MediaError, file_size, read_audio, read_frames
@@ -82,6 +85,8 @@ class PrepareConfig:
     device: str = "auto"  # all GPUs, or the CPU if there is none; "cpu", "cuda", or a single GPU, "cuda:1"
     num_workers: Workers = field(default_factory=most_processes)  # maximum processes; 0, 1: this process only
     verify: bool = False  # only check the cache against its records
+    identities: bool = False  # only compare the faces in the cache
+    held_out: Share = 0.1  # share of identities that musetalk_trainer.py holds out, for the warning of `identities`
 
 
 @dataclass
@@ -95,10 +100,13 @@ class Models:
 
 
 def main(config: PrepareConfig) -> None:
-    """Processes all videos of a folder, or verifies a cache."""
+    """Processes all videos of a folder, verifies a cache, or compares the faces in it."""
     check_constants(config)
     if config.verify:
         verify_cache(config.hdtf_samples_dir)
+        return
+    if config.identities:
+        compare_faces(config.hdtf_samples_dir, config.hdtf_dir, config.models_dir, config.held_out)
         return
     device = choose_device(config.device)
     config = replace(config, device=str(device))

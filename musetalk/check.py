@@ -49,7 +49,7 @@ from musetalk.models.vae import VAE, load_vae
 from musetalk.training.preflight import SHARED_MEMORY
 
 PACKAGES = ("torch", "diffusers", "accelerate", "numpy", "av", "safetensors")
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".model")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".model", ".onnx")
 CPU = torch.device("cpu")
 GIB = 2**30
 

@@ -154,6 +154,16 @@ def face_backend():
 
 
 @pytest.fixture(scope="session")
+def face_embedder(mini):
+    """The published embedder of faces."""
+    from musetalk.models.face_embedding import WEIGHTS, load_face_embedder
+
+    if not (mini / WEIGHTS).is_file():
+        pytest.skip(f"needs {mini / WEIGHTS}")
+    return load_face_embedder(mini)
+
+
+@pytest.fixture(scope="session")
 def voice() -> Callable[[float], np.ndarray]:
     """A function: seconds -> float32 samples at 16 kHz of a synthetic voice that never repeats."""
 

@@ -225,13 +225,15 @@ INVALID = {
     "device": ["gpu", ""],
     "num_workers": [-1, True],
     "verify": ["yes", 1],
+    "identities": ["no", 0],
+    "held_out": [0.0, 1.0, "half"],
 }
 
 
 @pytest.mark.parametrize("name", [constant.name for constant in fields(PrepareConfig)])
 def test_an_invalid_constant_is_refused_by_name_first(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for stage in ("start_worker", "map_jobs", "find_sources", "folder_lock", "verify_cache"):
+    for stage in ("start_worker", "map_jobs", "find_sources", "folder_lock", "verify_cache", "compare_faces"):
         monkeypatch.setattr(datasets_process, stage, lambda *_: pytest.fail("the run started"))
     for value in INVALID[name]:
         with pytest.raises(UserError, match=rf"^{name}(\.\d)? (cannot be|must) ") as caught:

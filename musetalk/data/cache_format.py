@@ -89,9 +89,14 @@ def _parts(source: PurePath) -> tuple[str, ...]:
     return *source.parent.parts, source.stem
 
 
+def video_key(source: PurePath) -> str:
+    """Returns the key of a source in identities.json: its relative path without its suffix."""
+    return "/".join(_parts(source))
+
+
 def identity_of(source: PurePath, identities: dict[str, str]) -> str:
     """Returns the identity in a source: from identities.json, from HDTF's naming scheme, or else its own path."""
-    path = "/".join(_parts(source))
+    path = video_key(source)
     hdtf = HDTF_NAME.match(source.stem)
     return identities.get(path) or (hdtf[1] if hdtf else path)
 

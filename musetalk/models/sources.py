@@ -102,6 +102,12 @@ SOURCES = {
         "468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567",
         53_289_463,
     ),
+    "sface/face_recognition_sface_2021dec_int8bq.onnx": hub(
+        "opencv/face_recognition_sface",
+        "face_recognition_sface_2021dec_int8bq.onnx",
+        "fb143eea07838aa532d1c95df5f69899974ea0140e1fba05e94204be13ed74ee",
+        10_667_852,
+    ),
     "vgg/vgg16-397923af.pth": Source(
         "https://download.pytorch.org/models/vgg16-397923af.pth",
         "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",

@@ -271,7 +271,7 @@ def make_measurement(folder: Path, material: str, recipe: str, seed: str, step: 
     pipeline = LipSyncPipeline.from_checkpoint(weights, models_folder(RECIPES[recipe].encoder))
     clips = held_out_clips(material, cache)
     validation = Validator(pipeline, cache, clips, CLIPS_MEASURED, FRAMES_MEASURED, expert=expert)()
-    write_strip(folder / "prediction.jpg", validation.results, lambda result: result.images["prediction"])
+    write_strip(folder / "prediction.jpg", validation.results, lambda result: result.faces["prediction"].images)
     write_strip(folder / "truth.jpg", validation.results, lambda result: result.truth)
     return {"figures": validation.figures, "openings": [openings(result) for result in validation.results]}
 
@@ -317,5 +317,5 @@ def write_strip(path: Path, results: Sequence[ClipResult], images: Callable[[Cli
 
 def openings(result: ClipResult) -> dict:
     """True and generated mouth openings of a clip."""
-    series = {"truth": result.window.openings, "prediction": result.openings["prediction"]}
+    series = {"truth": result.window.openings, "prediction": result.faces["prediction"].openings}
     return {"clip": result.window.clip.name} | {k: [round(float(x), 4) for x in v] for k, v in series.items()}

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from musetalk.evaluation.cross_dub import correlation_with_audio, cross_dub, pooled_correlation
 from musetalk.evaluation import cross_dub as module
+from musetalk.evaluation.cross_dub import correlation_with_audio, cross_dub, pooled_correlation
 
 CLIPS = [Path(f"{name}.mp4") for name in "abc"]
 TRUTH = {"a": [0, 1, 0, 2], "b": [3, 0, 1, 0], "c": [0, 0, 5, 1, 7]}  # mouth openings; c is longer

@@ -15,6 +15,7 @@ from musetalk.data.cache_writer import CacheWriter, JpegBuffer
 from musetalk.data.crop import LIP_PAIRS
 from musetalk.data.dataset import read_windows
 from musetalk.data.face.face import Face
+from musetalk.evaluation.measures import Measures
 from musetalk.evaluation.validation import COLUMNS, ROWS, Validation, Validator
 from musetalk.evaluation.windows import choose_window, choose_windows
 from musetalk.images import to_tensor
@@ -79,7 +80,7 @@ def speaking(levels: np.ndarray, random_tensors, seed: int) -> dict[str, np.ndar
 @pytest.fixture
 def validate(write_clips, random_tensors, mini, monkeypatch):
     """A function: name of a model -> its validation on clips of grey faces, two of each of three identities."""
-    monkeypatch.setattr("musetalk.evaluation.validation.ssim", lambda *_: 1.0)  # slow
+    monkeypatch.setattr("musetalk.evaluation.measures.ssim", lambda *_: 1.0)  # slow
     rng, clips = np.random.default_rng(0), {}
     for index, name in enumerate(("a1", "a2", "b1", "b2", "c1", "c2")):
         levels = rng.integers(30, 200, FRAMES)
@@ -110,7 +111,7 @@ def validate(write_clips, random_tensors, mini, monkeypatch):
             audio_encoder=load_audio_encoder(mini, torch.device("cpu")),
         )
         validator = Validator(pipeline, cache, list(cache.clips), frames=30)
-        validator.backend = GreyBackend()
+        validator.measures = Measures(GreyBackend(), torch.device("cpu"))
         return validator()
 
     return validate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -52,6 +53,19 @@ def detect_in_crops(images: Iterable[np.ndarray], backend: FaceBackend) -> list[
                 face = Face(face.box - CROP_BORDER, face.landmarks - CROP_BORDER, face.score)
             largest.append(face)
     return largest
+
+
+@dataclass(frozen=True)
+class Faces:
+    """Face crops, BGR uint8 (F, 256, 256, 3), and the faces detected in them."""
+
+    images: np.ndarray
+    found: list[Face | None]
+
+    @property
+    def openings(self) -> np.ndarray:
+        """Mouth openings (F,), nan where no face is detected."""
+        return np.array([mouth_opening(face) for face in self.found])
 
 
 def mouth_landmark_distance(faces: Sequence[Face | None], truth: Sequence[Face | None]) -> float:

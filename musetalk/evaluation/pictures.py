@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,8 +11,7 @@ from matplotlib.figure import Figure
 
 from musetalk.contract import MASK_TOP
 from musetalk.data.dataset import FaceDataset
-from musetalk.data.face.face import Face
-from musetalk.evaluation.metrics import mouth_opening
+from musetalk.evaluation.metrics import Faces
 from musetalk.evaluation.windows import Window
 from musetalk.inference.pipeline import LipSyncPipeline
 
@@ -30,14 +28,8 @@ class ClipResult:
 
     window: Window
     truth: np.ndarray  # BGR uint8 (F, 256, 256, 3)
-    images: dict[str, np.ndarray]  # by input, BGR uint8 (F, 256, 256, 3)
-    faces: dict[str, list[Face | None]]  # by input, the faces detected in the images
+    faces: dict[str, Faces]  # by input
     target_openings: np.ndarray  # (F,), true mouth openings for the other audio
-
-    @cached_property
-    def openings(self) -> dict[str, np.ndarray]:
-        """Mouth openings (F,) by input, nan where no face is detected."""
-        return {name: np.array([mouth_opening(face) for face in faces]) for name, faces in self.faces.items()}
 
 
 def draw_faces(results: Sequence[ClipResult]) -> np.ndarray:
@@ -45,7 +37,10 @@ def draw_faces(results: Sequence[ClipResult]) -> np.ndarray:
     rows = []
     for result in results:
         moments = np.linspace(0, len(result.truth) - 1, MOMENTS).astype(int)
-        rows += [np.hstack(list(images[moments])) for images in (result.truth, *result.images.values())]
+        rows += [
+            np.hstack(list(images[moments]))
+            for images in (result.truth, *(faces.images for faces in result.faces.values()))
+        ]
     return np.vstack(rows)
 
 
@@ -55,11 +50,11 @@ def draw_curves(results: Sequence[ClipResult]) -> np.ndarray:
     axes = figure.subplots(len(results), 2, squeeze=False)
     for result, (left, right) in zip(results, axes, strict=True):
         left.plot(result.window.openings, color="black", label="true mouth")
-        left.plot(result.openings["prediction"], label="prediction")
-        left.plot(result.openings["silence"], linewidth=0.8, label="silence")
+        left.plot(result.faces["prediction"].openings, label="prediction")
+        left.plot(result.faces["silence"].openings, linewidth=0.8, label="silence")
         left.set_title(result.window.clip.name, fontsize=8)
         right.plot(result.target_openings, color="black", label="true mouth of that audio")
-        right.plot(result.openings["other audio"], label="prediction")
+        right.plot(result.faces["other audio"].openings, label="prediction")
         right.plot(result.window.openings, color="grey", linewidth=0.8, label="true mouth of the video")
     for axis in axes.flat:
         axis.set_ylabel("mouth opening", fontsize=7)

@@ -8,7 +8,7 @@ docs/validation.md says what each figure means.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,33 +18,16 @@ import torch
 from musetalk.contract import SAMPLES_PER_FRAME
 from musetalk.data.audio import audio_features, audio_windows
 from musetalk.data.cache import Cache
-from musetalk.data.crop import CLOSED, crop_mouth
 from musetalk.data.dataset import read_windows
 from musetalk.data.face import load_face_backend
-from musetalk.data.face.face import Face, FaceBackend
-from musetalk.evaluation.metrics import (
-    bootstrap_interval,
-    closures,
-    correlation,
-    detect_in_crops,
-    finite_mean,
-    lip_leak,
-    mouth_aspect_ratio,
-    mouth_jitter,
-    mouth_landmark_distance,
-    mouth_opening,
-    psnr,
-    sharpness,
-    ssim,
-)
+from musetalk.evaluation.measures import BATCH, Distance, Measures, aspect_ratios
+from musetalk.evaluation.metrics import Faces, bootstrap_interval, correlation, finite_mean, lip_leak
 from musetalk.evaluation.pictures import ClipResult
-from musetalk.evaluation.sync_check import offset_sweep, sync_confidence, sync_offset
 from musetalk.evaluation.windows import MIN_FRAMES, Window, choose_windows, true_openings
-from musetalk.images import batched, to_tensor, to_uint8
+from musetalk.images import batched, to_uint8
 from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models.syncnet import SyncNet
 
-BATCH = 8  # frames generated at once
 SHIFTS = (5, 12, 25)  # frames by which the audio comes too early
 PICTURED = 4  # clips whose images are kept and drawn
 COLUMNS = {"": "prediction", "_truth": "truth", "_vae": "VAE", "_reference": "copying"}  # by suffix of the names
@@ -63,8 +46,6 @@ ROWS = {
     ),
     "images": tuple(f"{name}{region}" for name in ("psnr", "ssim", "lpips", "sharpness") for region in ("", "_mouth")),
 }
-
-Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -115,9 +96,9 @@ class Validator:
         self.windows = choose_windows(self.cache, self.clips, self.most, self.frames)
 
     @cached_property
-    def backend(self) -> FaceBackend:
-        """Detects landmarks in face crops."""
-        return load_face_backend("mediapipe", self.pipeline.models_dir, self.pipeline.device)
+    def measures(self) -> Measures:
+        backend = load_face_backend("mediapipe", self.pipeline.models_dir, self.pipeline.device)
+        return Measures(backend, self.pipeline.device, self.distance, self.expert)
 
     def __call__(self) -> Validation:
         """Generates images for each window and averages their figures."""
@@ -149,8 +130,8 @@ class Validator:
             "other reference": self._generate(window, window.open),
             "silence": self._generate(window, window.closed, self._silence(window.stop - window.start)),
         }
-        faces = {name: detect_in_crops(generated, self.backend) for name, generated in images.items()}
-        return ClipResult(window, window.images(), images, faces, target_openings)
+        faces = {name: self.measures.detect(generated) for name, generated in images.items()}
+        return ClipResult(window, window.images(), faces, target_openings)
 
     def _generate(
         self,
@@ -189,7 +170,8 @@ class Validator:
 
     def _probe(self, result: ClipResult) -> dict[str, float]:
         """What the mouth follows: another audio, another reference frame, or silence."""
-        window, openings = result.window, result.openings
+        window = result.window
+        openings = {name: faces.openings for name, faces in result.faces.items()}
         closed, open_ = true_openings(window.clip, [window.closed, window.open])
         change = finite_mean(openings["other reference"]) - finite_mean(openings["prediction"])
         return {
@@ -198,7 +180,7 @@ class Validator:
             "reference_share": float(change / max(open_ - closed, 1e-6)),
             "opening_in_silence": finite_mean(openings["silence"]),
             "opening_in_silence_reference": float(closed),
-            "lip_leak_silence": lip_leak(aspect_ratios(result.faces["silence"])),
+            "lip_leak_silence": lip_leak(aspect_ratios(result.faces["silence"].found)),
         }
 
     def _shifts(self, window: Window) -> dict[str, float]:
@@ -215,69 +197,26 @@ class Validator:
             later = true_openings(window.clip, window.start + frames + shift)
             audio = read_windows(window.clip, window.start + shift, window.stop + shift, self.pipeline.contract)
             images = self._generate(window, window.closed, audio[frames], frames)
-            openings = np.array([mouth_opening(face) for face in detect_in_crops(images, self.backend)])
+            openings = self.measures.detect(images).openings
             figures[f"r_shift_{shift}"] = correlation(openings, window.openings[frames])
             figures[f"r_shift_{shift}_truth"] = correlation(later, window.openings[frames])
         return figures
 
     def _measure(self, result: ClipResult) -> dict[str, float]:
         """The figures of a window that all columns have."""
-        window, truth = result.window, result.truth
-        latents = torch.from_numpy(window.clip.tensor("latents", window.start, window.stop)[:, 0])
-        latents = latents.to(self.pipeline.device)
-        with torch.no_grad():
-            decoded = [to_uint8(self.pipeline.vae.decode(batch.float())) for batch in latents.split(BATCH)]
-        reference = window.clip.image(window.closed)[None]
-        images = (result.images["prediction"], truth, np.concatenate(decoded), np.repeat(reference, len(truth), axis=0))
-        mouths = [to_uint8(crop_mouth(to_tensor(x), window.mouth_boxes)) for x in images]
-        true_faces, decoded_faces = (detect_in_crops(x, self.backend) for x in images[1:3])
-        still = detect_in_crops(reference, self.backend) * len(truth)
-        faces = (result.faces["prediction"], true_faces, decoded_faces, still)
+        window, truth = result.window, self.measures.detect(result.truth)
+        still = self.measures.detect(window.clip.image(window.closed)[None])
+        copied = Faces(np.repeat(still.images, len(truth.images), axis=0), still.found * len(truth.images))
+        columns = (result.faces["prediction"], truth, self.measures.detect(self._decoded(window)), copied)
         figures: dict[str, float] = {}
-        for column, x, mouth, found in zip(COLUMNS, images, mouths, faces, strict=True):
-            row = self._mouth_figures(window, x, found)
-            row |= {"sharpness": sharpness(x), "sharpness_mouth": sharpness(mouth)}
-            if x is not truth:
-                row["lmd"] = mouth_landmark_distance(found, true_faces)
-                row |= self._similarity("", x, truth) | self._similarity("_mouth", mouth, mouths[1])
+        for column, faces in zip(COLUMNS, columns, strict=True):
+            row = self.measures(window, faces, None if faces is truth else truth)
             figures |= {f"{name}{column}": value for name, value in row.items()}
         return figures
 
-    def _mouth_figures(self, window: Window, images: np.ndarray, faces: list[Face | None]) -> dict[str, float]:
-        """The figures of the mouths in images BGR uint8 (F, 256, 256, 3) of a window."""
-        openings, ratios = np.array([mouth_opening(face) for face in faces]), aspect_ratios(faces)
-        closed = np.where(np.isfinite(openings), openings < CLOSED, np.nan)
-        figures = {
-            "r_own_audio": correlation(openings, window.openings),
-            "opening": finite_mean(openings),
-            "closed": finite_mean(closed),
-            "closures": closures(openings, window.openings),
-            "mar_spread": float(np.std(ratios[np.isfinite(ratios)])) if np.isfinite(ratios).any() else math.nan,
-            "jitter": mouth_jitter(faces),
-            "lip_leak_pauses": lip_leak(ratios[window.silent]),
-        }
-        if self.expert and len(images) >= self.expert.frames:
-            first = window.clip.audio_frame(window.start)
-            similarities = offset_sweep(self.expert, images, window.clip.tensor("mel"), first)
-            figures["sync_confidence"] = sync_confidence(similarities)
-            figures["sync_offset"] = float(sync_offset(similarities))
-        return figures
-
     @torch.no_grad()
-    def _similarity(self, region: str, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-        """PSNR, SSIM and LPIPS of images x to the truth y, BGR uint8 (F, H, W, 3), with the region in their names."""
-        pairs = list(zip(x, y, strict=True))
-        figures = {
-            f"psnr{region}": float(np.mean([psnr(a, b) for a, b in pairs])),
-            f"ssim{region}": float(np.mean([ssim(a, b) for a, b in pairs])),
-        }
-        if self.distance:
-            device, halves = self.pipeline.device, (to_tensor(x).split(BATCH), to_tensor(y).split(BATCH))
-            distances = [self.distance(a.to(device), b.to(device)) for a, b in zip(*halves, strict=True)]
-            figures[f"lpips{region}"] = float(torch.cat(distances).mean())
-        return figures
-
-
-def aspect_ratios(faces: Sequence[Face | None]) -> np.ndarray:
-    """Mouth aspect ratios (F,), nan for None."""
-    return np.array([mouth_aspect_ratio(face) for face in faces])
+    def _decoded(self, window: Window) -> np.ndarray:
+        """The true faces of a window through the VAE, BGR uint8 (F, 256, 256, 3)."""
+        latents = torch.from_numpy(window.clip.tensor("latents", window.start, window.stop)[:, 0])
+        batches = latents.to(self.pipeline.device).split(BATCH)
+        return np.concatenate([to_uint8(self.pipeline.vae.decode(batch.float())) for batch in batches])

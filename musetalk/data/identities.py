@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-import cv2
 import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 from tqdm import tqdm
@@ -96,11 +95,8 @@ def _embed_clip(clip: Clip, embedder: FaceEmbedder) -> np.ndarray:
     """Embeds `FRAMES` faces of a clip: unit vectors, float32 (FRAMES, 128)."""
     usable = np.flatnonzero(clip.usable)
     frames = usable[np.linspace(0, len(usable) - 1, FRAMES + 2).astype(int)[1:-1]]
-    boxes, landmarks = clip.tensor("boxes")[frames, 0], clip.tensor("landmarks")[frames]
-    sizes = boxes[:, 2:] - boxes[:, :2]
-    # Crops are square and their boxes are not: resized back, so that faces have their true proportions.
-    images = [cv2.resize(clip.image(frame), size.tolist()) for frame, size in zip(frames, sizes, strict=True)]
-    return embedder.embed(images, landmarks - boxes[:, None, :2])
+    crops = np.stack([clip.image(frame) for frame in frames])
+    return embedder.embed_crops(crops, clip.tensor("boxes")[frames, 0], clip.tensor("landmarks")[frames])
 
 
 def cluster_faces(vectors: np.ndarray) -> np.ndarray:

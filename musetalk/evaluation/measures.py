@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from musetalk.data.cache import Clip
 from musetalk.data.crop import CLOSED, crop_mouth
 from musetalk.data.face.face import Face, FaceBackend
 from musetalk.evaluation.metrics import (
@@ -26,42 +27,37 @@ from musetalk.evaluation.metrics import (
     ssim,
 )
 from musetalk.evaluation.sync_check import offset_sweep, sync_confidence, sync_offset
-from musetalk.evaluation.windows import Window
+from musetalk.evaluation.sync_distance import lip_sync_error
+from musetalk.evaluation.windows import Window, read_sound
 from musetalk.images import to_tensor, to_uint8
+from musetalk.models.face_embedding import FaceEmbedder
 from musetalk.models.syncnet import SyncNet
+from musetalk.models.syncnet_v2 import FRAMES, SyncNetV2
 
 BATCH = 8  # images at once
+EMBED_EVERY = 5  # frames, for CSIM
 
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
 class Measures:
-    """Measures faces that speak a window's own audio. What needs a network that is None is left out."""
+    """Measures the faces of a window. What needs a network that is None is left out."""
 
     backend: FaceBackend  # detects landmarks in face crops
     device: torch.device
     distance: Distance | None = None  # LPIPS
     expert: SyncNet | None = None
+    syncnet: SyncNetV2 | None = None  # LSE-C, LSE-D and offset
+    embedder: FaceEmbedder | None = None  # CSIM
 
     def detect(self, images: np.ndarray) -> Faces:
         """Detects the faces in images BGR uint8 (F, 256, 256, 3)."""
         return Faces(images, detect_in_crops(images, self.backend))
 
     def __call__(self, window: Window, faces: Faces, truth: Faces | None = None) -> dict[str, float]:
-        """The figures of the faces of a window by name. truth: the true faces, None if these are they."""
-        mouths = to_uint8(crop_mouth(to_tensor(faces.images), window.mouth_boxes))
-        figures = self._mouth_figures(window, faces)
-        figures |= {"sharpness": sharpness(faces.images), "sharpness_mouth": sharpness(mouths)}
-        if truth:
-            true_mouths = to_uint8(crop_mouth(to_tensor(truth.images), window.mouth_boxes))
-            figures["lmd"] = mouth_landmark_distance(faces.found, truth.found)
-            figures |= self._similarity("", faces.images, truth.images)
-            figures |= self._similarity("_mouth", mouths, true_mouths)
-        return figures
-
-    def _mouth_figures(self, window: Window, faces: Faces) -> dict[str, float]:
-        """The figures of the mouths of a window."""
+        """The figures of faces that speak a window's own audio. truth: the true faces, None if these are they."""
+        mouths = mouth_crops(window, faces)
         openings, ratios = faces.openings, aspect_ratios(faces.found)
         closed = np.where(np.isfinite(openings), openings < CLOSED, np.nan)
         figures = {
@@ -69,16 +65,50 @@ class Measures:
             "opening": finite_mean(openings),
             "closed": finite_mean(closed),
             "closures": closures(openings, window.openings),
+            "lip_leak_pauses": lip_leak(ratios[window.silent]),
+            "sharpness": sharpness(faces.images),
+        }
+        figures |= self.any_audio(window, faces, window.clip)
+        if truth:
+            true_mouths = mouth_crops(window, truth)
+            figures["lmd"] = mouth_landmark_distance(faces.found, truth.found)
+            figures |= self._similarity("", faces.images, truth.images)
+            figures |= self._similarity("_mouth", mouths, true_mouths)
+        return figures
+
+    def any_audio(self, window: Window, faces: Faces, speech: Clip) -> dict[str, float]:
+        """The figures of the faces of a window that speak the audio of a clip, at the same frames, that need no truth.
+
+        Sync is left out if that clip ends too early.
+        """
+        ratios = aspect_ratios(faces.found)
+        figures = {
             "mar_spread": float(np.std(ratios[np.isfinite(ratios)])) if np.isfinite(ratios).any() else math.nan,
             "jitter": mouth_jitter(faces.found),
-            "lip_leak_pauses": lip_leak(ratios[window.silent]),
+            "sharpness_mouth": sharpness(mouth_crops(window, faces)),
         }
-        if self.expert and len(faces.images) >= self.expert.frames:
-            first = window.clip.audio_frame(window.start)
-            similarities = offset_sweep(self.expert, faces.images, window.clip.tensor("mel"), first)
+        images = faces.images[: max(0, len(speech) - window.start)]
+        if self.expert and len(images) >= self.expert.frames:
+            first = speech.audio_frame(window.start)
+            similarities = offset_sweep(self.expert, images, speech.tensor("mel"), first)
             figures["sync_confidence"] = sync_confidence(similarities)
             figures["sync_offset"] = float(sync_offset(similarities))
+        if self.syncnet and len(images) > FRAMES and speech.has("audio"):
+            error = lip_sync_error(self.syncnet, images, read_sound(speech, window.start, len(images)))
+            figures |= {"lse_c": error.lse_c, "lse_d": error.lse_d, "lse_offset": float(error.offset)}
+        if self.embedder:
+            figures["csim"] = self._identity_similarity(window, faces.images)
         return figures
+
+    def _identity_similarity(self, window: Window, images: np.ndarray) -> float:
+        """Mean cosine (CSIM) of every `EMBED_EVERY`th face with the true face of the reference frame."""
+        assert self.embedder
+        clip, frames = window.clip, np.arange(window.start, window.stop, EMBED_EVERY)
+        crops = np.concatenate([clip.image(window.closed)[None], images[::EMBED_EVERY]])
+        index = np.array([window.closed, *frames])
+        boxes, landmarks = clip.tensor("boxes")[index, 0], clip.tensor("landmarks")[index]
+        vectors = self.embedder.embed_crops(crops, boxes, landmarks)
+        return float(np.mean(vectors[1:] @ vectors[0]))
 
     @torch.no_grad()
     def _similarity(self, region: str, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
@@ -93,6 +123,11 @@ class Measures:
             distances = [self.distance(a.to(self.device), b.to(self.device)) for a, b in zip(*halves, strict=True)]
             figures[f"lpips{region}"] = float(torch.cat(distances).mean())
         return figures
+
+
+def mouth_crops(window: Window, faces: Faces) -> np.ndarray:
+    """The mouths of faces in the boxes of the true ones, BGR uint8 (F, 64, 128, 3)."""
+    return to_uint8(crop_mouth(to_tensor(faces.images), window.mouth_boxes))
 
 
 def aspect_ratios(faces: Sequence[Face | None]) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from musetalk.contract import AUDIO_MARGIN, CONTEXT_FRAMES, SAMPLES_PER_FRAME
+from musetalk.data.audio import FULL_SCALE
 from musetalk.data.cache import Cache, CacheError, Clip
 from musetalk.data.crop import in_crop, mouth_box
 from musetalk.data.dataset import unit_hash
@@ -123,3 +124,13 @@ def true_openings(clip: Clip, frames: Iterable[int]) -> np.ndarray:
     landmarks, boxes = clip.tensor("landmarks"), clip.tensor("boxes")[:, 0]
     faces = [Face(np.zeros(4), in_crop(landmarks[frame], boxes[frame]), 1.0) for frame in frames]
     return np.array([mouth_opening(face) for face in faces])
+
+
+def read_sound(clip: Clip, start: int, frames: int) -> np.ndarray:
+    """Reads the sound of video frames from `start` on, corrected by the clip's audio offset: float32 (N,) in [-1, 1].
+
+    At most 15 frames beyond the clip; shorter than `frames` if it ends before.
+    """
+    first = clip.audio_frame(start) + AUDIO_MARGIN
+    samples = clip.tensor("audio", SAMPLES_PER_FRAME * first, SAMPLES_PER_FRAME * (first + frames))
+    return samples / np.float32(FULL_SCALE)

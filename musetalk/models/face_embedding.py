@@ -44,6 +44,16 @@ class FaceEmbedder:
             vectors[index] = self.network.feature(self.network.alignCrop(image, row[None]))[0]
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
+    def embed_crops(self, crops: np.ndarray, boxes: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
+        """Embeds face crops: float32 (N, 128), unit vectors.
+
+        crops: BGR uint8 (N, 256, 256, 3). boxes: int (N, 4), whose proportions the faces get back. landmarks:
+        (N, 68, 2), in pixels of the frame, as the boxes.
+        """
+        sizes = boxes[:, 2:] - boxes[:, :2]
+        images = [cv2.resize(crop, size.tolist()) for crop, size in zip(crops, sizes, strict=True)]
+        return self.embed(images, landmarks - boxes[:, None, :2])
+
 
 def load_face_embedder(models_dir: Path) -> FaceEmbedder:
     """Loads `WEIGHTS` of a models folder.

@@ -15,6 +15,7 @@ from torch import nn
 
 from musetalk.models.weights import find, freeze, load_strictly, read_tensors, unwrap
 
+TRUNK, HEADS = "vgg/vgg16-397923af.pth", "vgg/lpips.pth"
 WIDTHS = (64, 128, 256, 512, 512)  # channels of the five stages
 DEPTHS = (2, 2, 3, 3, 3)  # convolutions per stage
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # for RGB in [-1, 1]
@@ -95,15 +96,15 @@ class LPIPS(nn.Module):
 
 
 def load_lpips(models_dir: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> LPIPS:
-    """Loads vgg/vgg16-397923af.pth (without its classifier) and vgg/lpips.pth of a models folder.
+    """Loads `TRUNK` (without its classifier) and `HEADS` of a models folder.
 
     dtype: of the trunk; the distance is float32. Raises WeightsError.
     """
     with torch.device("meta"):
         trunk, heads = VGG16(), Heads()
-    path = find(models_dir, "vgg/vgg16-397923af.pth")
+    path = find(models_dir, TRUNK)
     tensors = unwrap(read_tensors(path), path)
     load_strictly(trunk, {name: x for name, x in tensors.items() if not str(name).startswith("classifier.")}, path)
-    path = find(models_dir, "vgg/lpips.pth")
+    path = find(models_dir, HEADS)
     load_strictly(heads, unwrap(read_tensors(path), path), path)
     return LPIPS(trunk.to(device, dtype), heads.to(device, torch.float32))

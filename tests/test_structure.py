@@ -9,7 +9,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # From the bottom: modules in no folder (constants, images, files, devices, the command line), then the folders.
 LAYERS = ("", "models", "data", "inference", "evaluation", "training")
-COMMANDS = ("check", "download", "dub", "evaluate", "export")  # thin modules at the top of the package, which may import all of it
+COMMANDS = (
+    "check",
+    "download",
+    "dub",
+    "evaluate",
+    "export",
+)  # thin modules at the top of the package, which may import all of it
 
 
 def imports() -> dict[str, set[str]]:

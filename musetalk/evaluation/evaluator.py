@@ -57,14 +57,12 @@ class Evaluator:
 
     def _evaluate(self, window: Window, other: Clip | None) -> dict[str, Rows]:
         """The figures of a window by column."""
-        truth, still = (
-            self.measures.detect(window.images()),
-            self.measures.detect(window.clip.image(window.closed)[None]),
-        )
+        truth = self.measures.detect(window.images())
+        still = self.measures.detect(window.clip.image(window.closed)[None])
         copied = Faces(np.repeat(still.images, len(truth.images), axis=0), still.found * len(truth.images))
         chance = [correlation(window.openings, x.openings) for x in self.windows if x is not window]
         columns = {
-            TRUTH: self._rows(window, window.clip, {OWN: truth, OTHER: truth}, truth),
+            TRUTH: self._rows(window, other and window.clip, {OWN: truth, OTHER: truth}, truth),
             COPYING: self._rows(window, other, {OWN: copied, OTHER: copied, SILENCE: copied}, truth),
         }
         columns[TRUTH].setdefault(CROSS, {})["chance"] = finite_mean(np.array(chance))
@@ -116,9 +114,7 @@ class Evaluator:
         features = {column: np.concatenate(batches) for column, batches in self.features.items()}
         count = len(features[TRUTH])
         if count < MIN_FRAMES:
-            comparison.notes.append(
-                f"fid is not measured: {count} frames are fewer than {MIN_FRAMES}, of which it is noise"
-            )
+            comparison.notes.append(f"not measured: fid; of fewer than {MIN_FRAMES} frames it is noise: {count}")
             return
         comparison.notes.append(f"fid is of {count} frames")
         for column, x in features.items():

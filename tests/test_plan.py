@@ -23,6 +23,7 @@ from tools.plan.preparing import choose_videos, time_preparing
 from tools.plan.trainings import EXPERT, loss_networks
 
 TRAININGS = [f"syncnet_{EXPERT}", "stage1", "stage2"]
+SOURCE = Source(PurePath("sample_00.mp4"), "grid_s1", 30)
 
 
 @pytest.fixture
@@ -66,9 +67,6 @@ def test_the_hours_and_the_cache_are_proportional_to_the_hours_of_video(config, 
         sizes.append(cost.size)
         assert cost.hours == pytest.approx(hours * 25 / cost.rate)
     assert sizes[1] == 2 * sizes[0]
-
-
-SOURCE = Source(PurePath("sample_00.mp4"), "grid_s1", 30)
 
 
 def test_an_existing_cache_counts_as_room_and_is_used(config, sample_cache, tmp_path, monkeypatch):
@@ -132,6 +130,12 @@ def test_one_percent_of_the_videos_keeps_all_processes_busy(tmp_path):
     few = choose_videos(config, sources[:8])
     assert len(few) == 4 == process_count(config, few)
     assert choose_videos(config, [SOURCE]) == [SOURCE]
+
+
+def test_the_table_has_the_memory_of_a_gpu():
+    (cost,) = costs_of(0.5)
+    row = table([cost._replace(memory=3 << 30)]).splitlines()[2]
+    assert row.split() == "stage1 0.5 samples/s 10 samples/s 3.0 GiB 1.0 0.0 GB steps".split()
 
 
 def test_a_slow_disk_a_full_disk_and_a_single_person_are_found(tmp_path):

@@ -132,10 +132,10 @@ def test_one_percent_of_the_videos_keeps_all_processes_busy(tmp_path):
     assert choose_videos(config, [SOURCE]) == [SOURCE]
 
 
-def test_the_table_has_the_memory_of_a_gpu():
-    (cost,) = costs_of(0.5)
-    row = table([cost._replace(memory=3 << 30)]).splitlines()[2]
-    assert row.split() == "stage1 0.5 samples/s 10 samples/s 3.0 GiB 1.0 0.0 GB steps".split()
+def test_a_row_has_rates_memory_hours_and_gigabytes():
+    (cost,) = costs_of(0.03964)
+    row = table([cost._replace(memory=3 << 30, cold_rate=1020.4)]).splitlines()[2]
+    assert row.split() == "stage1 0.0396 samples/s 1,020 samples/s 3.0 GiB 1.0 0.0 GB steps".split()
 
 
 def test_a_slow_disk_a_full_disk_and_a_single_person_are_found(tmp_path):

@@ -31,7 +31,7 @@ def check_reading(costs: list[Cost]) -> Iterator[Finding]:
     """A finding for each training that takes samples faster than they are read from the disk."""
     for cost in costs:
         if cost.cold_rate is not None and cost.cold_rate < cost.rate:
-            rates = f"{cost.cold_rate:.3g} samples/s are read from the disk, {cost.rate:.3g} are trained on"
+            rates = f"{digits(cost.cold_rate)} samples/s are read from the disk, {digits(cost.rate)} are trained on"
             yield Finding(f"{cost.name}: {rates}; use a faster disk, a larger num_workers, or memory for the cache")
 
 
@@ -49,6 +49,11 @@ def check_space(costs: list[Cost]) -> Iterator[Finding]:
             yield Finding(f"{text}; {advice}", fault=True)
 
 
+def digits(value: float) -> str:
+    """A positive number with three digits, or as a whole number if it has more."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def table(costs: list[Cost]) -> str:
     """The costs as lines of text, and their sums."""
     rows = [
@@ -57,9 +62,9 @@ def table(costs: list[Cost]) -> str:
     ]
     for cost in costs:
         unit = "frames/s" if cost.name == "prepare" else "samples/s"
-        cold_rate = "-" if cost.cold_rate is None else f"{cost.cold_rate:.3g} samples/s"
+        cold_rate = "-" if cost.cold_rate is None else f"{digits(cost.cold_rate)} samples/s"
         memory = "-" if cost.memory is None else f"{cost.memory / GIB:.1f} GiB"
-        figures = f"{cost.rate:.3g} {unit}", cold_rate, memory, f"{cost.hours:,.1f}", f"{cost.size / GB:.1f} GB"
+        figures = f"{digits(cost.rate)} {unit}", cold_rate, memory, f"{cost.hours:,.1f}", f"{cost.size / GB:.1f} GB"
         rows.append((cost.name, *figures, cost.work))
     hours, size = sum(cost.hours for cost in costs), sum(cost.size for cost in costs)
     rows.append(("all", "", "", "", f"{hours:,.1f}", f"{size / GB:.1f} GB", ""))

@@ -55,7 +55,7 @@ def time_preparing(config: PlanConfig, sources: list[Source], cache: Path) -> tu
         size=share * size,
         folder=config.hdtf_samples_dir,
         missing=max(0, share * size - existing),
-        work=f"{config.hours:g} hours of video",
+        work=f"{config.hours:g} h of video",
     )
     text = f"prepare: timed with {len(chosen)} of {len(sources)} videos, "
     text += f"processes: {max(1, process_count(constants, chosen))}"

@@ -112,17 +112,29 @@ def main(config: PrepareConfig) -> None:
     config = replace(config, device=str(device))
     print(f"on {describe(device)}")
     sources = find_sources(config.hdtf_dir)
-    jobs = independent(sources)
     frames = sum(source.frames for source in sources)
-    processes = min(config.num_workers, len(jobs), frames // MIN_FRAMES_PER_PROCESS)
     with folder_lock(config.hdtf_samples_dir):
         with tqdm(total=PASSES * frames, desc="prepare", unit="frame", unit_scale=1 / PASSES) as bar:
-            if processes > 1:
-                results = map_jobs("datasets_process:start_worker", (vars(config),), jobs, processes, bar)
-                records = [record for job_records in results.values() for record in job_records]
-            else:
-                records = start_worker(0, vars(config))(sources, bar)
-        report(config.hdtf_samples_dir, join_pieces(config.hdtf_samples_dir, records))
+            records = prepare_videos(config, sources, bar)
+        report(config.hdtf_samples_dir, records)
+
+
+def process_count(config: PrepareConfig, sources: list[Source]) -> int:
+    """Returns the number of processes for some videos; 0 or 1: this process."""
+    frames = sum(source.frames for source in sources)
+    return min(config.num_workers, len(independent(sources)), frames // MIN_FRAMES_PER_PROCESS)
+
+
+def prepare_videos(config: PrepareConfig, sources: list[Source], bar: tqdm) -> list[dict]:
+    """Processes videos on `process_count` processes and returns all records."""
+    processes = process_count(config, sources)
+    if processes > 1:
+        jobs = independent(sources)
+        results = map_jobs("datasets_process:start_worker", (vars(config),), jobs, processes, bar)
+        records = [record for job_records in results.values() for record in job_records]
+    else:
+        records = start_worker(0, vars(config))(sources, bar)
+    return join_pieces(config.hdtf_samples_dir, records)
 
 
 def start_worker(number: int, constants: dict) -> Callable[[list[Source], Bar], list[dict]]:

@@ -7,6 +7,8 @@
                                                          trains nothing: checks that stage2 has all it needs except the
                                                          weights of stage1, and its sync expert on these faces
     python musetalk_trainer.py stage1 --help             all constants
+    python musetalk_trainer.py plan --hours 40           measures what preparing 40 hours of video and each training
+                                                         will cost on this machine, and says what would be refused
 
 Writes to `<checkpoint_dir>/<preset>`: training-state-<step>.pt to resume from, unet-<step>.safetensors to use. Writes
 to `log_dir`: trainer.log and a folder of the preset with stats.jsonl, TensorBoard files, curves.png and images of
@@ -22,6 +24,7 @@ trained along with the UNet, adv_g_mouth and feat_match_mouth by a second discri
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -31,6 +34,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import tyro
 from accelerate import Accelerator
 
 from losses.adversarial import GANLoss
@@ -565,5 +569,17 @@ def build_objective(
 
 parse = partial(parse_preset, presets=PRESETS, manual=__doc__)
 
+
+def main(arguments: list[str]) -> None:
+    """Trains a preset, or plans trainings if `plan` is named in place of a preset."""
+    if arguments[:1] == ["plan"]:
+        from tools.plan import command  # which imports this script
+
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # clusters send it; handled like Ctrl-C
+        command.main(tyro.cli(command.PlanConfig, args=arguments[1:], description=command.__doc__))
+    else:
+        train(*parse(arguments))
+
+
 if __name__ == "__main__":
-    run_script(lambda arguments: train(*parse(arguments)), sys.argv[1:])
+    run_script(main, sys.argv[1:])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -16,7 +15,7 @@ import numpy as np
 from benchmarks.timings import ratio
 from benchmarks.workplace import Measured, UnavailableError, Workplace
 from musetalk.contract import RIGID
-from musetalk.data.cache import Cache, close_clips
+from musetalk.data.cache import Cache, forget_clips
 from musetalk.data.cache_format import MAX_CLIP_FRAMES, TENSORS, json_bytes
 from musetalk.data.cache_writer import CacheWriter
 from musetalk.data.dataset import FaceDataset
@@ -125,7 +124,7 @@ def read_cold(workplace: Workplace) -> tuple[float, float, float]:
     dataset = open_dataset(cache.folder)
     times, before = [], disk_bytes()
     for index in range(READ):
-        forget([clip.path for clip in cache.clips.values()])
+        forget_clips(cache.clips.values())
         start = time.perf_counter()
         dataset[index]
         middle = time.perf_counter()
@@ -136,14 +135,6 @@ def read_cold(workplace: Workplace) -> tuple[float, float, float]:
         raise UnavailableError(f"the files in {cache.folder} cannot be removed from the page cache")
     cold, warm = (median(values) for values in zip(*times, strict=True))
     return megabytes, cold, warm
-
-
-def forget(paths: list[Path]) -> None:
-    """Removes files of a cache from the system's page cache, and closes them."""
-    close_clips()
-    for path in paths:
-        with open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def disk_bytes() -> int:

@@ -34,6 +34,7 @@ from musetalk.data.face.dwpose import INPUT_HEIGHT, INPUT_WIDTH, DWPose, load_dw
 from musetalk.data.face.dwpose import WEIGHTS as DWPOSE
 from musetalk.devices import choose_device, cpu_cores, describe
 from musetalk.errors import UserError
+from musetalk.files import nearest_folder
 from musetalk.models.audio_encoder import SEGMENT_STATES, AudioEncoder, load_audio_encoder
 from musetalk.models.face_parser import WEIGHTS as FACE_PARSER
 from musetalk.models.face_parser import load_face_parser
@@ -95,10 +96,8 @@ def machine(config: CheckConfig) -> Iterator[Finding]:
         yield Finding(f"device: {error}", fault=True)
     memory, cores = psutil.virtual_memory(), cpu_cores()
     yield Finding(f"memory: {memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB available; cores: {cores}")
-    folder = config.checkpoint_dir.absolute()
-    while not folder.is_dir():
-        folder = folder.parent
-    yield Finding(f"disk for {config.checkpoint_dir}: {shutil.disk_usage(folder).free / GIB:.1f} GiB free")
+    free = shutil.disk_usage(nearest_folder(config.checkpoint_dir)).free
+    yield Finding(f"disk for {config.checkpoint_dir}: {free / GIB:.1f} GiB free")
     if SHARED_MEMORY.is_dir():
         yield Finding(f"{SHARED_MEMORY}: {shutil.disk_usage(SHARED_MEMORY).free / GIB:.2f} GiB free")
 

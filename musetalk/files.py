@@ -52,6 +52,12 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
+def nearest_folder(path: Path) -> Path:
+    """Returns a path itself if it is a folder, else the nearest folder above it that exists, as an absolute path."""
+    path = path.absolute()
+    return path if path.is_dir() else nearest_folder(path.parent)
+
+
 def append_line(path: Path, line: str) -> None:
     """Appends a line to a text file. Raises OSError that names the file; the line may then be written in part."""
     try:

@@ -74,6 +74,8 @@ def parse_command(command: str) -> None:
             arguments = arguments[next(i for i, word in enumerate(arguments) if word.endswith(".py")) :]
         if arguments[:2] == ["-m", "pytest"]:
             assert all((ROOT / name).exists() for name in arguments[2:])
+        elif arguments[:2] == ["musetalk_trainer.py", "plan"]:
+            parse_arguments("tools.plan.command", arguments[2:])
         elif arguments[0] == "-m":
             parse_arguments(arguments[1], arguments[2:])
         else:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from reprlib import repr as short
@@ -59,9 +60,12 @@ def _open(clip: Clip) -> TensorFile:
     return file
 
 
-def close_clips() -> None:
-    """Closes the tensor files of all clips. They are opened again when they are read."""
+def forget_clips(clips: Iterable[Clip]) -> None:
+    """Removes clips from the system's page cache, so that they are read from the disk again, and closes all clips."""
     _open.cache_clear()
+    for clip in clips:
+        with open(clip.path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class Clip:

@@ -48,8 +48,8 @@ def checksum(tensors: list[torch.Tensor]) -> str:
     return f"{sum(place * int(value) for place, value in enumerate(sums, 1)) % 2**64:016x}"
 
 
-def check_disk(folder: Path, config: RunConfig, state: State, weights: dict[str, torch.Tensor] | None) -> None:
-    """Raises UserError if the disk has no room for the states and weights to keep, and one more of each.
+def missing_bytes(folder: Path, config: RunConfig, state: State, weights: dict[str, torch.Tensor] | None) -> int:
+    """Returns the bytes that a run adds to its folder for the states and weights to keep, and one more of each.
 
     An old file is deleted only after the new one is complete. Existing files count as room. weights: those saved during
     training, None without any.
@@ -59,17 +59,23 @@ def check_disk(folder: Path, config: RunConfig, state: State, weights: dict[str,
         sizes = [path.stat().st_size for path in saved_files(folder, pattern).values()]
         return max(0, min(most, len(sizes) + remaining) * size - sum(sizes))
 
-    steps_left, state_size, constants = config.num_steps - state.step, state_bytes(state), "keep_states"
-    needed = missing(STATE_NAME, state_size, config.keep_states + 1, steps_left)  # at most one a step
-    sizes = f"training states of {state_size / GB:.2f} GB"
+    steps_left = config.num_steps - state.step
+    needed = missing(STATE_NAME, state_bytes(state), config.keep_states + 1, steps_left)  # at most one a step
     if weights is not None:
-        size, every = bytes_of(weights), config.keep_weights_every
+        every = config.keep_weights_every
         most = config.keep_weights + 1 + (config.num_steps // every if every else 0)
-        needed += missing(WEIGHTS_NAME, size, most, math.ceil(steps_left / config.save_every))
-        sizes += f" and weights of {size / GB:.2f} GB"
-        constants += ", keep_weights and keep_weights_every"
-    free = shutil.disk_usage(folder).free
+        needed += missing(WEIGHTS_NAME, bytes_of(weights), most, math.ceil(steps_left / config.save_every))
+    return needed
+
+
+def check_disk(folder: Path, config: RunConfig, state: State, weights: dict[str, torch.Tensor] | None) -> None:
+    """Raises UserError if the disk has no room for `missing_bytes`."""
+    needed, free = missing_bytes(folder, config, state, weights), shutil.disk_usage(folder).free
     if needed > free:
+        sizes, constants = f"training states of {state_bytes(state) / GB:.2f} GB", "keep_states"
+        if weights is not None:
+            sizes += f" and weights of {bytes_of(weights) / GB:.2f} GB"
+            constants += ", keep_weights and keep_weights_every"
         raise UserError(
             f"{folder} needs another {needed / GB:.2f} GB of disk space for {sizes}, but {free / GB:.2f} GB are free; "
             f"free some, keep fewer of them ({constants}), or choose another checkpoint_dir"
@@ -84,6 +90,11 @@ def local_processes() -> int:
 def workers_that_fit() -> int:
     """Returns how many workers each process of this node can start with one core for each."""
     return min(MOST_WORKERS, cpu_cores() // local_processes())
+
+
+def worker_count(config: RunConfig) -> int:
+    """Returns how many workers each process starts."""
+    return workers_that_fit() if config.num_workers is None else config.num_workers
 
 
 def check_shared_memory(sample: dict, batch_size: int, workers: int, prefetch: int) -> None:

@@ -28,7 +28,7 @@ from musetalk.files import delete_older, folder_lock
 from musetalk.training.checkpoint import host_copy, load_latest_state, save_state
 from musetalk.training.distributed import Ranks
 from musetalk.training.log import RunLog, SilentLog
-from musetalk.training.preflight import check_disk, check_shared_memory, checksum, tensors_in, workers_that_fit
+from musetalk.training.preflight import check_disk, check_shared_memory, checksum, tensors_in, worker_count
 from musetalk.training.protocols import RunConfig, State
 from musetalk.training.step import StepResult
 
@@ -56,9 +56,7 @@ class Run:
         Raises UserError if shared memory is too small for the batches, or if processes differ in step, weights or
         cache.
         """
-        config, state = self.config, self.state
-        workers = workers_that_fit() if config.num_workers is None else config.num_workers
-        check_shared_memory(dataset[state.step * dataset.slots], config.batch_size, workers, config.prefetch)
+        state = self.state
         self.ranks.require_same(
             lambda: {
                 "step": state.step,
@@ -66,10 +64,7 @@ class Run:
                 "cache": dataset.cache.listing(),
             }
         )
-        share = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
-        share["pin_memory"] = self.accelerator.device.type == "cuda"
-        steps = range(state.step, config.num_steps)
-        batches = closable(iter(loader(dataset, steps, config.batch_size, workers, config.prefetch, **share)))
+        batches = open_batches(dataset, state.step, self.config, self.accelerator)
         self.stack.callback(batches.close)
         return batches
 
@@ -178,6 +173,18 @@ def open_run(
         stopping = stack.enter_context(stop_requests(patient=accelerator.num_processes > 1))
         writer = stack.enter_context(ThreadPoolExecutor(1))
         yield Run(config, state, accelerator, folder, log, resumed, ranks, stopping, stack, time.monotonic(), writer)
+
+
+def open_batches(
+    dataset: FaceDataset | SyncDataset, first_step: int, config: RunConfig, accelerator: Accelerator
+) -> Generator[dict, None, None]:
+    """Returns this process's batches from a step on. Raises UserError if shared memory is too small for them."""
+    workers = worker_count(config)
+    check_shared_memory(dataset[first_step * dataset.slots], config.batch_size, workers, config.prefetch)
+    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    share["pin_memory"] = accelerator.device.type == "cuda"
+    steps = range(first_step, config.num_steps)
+    return closable(iter(loader(dataset, steps, config.batch_size, workers, config.prefetch, **share)))
 
 
 def closable(batches: Iterator[dict]) -> Generator[dict, None, None]:

@@ -1,0 +1,1 @@
+"""Measures on this machine what trainings will cost, and says what they would refuse (`musetalk_trainer.py plan`)."""

@@ -26,6 +26,7 @@ from musetalk.data.dataset import FaceDataset, split_clips
 from musetalk.data.sync_dataset import SyncDataset
 from musetalk.devices import choose_device
 from musetalk.errors import UserError
+from musetalk.evaluation.sync_check import check_expert
 from musetalk.models.lpips import VGG16, Heads, load_lpips
 from musetalk.models.syncnet import build_syncnet, load_syncnet, save_syncnet
 from musetalk.training.distributed import start_processes
@@ -33,7 +34,6 @@ from musetalk.training.preflight import missing_bytes, worker_count
 from musetalk.training.protocols import State
 from musetalk.training.run import open_batches
 from musetalk.training.state import load_pixel_vae, training_contract
-from musetalk.training.sync_check import check_expert
 from musetalk_trainer import TrainConfig
 from syncnet_trainer import SyncConfig
 from tools.plan.config import PlanConfig

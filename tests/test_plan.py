@@ -94,8 +94,8 @@ def test_networks_that_would_be_accepted_are_used_themselves(config, sample_cach
     models_dir, sync_expert, (finding,) = loss_networks(config, sample_cache, tmp_path / "temporary")
     assert models_dir == models and sync_expert != str(expert)
     assert finding.fault and "the sync expert cannot be trusted on these faces" in finding.text
-    monkeypatch.setattr("musetalk.training.sync_check.MIN_ACCURACY", 0.0)
-    monkeypatch.setattr("musetalk.training.sync_check.MAX_BIAS", 15)
+    monkeypatch.setattr("musetalk.evaluation.sync_check.MIN_ACCURACY", 0.0)
+    monkeypatch.setattr("musetalk.evaluation.sync_check.MAX_BIAS", 15)
     _, sync_expert, (finding,) = loss_networks(config, sample_cache, tmp_path / "temporary")
     assert sync_expert == str(expert) and not finding.fault
 

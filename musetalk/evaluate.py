@@ -1,6 +1,7 @@
 """Judges weights or finished videos against true videos: a table, JSON and a picture.
 
     python -m musetalk.evaluate --truth videos --checkpoint checkpoints/stage2 --models-dir models
+    python -m musetalk.evaluate --truth videos --checkpoint base.safetensors tuned.safetensors
     python -m musetalk.evaluate --truth videos --videos dubbed_by_latentsync dubbed_by_wav2lip
 
 Weights dub each true video twice, with its own audio and with another one's, through the same pipeline as
@@ -47,12 +48,13 @@ class EvaluateConfig:
     """The constants of an evaluation; override them on the command line."""
 
     truth: Path  # folder of the true videos, searched recursively
-    checkpoint: Path | None = None  # weights, or a folder: its newest unet-<step>.safetensors
+    checkpoint: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH ...")] = ()  # weights, or folders with some
     videos: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FOLDER ...")] = ()  # of finished videos
     models_dir: Path = Path("models/mini")  # with the networks of the checkpoint and of the measures
     contract: Literal["rigid", "musetalk_v15", "musetalk_v1"] | None = None  # of weights without one, as MuseTalk's own
     cache: Path | None = None  # of the true videos; None: made in output
     held_out_share: ShareOrZero = 0.0  # judge the identities that training holds out at this share; 0: all
+    names: tuple[str, ...] = ()  # judge these clips of the cache; (): all
     clips: Count = 50  # at most; each identity has one before any has a second one
     frames: Count = 125  # of a clip, at most, and at most half of it, so that it has other frames as references
     sync_expert: str = ""  # a trained sync expert, as in musetalk_trainer.py
@@ -74,6 +76,10 @@ def main(config: EvaluateConfig) -> None:
     if config.held_out_share:
         held_out = set(split_clips(cache, config.held_out_share)[1])
         names = [name for name in names if name in held_out]
+    if config.names:
+        if unknown := set(config.names).difference(names):
+            raise UserError(f"{cache.folder} has no clip {min(unknown)!r} to evaluate, but for example {names[0]!r}")
+        names = list(config.names)
     windows = choose_windows(cache, names, config.clips, config.frames)
     candidates = load_candidates(config)
     measures, inception_network, notes = load_measures(config)
@@ -100,17 +106,16 @@ def prepare(config: EvaluateConfig) -> Path:
 
 def load_candidates(config: EvaluateConfig) -> list[Candidate]:
     """The weights, the finished videos, and MuseTalk's own weights if they are in the models folder."""
-    candidates: list[Candidate] = []
-    checkpoints: list[tuple[str, Path, Any]] = []
-    if config.checkpoint:
-        checkpoints.append((config.checkpoint.stem, config.checkpoint, config.contract))
-    musetalk = config.models_dir / MUSETALK
-    if musetalk.is_file() and musetalk != config.checkpoint:
-        checkpoints.append(("MuseTalk 1.5", musetalk, "musetalk_v15"))
-    for name, path, contract in checkpoints:
+    candidates: list[Candidate] = [FinishedVideos(folder.name, folder, config.truth) for folder in config.videos]
+    weights: list[tuple[str, Path, Any]] = [(path.stem, path, config.contract) for path in config.checkpoint]
+    if (config.models_dir / MUSETALK).is_file():
+        weights.append(("MuseTalk 1.5", config.models_dir / MUSETALK, "musetalk_v15"))
+    for name, path, contract in weights:
         pipeline = LipSyncPipeline.from_checkpoint(path, config.models_dir, contract=contract, device=config.device)
         candidates.append(DubbedVideos(name, pipeline, config.truth))
-    candidates[1:1] = [FinishedVideos(folder.name, folder, config.truth) for folder in config.videos]
+    names = [candidate.name for candidate in candidates]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"two sides are named {min(repeated)}; rename one, since the table has a column for each")
     return candidates
 
 

@@ -89,7 +89,7 @@ def test_weights_and_musetalks_own_are_judged_in_one_run(evaluate, mini, tmp_pat
     (models / "musetalkV15").mkdir()
     torch.save(unet.model.state_dict(), models / "musetalkV15/unet.pth")
     (models / "musetalkV15/musetalk.json").write_bytes((mini / "musetalk/musetalk.json").read_bytes())
-    figures, document = evaluate(checkpoint=models / UNET, models_dir=models, clips=2, frames=5)
+    figures, document = evaluate(checkpoint=(models / UNET,), models_dir=models, clips=2, frames=5)
     for column in ("unet", "MuseTalk 1.5"):
         assert {"psnr", "lmd", "csim"} <= {
             row for row, columns in figures["reconstruction"].items() if column in columns
@@ -124,6 +124,10 @@ def test_what_cannot_be_judged_is_refused_in_one_sentence(evaluate, finished, sm
     with pytest.raises(UserError, match="nothing to evaluate"):
         evaluate()
     copies, _ = finished
+    with pytest.raises(UserError, match="no clip 'sample_3'"):
+        evaluate(videos=(copies,), names=("sample_3",))
+    with pytest.raises(UserError, match="two sides are named copies"):
+        evaluate(videos=(copies, copies))
     rewrite(small_clips / "sample_01.mp4", copies / "sample_01.mp4", lambda frame: frame[:, :200])
     with pytest.raises(UserError, match=r"sample_01\.mp4 has other proportions"):
         evaluate(videos=(copies,))
@@ -133,10 +137,12 @@ def test_what_cannot_be_judged_is_refused_in_one_sentence(evaluate, finished, sm
         evaluate(videos=(copies,))
 
 
-def test_only_people_whom_training_holds_out_are_judged(make_cache, evaluate, finished):
+def test_clips_that_training_holds_out_or_that_are_named_are_judged(make_cache, evaluate, finished):
     """All clips show one identity, so that clips are split."""
     _, document = evaluate(videos=finished[:1], held_out_share=0.1)
     assert len(document["clips"]) == 1
+    _, document = evaluate(videos=finished[:1], names=("sample_01",))
+    assert list(document["clips"]) == ["sample_01"]
 
 
 # The comparison.

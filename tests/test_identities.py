@@ -19,6 +19,7 @@ from musetalk.data.cache_writer import CacheWriter
 from musetalk.data.identities import PROPOSAL, cluster_faces, compare_faces, embed_videos, join_names
 from musetalk.data.sources import find_sources, read_identities
 from musetalk.errors import UserError
+from musetalk.models.face_embedding import FaceEmbedder
 from musetalk_trainer import PRESETS
 from tests.sample import CLIPS, sample_frames
 
@@ -104,7 +105,7 @@ def test_the_split_is_that_of_training():
 
 
 def test_videos_are_embedded_with_landmarks_in_pixels_of_the_face(tmp_path, random_tensors):
-    class Embedder:
+    class Embedder(FaceEmbedder):
         def embed(self, images: Sequence[np.ndarray], landmarks: np.ndarray) -> np.ndarray:
             sizes = tensors["boxes"][:, 0, 2:] - tensors["boxes"][:, 0, :2]
             assert [image.shape for image in images] == [(h, w, 3) for w, h in sizes[[2, 4, 5]]]
@@ -115,11 +116,11 @@ def test_videos_are_embedded_with_landmarks_in_pixels_of_the_face(tmp_path, rand
     metadata = {"source": "a.mp4", "source_bytes": 0, "identity": "a", "last": True}
     writer.write("none", random_tensors(2, unusable=[0, 1]), metadata | {"source": "none.mp4"})
     with pytest.raises(CacheError, match="no clip has a usable frame"):
-        embed_videos(Cache(tmp_path), Embedder())
+        embed_videos(Cache(tmp_path), Embedder(None))
     tensors = random_tensors(8, unusable=[0])
     for part in range(2):
         writer.write(f"a-{part:04d}", tensors, metadata)
-    vectors = embed_videos(Cache(tmp_path), Embedder())
+    vectors = embed_videos(Cache(tmp_path), Embedder(None))
     assert vectors.keys() == {"a.mp4"}
     assert np.allclose(vectors["a.mp4"], np.array([1, 2, 0, 0]) / 5**0.5)
 

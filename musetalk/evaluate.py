@@ -81,7 +81,7 @@ def main(config: EvaluateConfig) -> None:
             raise UserError(f"{cache.folder} has no clip {min(unknown)!r} to evaluate, but for example {names[0]!r}")
         names = list(config.names)
     windows = choose_windows(cache, names, config.clips, config.frames)
-    candidates = load_candidates(config)
+    candidates = load_candidates(config, [window.clip for window in windows])
     measures, inception_network, notes = load_measures(config)
     evaluator = Evaluator(windows, choose_others(windows, cache, candidates), candidates, measures, inception_network)
     comparison = evaluator(notes)
@@ -104,9 +104,12 @@ def prepare(config: EvaluateConfig) -> Path:
     return folder
 
 
-def load_candidates(config: EvaluateConfig) -> list[Candidate]:
-    """The weights, the finished videos, and MuseTalk's own weights if they are in the models folder."""
-    candidates: list[Candidate] = [FinishedVideos(folder.name, folder, config.truth) for folder in config.videos]
+def load_candidates(config: EvaluateConfig, clips: list[Clip]) -> list[Candidate]:
+    """The finished videos, the weights, and MuseTalk's own weights if they are in the models folder."""
+    finished = [FinishedVideos(folder.name, folder, config.truth) for folder in config.videos]
+    for videos in finished:
+        videos.require(clips)
+    candidates: list[Candidate] = [*finished]
     weights: list[tuple[str, Path, Any]] = [(path.stem, path, config.contract) for path in config.checkpoint]
     if (config.models_dir / MUSETALK).is_file():
         weights.append(("MuseTalk 1.5", config.models_dir / MUSETALK, "musetalk_v15"))

@@ -77,7 +77,7 @@ def test_finished_videos_of_two_programs_are_compared(evaluate, finished, tmp_pa
     assert "copies against copying, better: psnr (reconstruction)" in printed
     assert "blurred against copies, worse: psnr (reconstruction)" in printed
     assert (tmp_path / "out/evaluation.txt").read_text() in printed
-    assert cv2.imread(str(tmp_path / "out/evaluation.png")).shape == (2 * 3 * 128, 8 * 128, 3)
+    assert cv2.imread(str(tmp_path / "out/evaluation.png")).shape == (2 * 4 * 128, 8 * 128, 3)
 
 
 def test_weights_and_musetalks_own_are_judged_in_one_run(evaluate, mini, tmp_path):
@@ -100,7 +100,9 @@ def test_weights_and_musetalks_own_are_judged_in_one_run(evaluate, mini, tmp_pat
     assert figures["reconstruction"]["csim"]["copying"]["mean"] > figures["reconstruction"]["csim"]["truth"]["mean"]
 
 
-def test_published_networks_are_used_if_they_are_there_and_named_if_not(evaluate, finished, mini, tmp_path):
+def test_published_networks_are_used_if_they_are_there_and_named_if_not(
+    evaluate, finished, mini, tmp_path, monkeypatch
+):
     _, document = evaluate(videos=finished[:1], clips=1)
     assert {note.split(";")[0] for note in document["notes"]} == {
         "not measured: lpips",
@@ -118,6 +120,11 @@ def test_published_networks_are_used_if_they_are_there_and_named_if_not(evaluate
     assert all(figures["reconstruction"]["lse_d"][column]["mean"] > 0 for column in ("truth", "copying", "copies"))
     assert "fid" not in figures["reconstruction"]
     assert any(note.startswith("not measured: fid; of fewer than 2000 frames") for note in document["notes"])
+    for module in ("evaluator", "frechet_distance"):
+        monkeypatch.setattr(f"musetalk.evaluation.{module}.MIN_FRAMES", 5)
+    figures, _ = evaluate(videos=finished[:1], clips=1, models_dir=models)
+    fid = {column: figure["mean"] for column, figure in figures["reconstruction"]["fid"].items()}
+    assert fid.keys() == {"copying", "copies"} and fid["copies"] < fid["copying"]
 
 
 def test_what_cannot_be_judged_is_refused_in_one_sentence(evaluate, finished, small_clips):
@@ -126,6 +133,8 @@ def test_what_cannot_be_judged_is_refused_in_one_sentence(evaluate, finished, sm
     copies, _ = finished
     with pytest.raises(UserError, match="no clip 'sample_3'"):
         evaluate(videos=(copies,), names=("sample_3",))
+    with pytest.raises(UserError, match=r"has no video named like a true one, such as sample_0\d\.mp4"):
+        evaluate(videos=(small_clips.parent,))
     with pytest.raises(UserError, match="two sides are named copies"):
         evaluate(videos=(copies, copies))
     rewrite(small_clips / "sample_01.mp4", copies / "sample_01.mp4", lambda frame: frame[:, :200])

@@ -5,7 +5,7 @@ Both are judged as videos: what they show in the boxes of the true faces.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -90,6 +90,12 @@ class FinishedVideos:
         if other:
             paths[OTHER] = self.files.get(f"{face}_{PurePath(key(other)).name}")
         return {kind: self._read(path, window) for kind, path in paths.items() if path}
+
+    def require(self, clips: Sequence[Clip]) -> None:
+        """Raises UserError if there is no video of any of these clips."""
+        faces = [key(clip) for clip in clips]
+        if not any(file == face or file.startswith(f"{face}_") for file in self.files for face in faces):
+            raise UserError(f"{self.folder} has no video named like a true one, such as {faces[0]}.mp4")
 
     @cached_property
     def files(self) -> dict[str, Path]:

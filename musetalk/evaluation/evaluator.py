@@ -73,6 +73,7 @@ class Evaluator:
             shown = faces.get(OWN) or faces.get(OTHER)
             self._keep(candidate.name, shown.images if shown else np.zeros_like(truth.images), OWN in faces)
         self._keep(TRUTH, truth.images, True)
+        self._keep(COPYING, copied.images, True)
         return columns
 
     def _rows(self, window: Window, other: Clip | None, faces: dict[str, Faces], truth: Faces) -> Rows:
@@ -88,9 +89,8 @@ class Evaluator:
         if spoken and other:
             rows[CROSS] = self.measures.any_audio(window, spoken, other)
             if spoken is not truth:
-                rows[CROSS]["r_other_audio"] = correlation(
-                    spoken.openings, openings_at(other, window.start, window.stop)
-                )
+                target = openings_at(other, window.start, window.stop)
+                rows[CROSS]["r_other_audio"] = correlation(spoken.openings, target)
         if silent := faces.get(SILENCE):
             leak = lip_leak(aspect_ratios(silent.found))
             rows[SILENT] = {"opening": finite_mean(silent.openings), "lip_leak": leak}
@@ -122,7 +122,7 @@ class Evaluator:
                 comparison.fid[column] = frechet_distance(x, features[TRUTH])
 
     def picture(self, comparison: Comparison) -> np.ndarray:
-        """The median and the worst clip of the first candidate: a row of the truth, then one of each candidate.
+        """The median and the worst clip of the first candidate, with a row of each column.
 
         By LMD, or by r with another clip's audio if no video speaks its own. BGR uint8 (H, W, 3).
         """
@@ -131,9 +131,8 @@ class Evaluator:
         if badness is None:
             badness = -values[CROSS]["r_other_audio"][name]
         order = np.argsort(badness)[: max(1, np.isfinite(badness).sum())]
-        columns = (TRUTH, *(candidate.name for candidate in self.candidates))
         chosen = order[(len(order) - 1) // 2], order[-1]
-        return np.vstack([self.strips[column][index] for index in chosen for column in columns])
+        return np.vstack([self.strips[column][index] for index in chosen for column in comparison.columns])
 
 
 def openings_at(clip: Clip, start: int, stop: int) -> np.ndarray:

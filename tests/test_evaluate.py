@@ -100,7 +100,7 @@ def test_weights_and_musetalks_own_are_judged_in_one_run(evaluate, mini, tmp_pat
     assert figures["reconstruction"]["csim"]["copying"]["mean"] > figures["reconstruction"]["csim"]["truth"]["mean"]
 
 
-def test_published_networks_are_used_if_they_are_there_and_named_if_not(
+def test_published_networks_are_used_if_they_are_there(
     evaluate, finished, mini, tmp_path, monkeypatch
 ):
     _, document = evaluate(videos=finished[:1], clips=1)

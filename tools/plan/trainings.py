@@ -27,7 +27,7 @@ from musetalk.data.sync_dataset import SyncDataset
 from musetalk.devices import choose_device
 from musetalk.errors import UserError
 from musetalk.evaluation.sync_check import check_expert
-from musetalk.models.lpips import VGG16, Heads, load_lpips
+from musetalk.models.lpips import HEADS, TRUNK, VGG16, Heads, load_lpips
 from musetalk.models.syncnet import build_syncnet, load_syncnet, save_syncnet
 from musetalk.training.distributed import start_processes
 from musetalk.training.preflight import missing_bytes, worker_count
@@ -71,8 +71,8 @@ def loss_networks(config: PlanConfig, cache: Cache, folder: Path) -> tuple[Path,
         for path in config.models_dir.iterdir():
             if path.name != "vgg":
                 (models_dir / path.name).symlink_to(path.resolve())
-        torch.save(VGG16().state_dict(), models_dir / "vgg/vgg16-397923af.pth")
-        torch.save(Heads().state_dict(), models_dir / "vgg/lpips.pth")
+        torch.save(VGG16().state_dict(), models_dir / TRUNK)
+        torch.save(Heads().state_dict(), models_dir / HEADS)
     sync_expert = stage2.sync_expert
     train_clips, held_clips, _ = split_clips(cache, stage2.held_out)
     try:

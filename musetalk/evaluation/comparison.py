@@ -18,7 +18,7 @@ PROTOCOLS = {
     CROSS: "another clip's audio",
     SILENT: "digital silence",
 }
-CELL = 28  # characters of a column in the table
+CELL = 30  # characters of a column in the table
 
 # Rows of each protocol, and whether higher (1) or lower (-1) values are better; 0: closer to the truth is better, or
 # neither. The others stand in docs/evaluation.md.

@@ -83,7 +83,7 @@ from musetalk.training.checkpoint import save_adapter, save_unet
 from musetalk.training.distributed import prepare_model, start_processes
 from musetalk.training.fine_tuning import table_command
 from musetalk.training.preflight import chunk_that_fits
-from musetalk.training.run import open_run
+from musetalk.training.run import Run, open_run
 from musetalk.training.state import (
     OPTIMIZERS,
     TrainState,
@@ -376,14 +376,7 @@ def train(preset: str, config: TrainConfig) -> None:
                     run.log.picture(state.step, draw_grid(pipeline, grid_dataset))
 
             # Validate.
-            best = False
-            if accelerator.is_main_process and validator and run.due(config.val_every):
-                with state.averaged():
-                    validation = validator()
-                run.log.validation(state.step, validation)
-                best = state.best.update(state.step, validation.figures["lmd"])
-            if config.patience and run.due(config.val_every):
-                run.ended = run.ranks.any(state.best.exhausted(config.patience))
+            best = validator is not None and run.due(config.val_every) and validate(validator, state, run, config)
 
             # Save. With patience only the best weights, so the newest ones are always those to use.
             if best if config.patience else run.due(config.save_every):
@@ -398,20 +391,42 @@ def train(preset: str, config: TrainConfig) -> None:
             if stop:
                 break
         run.finish()
-        if config.patience:
-            run.log.line(f"best: step {state.best.step}, {run.folder}/unet-{state.best.step:07d}.safetensors")
-        if table_clips and accelerator.is_main_process:
-            command = table_command(
-                find_unet(pretrained_path(config)),
-                find_unet(run.folder),
-                cache=cache.folder,
-                models_dir=config.models_dir,
-                contract=config.contract,
-                clips=table_clips,
-            )
-            run.log.line(f"a table of both on clips that nothing has looked at yet; insert their folder:\n{command}")
+        if accelerator.is_main_process:
+            log_result(state, run, config, table_clips)
         pictures = config.log_dir / preset
         run.log.line(f"done at step {state.step}: weights and states in {run.folder}, pictures in {pictures}")
+
+
+def validate(validator: Validator, state: TrainState, run: Run, config: TrainConfig) -> bool:
+    """Validates the averaged weights in the main process, and ends the run in all of them if patience is exhausted.
+
+    Returns whether they are the best so far: always False in other processes and without patience.
+    """
+    best = False
+    if run.accelerator.is_main_process:
+        with state.averaged():
+            validation = validator()
+        run.log.validation(state.step, validation)
+        best = config.patience > 0 and state.best.update(state.step, validation.figures["lmd"])
+    if config.patience:
+        run.ended = run.ranks.any(state.best.exhausted(config.patience))
+    return best
+
+
+def log_result(state: TrainState, run: Run, config: TrainConfig, table_clips: list[str]) -> None:
+    """Logs the best weights, and the command that compares them with those to start from on clips for a table."""
+    if config.patience:
+        run.log.line(f"best: step {state.best.step}, {run.folder}/unet-{state.best.step:07d}.safetensors")
+    if table_clips:
+        command = table_command(
+            find_unet(pretrained_path(config)),
+            find_unet(run.folder),
+            cache=config.hdtf_samples_dir,
+            models_dir=config.models_dir,
+            contract=config.contract,
+            clips=table_clips,
+        )
+        run.log.line(f"a table of both on clips that nothing has looked at yet; insert their folder:\n{command}")
 
 
 class Due(NamedTuple):

@@ -62,7 +62,7 @@ from musetalk.contract import FeatureContract, sync_mel_frames
 from musetalk.data.cache import Cache
 from musetalk.data.crop import crop_mouth
 from musetalk.data.dataset import SAMPLE_HELD_OUT, FaceDataset, split_clips
-from musetalk.data.rehearsal import RehearsalDataset
+from musetalk.data.rehearsal import RehearsalDataset, clips_to_rehearse
 from musetalk.data.tail_split import TailSplit, split_tail
 from musetalk.devices import check_compiler, compile_network, describe
 from musetalk.errors import TrainError
@@ -426,7 +426,8 @@ def log_result(state: TrainState, run: Run, config: TrainConfig, table_clips: li
             contract=config.contract,
             clips=table_clips,
         )
-        run.log.line(f"a table of both on clips that nothing has looked at yet; insert their folder:\n{command}")
+        advice = "put the folder of the videos in place of path/to/videos"
+        run.log.line(f"to compare it with its start on clips that nothing has looked at ({advice}):\n{command}")
 
 
 class Due(NamedTuple):
@@ -573,9 +574,10 @@ def open_train_dataset(
     sync_offset: int,
     silence: np.ndarray | None = None,
 ) -> FaceDataset | RehearsalDataset:
-    """Opens the training set, with rehearsal if a cache for it is given, of the identities that are not held out.
+    """Opens the training set, with rehearsal if a cache for it is given.
 
-    Raises ContractError if the two caches were made under different contracts, TrainError as `open_dataset` does.
+    Raises ContractError if the two caches were made under different contracts, UserError if there is nothing to
+    rehearse, TrainError as `open_dataset` does.
     """
     open_set = partial(
         open_dataset, config, contract=contract, world_size=world_size, sync_offset=sync_offset, silence=silence
@@ -584,7 +586,8 @@ def open_train_dataset(
     if config.rehearsal_dir is None:
         return dataset
     older = Cache(config.rehearsal_dir)
-    return RehearsalDataset(dataset, open_set(older, split_clips(older, config.held_out)[0]), config.rehearsal_share)
+    older_clips = clips_to_rehearse(older, config.held_out, cache, clips)
+    return RehearsalDataset(dataset, open_set(older, older_clips), config.rehearsal_share)
 
 
 def open_dataset(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import musetalk_trainer
 from musetalk.contract import ContractError
 from musetalk.data.dataset import FaceDataset
-from musetalk.data.rehearsal import RehearsalDataset
+from musetalk.data.rehearsal import RehearsalDataset, clips_to_rehearse
 from musetalk.errors import UserError
 from musetalk.models.lora import factors, merge
 from musetalk.training.fine_tuning import Best, table_command
@@ -174,6 +174,19 @@ def test_samples_come_from_both_caches_in_the_share_and_always_the_same():
     assert abs(sum(name == "old" for name, _ in samples) / 2000 - 0.3) < 0.04
     other = RehearsalDataset(Numbered("new", seed=1), Numbered("old", seed=1), 0.3)
     assert samples != [other[index] for index in range(2000)]
+
+
+def test_people_held_out_in_either_cache_are_not_rehearsed():
+    def cache_of(**identities: str) -> SimpleNamespace:
+        clips = {name: SimpleNamespace(identity=identity) for name, identity in identities.items()}
+        return SimpleNamespace(clips=clips, folder="data/mine")
+
+    older = cache_of(a1="a", b1="b", c1="c", d1="d")  # by the hashes of their names, d is held out
+    assert clips_to_rehearse(older, 0.15, cache_of(x="x", b2="b"), ["x"]) == ["a1", "c1"]
+    assert clips_to_rehearse(older, 0.15, cache_of(b2="b", b1="b"), ["b2"]) == ["a1", "c1"]
+    assert clips_to_rehearse(older, 0.15, cache_of(b2="b", b3="b"), ["b2"]) == ["a1", "b1", "c1"]
+    with pytest.raises(UserError, match="^data/mine has nothing to rehearse"):
+        clips_to_rehearse(cache_of(b1="b", b4="b"), 0.15, cache_of(x="x", b2="b"), ["x"])
 
 
 def test_adapt_rehearses_the_identities_that_are_not_held_out(config, sample_cache, make_cache, tmp_path, monkeypatch):

@@ -88,7 +88,7 @@ def test_base_and_adapter_make_the_merged_file(inputs, tmp_path):
     update(unet, inputs)
     tensors = unet.model.state_dict()
     merged = load_file(save_unet(tmp_path, 7, tensors, RIGID))
-    path = save_adapter(tmp_path, 7, tensors, RANK)
+    path = save_adapter(tmp_path, 7, factors(tensors), RANK)
     adapter = load_file(path)
     assert path.name == "adapter-0000007.safetensors" and merged.keys() == base.keys()
     for name, weight in base.items():

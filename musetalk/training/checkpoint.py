@@ -15,7 +15,7 @@ from torch.utils.serialization import config as serialization
 
 from musetalk.contract import FeatureContract
 from musetalk.files import atomic_write, delete_older, saved_files
-from musetalk.models.lora import factors, merge
+from musetalk.models.lora import merge
 from musetalk.models.trained_unet import write_unet
 from musetalk.models.weights import PICKLE_ERRORS, WeightsError, read_tensors, write_tensors
 
@@ -73,12 +73,12 @@ def save_unet(run_dir: Path, step: int, tensors: dict[str, torch.Tensor], contra
 
 
 def save_adapter(run_dir: Path, step: int, tensors: dict[str, torch.Tensor], rank: int) -> Path:
-    """Writes LoRA's factors with peft's description of them, as diffusers stores it. Returns their path.
+    """Writes the factors of LoRA with peft's description of them, as diffusers stores it. Returns their path.
 
     Raises WeightsError if they cannot be written.
     """
     path = run_dir / f"adapter-{step:07d}.safetensors"
-    layers = sorted({name.partition(".lora_")[0] for name in factors(tensors)})
+    layers = sorted({name.partition(".lora_")[0] for name in tensors})
     description = {"r": rank, "lora_alpha": rank, "target_modules": layers}
-    write_tensors(path, factors(tensors), {"lora_adapter_metadata": json.dumps(description)})
+    write_tensors(path, tensors, {"lora_adapter_metadata": json.dumps(description)})
     return path

@@ -58,7 +58,7 @@ def missing_bytes(
     """
 
     def missing(pattern: str, size: int, most: int, remaining: int) -> int:
-        found = {path: match[1] for path in folder.glob("*") if (match := re.fullmatch(pattern, path.name))}
+        found = {path: int(match[1]) for path in folder.glob("*") if (match := re.fullmatch(pattern, path.name))}
         steps = len(set(found.values()))
         return max(0, min(most, steps + remaining) * size - sum(path.stat().st_size for path in found))
 

@@ -6,6 +6,10 @@
     python musetalk_trainer.py stage2 --hdtf-samples-dir data/mine --check
                                                          trains nothing: checks that stage2 has all it needs except the
                                                          weights of stage1, and its sync expert on these faces
+    python musetalk_trainer.py adapt --hdtf-samples-dir data/mine --start-from models/musetalkV15/unet.pth
+                                                         a new language from weights that exist; docs/finetuning.md
+    python musetalk_trainer.py personal --hdtf-samples-dir data/me --start-from checkpoints/stage2
+                                                         minutes of one speaker
     python musetalk_trainer.py stage1 --help             all constants
     python musetalk_trainer.py plan --hours 40           measures what preparing 40 hours of video and each training
                                                          will cost on this machine, and says what would be refused
@@ -58,6 +62,8 @@ from musetalk.contract import FeatureContract, sync_mel_frames
 from musetalk.data.cache import Cache
 from musetalk.data.crop import crop_mouth
 from musetalk.data.dataset import SAMPLE_HELD_OUT, FaceDataset, split_clips
+from musetalk.data.rehearsal import RehearsalDataset, clips_to_rehearse
+from musetalk.data.tail_split import TailSplit, split_tail
 from musetalk.devices import check_compiler, compile_network, describe
 from musetalk.errors import TrainError
 from musetalk.evaluation.pictures import GRID_ROWS, draw_grid
@@ -65,16 +71,19 @@ from musetalk.evaluation.sync_check import SyncCheck, check_expert
 from musetalk.evaluation.validation import Validator
 from musetalk.images import to_tensor
 from musetalk.inference.pipeline import LipSyncPipeline
+from musetalk.models.lora import Trained, choose_trained, trained_tensors
 from musetalk.models.lpips import load_lpips
 from musetalk.models.syncnet import SyncNet, load_syncnet
 from musetalk.models.tiny_decoder import load_tiny_decoder
+from musetalk.models.trained_unet import find_unet
 from musetalk.models.unet import build_unet
 from musetalk.models.vae import VAE
 from musetalk.training.bounds import BOUNDS_SAMPLES, first_batch, report_bounds
-from musetalk.training.checkpoint import save_unet
+from musetalk.training.checkpoint import save_adapter, save_unet
 from musetalk.training.distributed import prepare_model, start_processes
+from musetalk.training.fine_tuning import table_command
 from musetalk.training.preflight import chunk_that_fits
-from musetalk.training.run import open_run
+from musetalk.training.run import Run, open_run
 from musetalk.training.state import (
     OPTIMIZERS,
     TrainState,
@@ -91,6 +100,7 @@ LOSSES = (
     *("adv_g", "feat_match", "adv_g_mouth", "feat_match_mouth"),
 )
 MOST_CHUNK = 16  # samples decoded at once by "auto"; more of them are no faster
+FINE_TUNING = ("adapt", "personal")  # presets that need weights to start from
 CROPS: dict[str, Crop] = {"face": lambda images, _: images, "mouth": crop_mouth}  # what losses of a region see
 
 
@@ -109,12 +119,15 @@ class TrainConfig:
     log_dir: Path = Path("log")
     models_dir: Path = Path("models")
     start_from: str = ""  # weights to start from: a preset, a file or a folder; "" initialises a new UNet
+    rehearsal_dir: Path | None = None  # a second cache, of the material that these were trained on
 
     # Data
     contract: Literal["rigid", "musetalk_v15", "musetalk_v1"] = "rigid"  # whose audio window the UNet learns
     positional_encoding: bool = True  # of audio tokens; MuseTalk adds it at inference but not in training
     held_out: Share = 0.1  # share of identities (of clips, if there is one identity) for samples and validation
     held_out_identities: tuple[str, ...] = ()  # names of those (of clips, if there is one identity) to hold out instead
+    held_out_by: Literal["identity", "tail"] = "identity"  # tail: one speaker's last videos, and as many for a table
+    rehearsal_share: Share = 0.2  # of samples that come from rehearsal_dir, if that is given
     identity_cap_minutes: PositiveOrZero = 3.0  # an identity counts as at most this much video; 0: no cap
     silence_share: ShareOrZero = 0.0  # of samples with silence as the audio and a closed mouth as the target
     references: Literal["random", "pose_and_mouth", "adjacent"] = "pose_and_mouth"  # similar pose, different mouth
@@ -142,6 +155,8 @@ class TrainConfig:
     unfit_expert: bool = False  # train even if the expert fails its check on these clips
 
     # Optimizer
+    trained: Trained = "all"  # of the UNet: all, its attention, or only low-rank adapters (LoRA) of its attention
+    lora_rank: Count = 16  # of the adapters
     optimizer: Literal["adamw", "adamax", "adam"] = "adamw"  # adamax as in the original
     learning_rate: Positive = 2e-5
     warmup_steps: CountOrZero = 1000  # the rate rises from 0, then decays along a cosine ...
@@ -165,6 +180,7 @@ class TrainConfig:
     log_every: Count = 100
     sample_every: Count = 2000
     val_every: CountOrZero = 10_000  # steps between validations on held-out clips, and after the last one; 0: none
+    patience: CountOrZero = 0  # validations in a row without a lower lmd that end the training; 0: none do
     val_clips: Count = 8  # most of them, spread over the identities
     val_frames: Count = 50  # most of each clip, at most half of its usable ones
     save_every: Count = 2000
@@ -225,6 +241,39 @@ PRESETS = {
         num_steps=20_000,
         keep_weights_every=10_000,
     ),
+    # A new language with tens of hours of people who speak it.
+    "adapt": TrainConfig(
+        batch_size=32,
+        loss_weights=weights(latent_l1=1.0, pixel_l1=1.0, lpips=0.1),
+        learning_rate=1e-5,
+        final_learning_rate=1e-6,
+        num_steps=50_000,
+        val_every=1000,
+        patience=10,
+        val_clips=16,
+        keep_weights_every=0,
+    ),
+    # One speaker with 1 to 10 minutes, on a 12 GB card.
+    "personal": TrainConfig(
+        held_out_by="tail",
+        identity_cap_minutes=0.0,
+        batch_size=4,
+        loss_weights=weights(latent_l1=1.0, pixel_l1=1.0, lpips=0.1),
+        trained="lora",
+        learning_rate=1e-4,
+        final_learning_rate=1e-5,
+        warmup_steps=100,
+        ema_decay=0.99,
+        ema_every=1,
+        gradient_checkpointing=True,
+        num_steps=3000,
+        log_every=20,
+        sample_every=500,
+        val_every=200,
+        patience=5,
+        save_every=500,
+        keep_weights_every=0,
+    ),
     # The recipe of the original MuseTalkTrainer, for comparison on the same cache.
     "original": TrainConfig(
         references="random",
@@ -247,13 +296,19 @@ def train(preset: str, config: TrainConfig) -> None:
     """Trains until `num_steps`, resuming from the newest training state in the preset's folder."""
     # Check constants, then data, then networks: the cheapest first.
     check_config(config)
+    if preset in FINE_TUNING and not config.start_from:
+        raise TrainError(
+            f"{preset} needs weights to start from; set start_from, for example to models/musetalkV15/unet.pth"
+        )
     accelerator = start_processes(config.device, config.deterministic)
     cache = Cache(config.hdtf_samples_dir)
     contract = training_contract(config.contract, cache, config.positional_encoding)
-    train_clips, held_clips, split_note = split_clips(cache, config.held_out, config.held_out_identities)
+    train_clips, table_clips, held_clips, split_note = split(cache, config)
     silence = load_silence(config.models_dir, cache, accelerator.device) if config.silence_share else None
     world_size = accelerator.num_processes
-    open_train_set = partial(open_dataset, config, cache, train_clips, contract, world_size=world_size, silence=silence)
+    open_train_set = partial(
+        open_train_dataset, config, cache, train_clips, contract, world_size=world_size, silence=silence
+    )
     dataset = open_train_set(sync_offset=0)
     held_clips = held_clips or train_clips
     open_held_set = partial(FaceDataset, cache, held_clips, contract, seed=config.seed)
@@ -273,16 +328,21 @@ def train(preset: str, config: TrainConfig) -> None:
         limits = config.val_clips, config.val_frames
         validator = Validator(pipeline, cache, held_clips, *limits, distance=objective.distance, expert=expert)
     run_sync_check = expert and partial(check_expert, expert, cache, held_clips, config.seed)
-    size = sum(parameter.numel() for parameter in state.unet.parameters())
-    summary = f"UNet of {size:,} parameters; {len(train_clips)} clips to train on; {split_note}"
+    size, trained = (sum(x.numel() for x in tensors.values()) for tensors in (state.unet.model.state_dict(), state.ema))
+    summary = (
+        f"UNet of {size:,} parameters, {trained:,} of them trained; {len(train_clips)} clips to train on; {split_note}"
+    )
     if config.check:
         if accelerator.is_main_process:
             print(f"on {describe(accelerator.device)}\n{summary}")
             check_start(preset, config, state, run_sync_check)
         return
 
-    with open_run(preset, config, state, accelerator, state.ema) as run:
+    weights_every = config.val_every if config.patience else config.save_every
+    tensors = state.unet.model.state_dict()
+    with open_run(preset, config, state, accelerator, tensors, weights_every) as run:
         run.log.line(summary)
+        run.ended = state.best.exhausted(config.patience)
 
         # A new run: load weights to start from, check the sync expert, print what the losses can reach.
         if not run.resumed:
@@ -316,23 +376,58 @@ def train(preset: str, config: TrainConfig) -> None:
                     run.log.picture(state.step, draw_grid(pipeline, grid_dataset))
 
             # Validate.
-            if accelerator.is_main_process and validator and run.due(config.val_every):
-                with state.averaged():
-                    run.log.validation(state.step, validator())
+            best = validator is not None and run.due(config.val_every) and validate(validator, state, run, config)
 
-            # Save.
-            if run.due(config.save_every):
-                run.save_weights(save_unet, state.ema, contract)
+            # Save. With patience only the best weights, so the newest ones are always those to use.
+            if best if config.patience else run.due(config.save_every):
+                run.save_weights(save_unet, state.unet.model.state_dict() | state.ema, contract)
+                if config.trained == "lora":
+                    run.save_weights(save_adapter, state.ema, config.lora_rank)
             stop = run.stop_requested()
-            if stop or run.due(config.save_every) or run.overdue():
+            if stop or run.ended or run.due(config.save_every) or run.overdue():
                 run.save_state()
 
             # Stop?
             if stop:
                 break
         run.finish()
+        if accelerator.is_main_process:
+            log_result(state, run, config, table_clips)
         pictures = config.log_dir / preset
         run.log.line(f"done at step {state.step}: weights and states in {run.folder}, pictures in {pictures}")
+
+
+def validate(validator: Validator, state: TrainState, run: Run, config: TrainConfig) -> bool:
+    """Validates the averaged weights in the main process, and ends the run in all of them if patience is exhausted.
+
+    Returns whether they are the best so far: always False in other processes and without patience.
+    """
+    best = False
+    if run.accelerator.is_main_process:
+        with state.averaged():
+            validation = validator()
+        run.log.validation(state.step, validation)
+        best = config.patience > 0 and state.best.update(state.step, validation.figures["lmd"])
+    if config.patience:
+        run.ended = run.ranks.any(state.best.exhausted(config.patience))
+    return best
+
+
+def log_result(state: TrainState, run: Run, config: TrainConfig, table_clips: list[str]) -> None:
+    """Logs the best weights, and the command that compares them with those to start from on clips for a table."""
+    if config.patience:
+        run.log.line(f"best: step {state.best.step}, {run.folder}/unet-{state.best.step:07d}.safetensors")
+    if table_clips:
+        command = table_command(
+            find_unet(pretrained_path(config)),
+            find_unet(run.folder),
+            cache=config.hdtf_samples_dir,
+            models_dir=config.models_dir,
+            contract=config.contract,
+            clips=table_clips,
+        )
+        advice = "put the folder of the videos in place of path/to/videos"
+        run.log.line(f"to compare it with its start on clips that nothing has looked at ({advice}):\n{command}")
 
 
 class Due(NamedTuple):
@@ -448,6 +543,10 @@ def check_config(config: TrainConfig) -> None:
         raise TrainError("adversarial_start must be 0 if only adversarial losses have a weight")
     if config.adaptive_every and not active & {"pixel_l1", "lpips"}:
         raise TrainError("adaptive_every must be 0 if neither pixel_l1 nor lpips has a weight to balance adv_g with")
+    if config.patience and not config.val_every:
+        raise TrainError("val_every must be over 0 with patience, which counts validations")
+    if config.held_out_by == "tail" and config.held_out_identities:
+        raise TrainError("held_out_identities must be () if held_out_by is tail, which chooses clips by their time")
     if config.compile:
         check_compiler()
 
@@ -455,6 +554,40 @@ def check_config(config: TrainConfig) -> None:
 def active_weights(config: TrainConfig) -> dict[str, float]:
     """The weights over 0."""
     return {name: weight for name, weight in config.loss_weights.items() if weight > 0}
+
+
+def split(cache: Cache, config: TrainConfig) -> TailSplit:
+    """Splits the clips by identity, with none for a table, or in time. Raises UserError if that is impossible."""
+    if config.held_out_by == "tail":
+        return split_tail(cache, config.held_out)
+    train, held_out, note = split_clips(cache, config.held_out, config.held_out_identities)
+    return TailSplit(train, [], held_out, note)
+
+
+def open_train_dataset(
+    config: TrainConfig,
+    cache: Cache,
+    clips: list[str],
+    contract: FeatureContract,
+    *,
+    world_size: int,
+    sync_offset: int,
+    silence: np.ndarray | None = None,
+) -> FaceDataset | RehearsalDataset:
+    """Opens the training set, with rehearsal if a cache for it is given.
+
+    Raises ContractError if the two caches were made under different contracts, UserError if there is nothing to
+    rehearse, TrainError as `open_dataset` does.
+    """
+    open_set = partial(
+        open_dataset, config, contract=contract, world_size=world_size, sync_offset=sync_offset, silence=silence
+    )
+    dataset = open_set(cache, clips)
+    if config.rehearsal_dir is None:
+        return dataset
+    older = Cache(config.rehearsal_dir)
+    older_clips = clips_to_rehearse(older, config.held_out, cache, clips)
+    return RehearsalDataset(dataset, open_set(older, older_clips), config.rehearsal_share)
 
 
 def open_dataset(
@@ -500,12 +633,14 @@ def build_state(config: TrainConfig, contract: FeatureContract, accelerator: Acc
         unet.keep_last_input()
     if config.compile:
         compile_network(unet.model, accelerator.device)
+    choose_trained(unet.model, config.trained, config.lora_rank, config.seed)
     make_optimizer = partial(OPTIMIZERS[config.optimizer], weight_decay=config.weight_decay)
-    optimizer = make_optimizer(unet.parameters(), config.learning_rate, config.betas)
+    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(parameters, config.learning_rate, config.betas)
     unet = prepare_model(unet, accelerator)
     on_host = config.ema_on_host or not accelerator.is_main_process  # the main process alone updates and saves it
     place = torch.device("cpu") if on_host else accelerator.device
-    ema = {name: value.to(place, copy=True) for name, value in unet.model.state_dict().items()}
+    ema = {name: value.to(place, copy=True) for name, value in trained_tensors(unet.model).items()}
     active, gan_losses, adaptive_weights = active_weights(config), {}, {}
     for region in CROPS:
         if any(term_name(name, region) in active for name in ADVERSARIAL):

@@ -22,7 +22,9 @@ from benchmarks.training import fake_tensors, training
 from benchmarks.workplace import Measured, Workplace
 from musetalk.contract import IMAGE_SIZE, FeatureContract
 from musetalk.files import read_json
+from musetalk.models.lora import factors
 from musetalk.models.vae import VAE
+from musetalk.training.preflight import bytes_of
 from musetalk_trainer import PRESETS, TrainConfig
 
 FRUGAL: dict[str, Any] = {"models_dir": ROOT / "models", "chunk_size": 1, "ema_on_host": True}  # with memory
@@ -34,10 +36,12 @@ TINY_DECODER = replace(ORIGINAL, tiny_decoder="any")
 CHECKPOINTED = replace(ORIGINAL, gradient_checkpointing=True)
 # The second micro step holds the most memory, because it starts with the gradients of the first.
 STAGE2 = replace(PRESETS["stage2"], **FRUGAL, grad_accum_steps=2)
+PERSONAL = replace(PRESETS["personal"], models_dir=ROOT / "models", chunk_size=4)  # what "auto" chooses with 12 GB
 STAGE1_FAST = replace(PRESETS["stage1"], **FAST)
 STAGE2_FAST = replace(STAGE2, **FAST)
 COUNTED, FRAMES = 2, 3  # samples of a step, frames of a clip
 ROWS = 12  # most lines of a note
+MB = 10**6
 
 
 def tflop_per_sample(config: TrainConfig) -> Measured:
@@ -57,6 +61,13 @@ def peak_gib(config: TrainConfig) -> Measured:
         run.step(config.batch_size)
     note = [f"{size / GIB:9.3f} GiB {what}" for what, size in storages.at_peak.most_common(ROWS)]
     return Measured(storages.peak / GIB, "\n".join(note))
+
+
+def adapter_mb(config: TrainConfig) -> Measured:
+    """Megabytes of the factors of a training with LoRA, which are the file of its adapter."""
+    with fake_tensors(), training(config) as run:
+        adapter = factors(run.state.unet.model.state_dict())
+    return Measured(bytes_of(adapter) / MB, f"{len(adapter)} tensors")
 
 
 class Operators(TorchDispatchMode):

@@ -42,6 +42,8 @@ FIGURES = (
     Figure("train_gib_b32_chunk16", "GiB", "<=", 35, lambda _: counts.peak_gib(counts.ORIGINAL_CHUNK16)),
     Figure("train_gib_b32_ema", "GiB", "<=", 25, lambda _: counts.peak_gib(counts.ORIGINAL_EMA)),
     Figure("stage2_gib_2x16", "GiB", "<=", 22, lambda _: counts.peak_gib(counts.STAGE2)),
+    Figure("personal_gib_b4", "GiB", "<=", 11, lambda _: counts.peak_gib(counts.PERSONAL)),
+    Figure("adapter_mb", "MB", "<=", 12, lambda _: counts.adapter_mb(counts.PERSONAL)),
     Figure(
         "stage1_operators_per_sample", "operators", "<=", 300, lambda _: counts.operators_per_sample(counts.STAGE1_FAST)
     ),

@@ -39,6 +39,7 @@ from musetalk.files import atomic_write_bytes
 from musetalk.inference.pipeline import LipSyncPipeline
 from musetalk.models import face_embedding, inception, lpips, syncnet_v2
 from musetalk.models.syncnet import load_syncnet
+from musetalk.models.trained_unet import find_unet, read_unet_contract
 
 MUSETALK = "musetalkV15/unet.pth"  # MuseTalk's own weights, judged too if they are in the models folder
 
@@ -110,10 +111,16 @@ def load_candidates(config: EvaluateConfig, clips: list[Clip]) -> list[Candidate
     for videos in finished:
         videos.require(clips)
     candidates: list[Candidate] = [*finished]
-    weights: list[tuple[str, Path, Any]] = [(path.stem, path, config.contract) for path in config.checkpoint]
-    if (config.models_dir / MUSETALK).is_file():
-        weights.append(("MuseTalk 1.5", config.models_dir / MUSETALK, "musetalk_v15"))
-    for name, path, contract in weights:
+    stems = [path.stem for path in config.checkpoint]
+    weights: list[tuple[str, Path, Any]] = [
+        (path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}", path, config.contract)
+        for path in config.checkpoint
+    ]
+    official = config.models_dir / MUSETALK
+    if official.is_file() and official not in config.checkpoint:
+        weights.append(("MuseTalk 1.5", official, "musetalk_v15"))
+    for name, path, named_contract in weights:
+        contract = None if read_unet_contract(find_unet(path)) else named_contract
         pipeline = LipSyncPipeline.from_checkpoint(path, config.models_dir, contract=contract, device=config.device)
         candidates.append(DubbedVideos(name, pipeline, config.truth))
     names = [candidate.name for candidate in candidates]

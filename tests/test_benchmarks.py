@@ -59,6 +59,8 @@ def cache(tmp_path, random_tensors) -> Cache:
         "train_gib_b32_chunk16",
         "train_gib_b32_ema",
         "stage2_gib_2x16",
+        "personal_gib_b4",
+        "adapter_mb",
         "stage1_operators_per_sample",
         "stage2_operators_per_sample",
         "stage2_all_reduces",

@@ -12,11 +12,12 @@ import torch
 
 from musetalk.data.video import read_audio, read_frames, write_video
 from musetalk.errors import UserError
-from musetalk.evaluate import EvaluateConfig, main
+from musetalk.evaluate import EvaluateConfig, load_candidates, main
 from musetalk.evaluation.comparison import Comparison
 from musetalk.models.inception import Inception
 from musetalk.models.syncnet_v2 import SyncNetV2
 from musetalk.models.trained_unet import load_trained_unet
+from musetalk.training.checkpoint import save_unet
 
 SAMPLE_RATE = 16_000
 UNET = "musetalk/unet.safetensors"
@@ -100,9 +101,7 @@ def test_weights_and_musetalks_own_are_judged_in_one_run(evaluate, mini, tmp_pat
     assert figures["reconstruction"]["csim"]["copying"]["mean"] > figures["reconstruction"]["csim"]["truth"]["mean"]
 
 
-def test_published_networks_are_used_if_they_are_there(
-    evaluate, finished, mini, tmp_path, monkeypatch
-):
+def test_published_networks_are_used_if_they_are_there(evaluate, finished, mini, tmp_path, monkeypatch):
     _, document = evaluate(videos=finished[:1], clips=1)
     assert {note.split(";")[0] for note in document["notes"]} == {
         "not measured: lpips",
@@ -152,6 +151,18 @@ def test_clips_that_training_holds_out_or_that_are_named_are_judged(make_cache, 
     assert len(document["clips"]) == 1
     _, document = evaluate(videos=finished[:1], names=("sample_01",))
     assert list(document["clips"]) == ["sample_01"]
+
+
+def test_weights_of_one_name_are_told_apart_by_their_folders(mini, make_cache, tmp_path):
+    """A contract on the command line is for weights without one, here of another contract than those with one."""
+    unet, contract = load_trained_unet(mini / UNET, mini)
+    paths = [save_unet(tmp_path / name, 1, unet.model.state_dict(), contract) for name in "ab"]
+    torch.save(unet.model.state_dict(), tmp_path / "released.pth")
+    config = EvaluateConfig(tmp_path, checkpoint=(*paths, tmp_path / "released.pth"), contract="musetalk_v15")
+    candidates = load_candidates(config)
+    assert [candidate.name for candidate in candidates] == ["a/unet-0000001", "b/unet-0000001", "released"]
+    crops = [candidate.pipeline.contract.crop for candidate in candidates]
+    assert crops == [contract.crop, contract.crop, "nose_centred"] and contract.crop == "rigid"
 
 
 # The comparison.

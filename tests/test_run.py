@@ -19,6 +19,7 @@ from musetalk.training.preflight import (
     bytes_of,
     check_shared_memory,
     chunk_that_fits,
+    missing_bytes,
     state_bytes,
     workers_that_fit,
 )
@@ -164,6 +165,17 @@ def test_existing_files_of_the_run_count_as_free_space(config, set_free):
     set_free(0)
     with open_run("tiny", replace(config, num_steps=101), make_state(), start_processes("cpu")):
         pass
+
+
+def test_weights_in_two_files_count_once_a_step_and_as_often_as_they_are_saved(config, tmp_path):
+    config, state = replace(config, num_steps=100, save_every=10), make_state()
+    weights = {name: torch.zeros(size, dtype=torch.uint8) for name, size in (("plain", MB), ("adapter", 1000))}
+    states = 3 * state_bytes(state)
+    assert missing_bytes(tmp_path, config, state, weights) == states + 2 * (MB + 1000)
+    assert missing_bytes(tmp_path, config, state, weights, weights_every=100) == states + MB + 1000
+    for name, size in (("unet-0000050", MB), ("adapter-0000050", 1000)):
+        (tmp_path / f"{name}.safetensors").write_bytes(bytes(size))
+    assert missing_bytes(tmp_path, config, state, weights) == states + MB + 1000
 
 
 def test_shared_memory_too_small_for_the_batches_is_refused(set_free, monkeypatch):

@@ -20,6 +20,7 @@ from musetalk.contract import RIGID, ContractError
 from musetalk.errors import UserError
 from musetalk.training.checkpoint import load_latest_state, save_state
 from musetalk.training.distributed import start_processes
+from musetalk.training.fine_tuning import Best
 from musetalk.training.run import open_run, resume
 from musetalk.training.state import OPTIMIZERS, NetworkState, TrainState
 from musetalk_trainer import parse, train
@@ -87,6 +88,15 @@ def test_without_a_saved_state_nothing_changes(tmp_path):
     assert_equal(saved(state), saved(make_state()))
 
 
+def test_a_state_from_before_early_stopping_has_no_best_validation():
+    old = saved(make_state(steps=1))
+    del old["best"]
+    state = make_state()
+    state.best.update(1, 0.5)
+    state.restore(old, Path("state.pt"))
+    assert state.best == Best()
+
+
 def test_constants_of_the_optimizer_are_those_of_the_resumed_run():
     state = make_state()
     state.optimizer.param_groups[0]["weight_decay"] = 0.5
@@ -120,6 +130,9 @@ def test_the_average_follows_faster_at_first_and_is_swapped_in_and_out():
         ("optimizer", {"state": {0: 1}}, "no state of this optimizer"),
         ("unet", [1], "holds no weights by name"),
         ("unet", {"conv_in.weight": torch.zeros(3)}, "does not fit"),
+        ("ema", {}, "another value of `trained`"),
+        ("best", {"step": 1}, "invalid best"),
+        ("best", {"step": 1, "lmd": 0.5, "validations_since": True}, "invalid best"),
         ("gan_losses", {}, "other discriminators"),
         ("adaptive_weights", {}, "adaptive_every"),
         ("contract", [], "contract"),

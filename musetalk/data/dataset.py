@@ -145,6 +145,10 @@ class FaceDataset(Dataset):
             else:
                 yield usable[far]
 
+    def listing(self) -> str:
+        """Returns a value that differs if the clips do, see `Cache.listing`."""
+        return self.cache.listing()
+
     def __len__(self) -> int:
         return 2**62  # unlimited steps
 

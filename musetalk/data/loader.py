@@ -10,7 +10,10 @@ from torch.utils.data import DataLoader
 
 from musetalk.cli import STOP_SIGNALS
 from musetalk.data.dataset import FaceDataset
+from musetalk.data.rehearsal import RehearsalDataset
 from musetalk.data.sync_dataset import SyncDataset
+
+Samples = FaceDataset | SyncDataset | RehearsalDataset
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class SlotSampler:
 
 
 def loader(
-    dataset: FaceDataset | SyncDataset,
+    dataset: Samples,
     steps: range,
     batch_size: int,
     num_workers: int,

@@ -98,6 +98,10 @@ class SyncDataset(Dataset):
         other_start = int(rng.choice(mel_starts, p=weights / weights.sum()))
         return SyncSample(name, start, variant, mirrored, name, other_start)
 
+    def listing(self) -> str:
+        """Returns a value that differs if the clips do, see `Cache.listing`."""
+        return self.cache.listing()
+
     def __len__(self) -> int:
         return 2**62  # unlimited steps
 

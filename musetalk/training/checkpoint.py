@@ -1,7 +1,11 @@
-"""Files of a training: training-state-<step>.pt to resume from, unet-<step>.safetensors to use."""
+"""Files of a training: training-state-<step>.pt to resume from, unet-<step>.safetensors to use.
+
+With LoRA also adapter-<step>.safetensors, the adapter alone.
+"""
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 
@@ -11,8 +15,9 @@ from torch.utils.serialization import config as serialization
 
 from musetalk.contract import FeatureContract
 from musetalk.files import atomic_write, delete_older, saved_files
+from musetalk.models.lora import merge
 from musetalk.models.trained_unet import write_unet
-from musetalk.models.weights import PICKLE_ERRORS, WeightsError, read_tensors
+from musetalk.models.weights import PICKLE_ERRORS, WeightsError, read_tensors, write_tensors
 
 STATE_NAME = r"training-state-(\d+)\.pt"
 WEIGHTS_NAME = r"[a-z]+-(\d+)\.safetensors"  # of any network
@@ -58,7 +63,22 @@ def load_latest_state(run_dir: Path, *, check_sums: bool = True) -> tuple[Path, 
 
 
 def save_unet(run_dir: Path, step: int, tensors: dict[str, torch.Tensor], contract: FeatureContract) -> Path:
-    """Writes weights with their contract. Returns their path. Raises WeightsError if they cannot be written."""
+    """Writes weights with their contract, LoRA's factors merged into them. Returns their path.
+
+    Raises WeightsError if they cannot be written.
+    """
     path = run_dir / f"unet-{step:07d}.safetensors"
-    write_unet(path, tensors, contract)
+    write_unet(path, merge(tensors), contract)
+    return path
+
+
+def save_adapter(run_dir: Path, step: int, tensors: dict[str, torch.Tensor], rank: int) -> Path:
+    """Writes the factors of LoRA with peft's description of them, as diffusers stores it. Returns their path.
+
+    Raises WeightsError if they cannot be written.
+    """
+    path = run_dir / f"adapter-{step:07d}.safetensors"
+    layers = sorted({name.partition(".lora_")[0] for name in tensors})
+    description = {"r": rank, "lora_alpha": rank, "target_modules": layers}
+    write_tensors(path, tensors, {"lora_adapter_metadata": json.dumps(description)})
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 from musetalk.devices import cpu_cores
 from musetalk.errors import UserError
-from musetalk.files import saved_files
 from musetalk.training.checkpoint import STATE_NAME, WEIGHTS_NAME
 from musetalk.training.protocols import RunConfig, State
 
@@ -48,29 +48,36 @@ def checksum(tensors: list[torch.Tensor]) -> str:
     return f"{sum(place * int(value) for place, value in enumerate(sums, 1)) % 2**64:016x}"
 
 
-def missing_bytes(folder: Path, config: RunConfig, state: State, weights: dict[str, torch.Tensor] | None) -> int:
+def missing_bytes(
+    folder: Path, config: RunConfig, state: State, weights: dict[str, torch.Tensor] | None, weights_every: int = 0
+) -> int:
     """Returns the bytes that a run adds to its folder for the states and weights to keep, and one more of each.
 
     An old file is deleted only after the new one is complete. Existing files count as room. weights: those saved during
-    training, None without any.
+    training, in one or more files, None without any. weights_every: least steps between their saves; 0: `save_every`.
     """
 
     def missing(pattern: str, size: int, most: int, remaining: int) -> int:
-        sizes = [path.stat().st_size for path in saved_files(folder, pattern).values()]
-        return max(0, min(most, len(sizes) + remaining) * size - sum(sizes))
+        found = {path: int(match[1]) for path in folder.glob("*") if (match := re.fullmatch(pattern, path.name))}
+        steps = len(set(found.values()))
+        return max(0, min(most, steps + remaining) * size - sum(path.stat().st_size for path in found))
 
     steps_left = config.num_steps - state.step
     needed = missing(STATE_NAME, state_bytes(state), config.keep_states + 1, steps_left)  # at most one a step
     if weights is not None:
         every = config.keep_weights_every
         most = config.keep_weights + 1 + (config.num_steps // every if every else 0)
-        needed += missing(WEIGHTS_NAME, bytes_of(weights), most, math.ceil(steps_left / config.save_every))
+        remaining = math.ceil(steps_left / (weights_every or config.save_every))
+        needed += missing(WEIGHTS_NAME, bytes_of(weights), most, remaining)
     return needed
 
 
-def check_disk(folder: Path, config: RunConfig, state: State, weights: dict[str, torch.Tensor] | None) -> None:
+def check_disk(
+    folder: Path, config: RunConfig, state: State, weights: dict[str, torch.Tensor] | None, weights_every: int = 0
+) -> None:
     """Raises UserError if the disk has no room for `missing_bytes`."""
-    needed, free = missing_bytes(folder, config, state, weights), shutil.disk_usage(folder).free
+    needed = missing_bytes(folder, config, state, weights, weights_every)
+    free = shutil.disk_usage(folder).free
     if needed > free:
         sizes, constants = f"training states of {state_bytes(state) / GB:.2f} GB", "keep_states"
         if weights is not None:

@@ -20,9 +20,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from musetalk.cli import StopRequests, stop_requests
-from musetalk.data.dataset import FaceDataset
-from musetalk.data.loader import loader
-from musetalk.data.sync_dataset import SyncDataset
+from musetalk.data.loader import Samples, loader
 from musetalk.devices import describe
 from musetalk.files import delete_older, folder_lock
 from musetalk.training.checkpoint import host_copy, load_latest_state, save_state
@@ -49,8 +47,9 @@ class Run:
     saved_at: float  # seconds of time.monotonic() at the last save or the start
     writer: ThreadPoolExecutor  # of one thread, which writes files while the training goes on
     writes: deque[Future] = field(default_factory=deque)  # that may not be complete
+    ended: bool = False  # complete before its last step
 
-    def batches(self, dataset: FaceDataset | SyncDataset) -> Iterator[dict]:
+    def batches(self, dataset: Samples) -> Iterator[dict]:
         """Returns this process's batches of all remaining steps; a resumed run draws the same ones.
 
         Raises UserError if shared memory is too small for the batches, or if processes differ in step, weights or
@@ -61,7 +60,7 @@ class Run:
             lambda: {
                 "step": state.step,
                 "weights": checksum(tensors_in(state.as_dict())),
-                "cache": dataset.cache.listing(),
+                "cache": dataset.listing(),
             }
         )
         batches = open_batches(dataset, state.step, self.config, self.accelerator)
@@ -69,10 +68,12 @@ class Run:
         return batches
 
     def steps(self) -> Iterator[int]:
-        """Yields the remaining steps, shown by a progress bar. Raises what a write raised meanwhile."""
+        """Yields the remaining steps until the run has `ended`, with a progress bar. Raises what a write raised."""
         first, last = self.state.step, self.config.num_steps
         tqdm_kwargs = {"desc": "train", "unit": "step", "disable": not self.accelerator.is_main_process}
         for step in tqdm(range(first, last), initial=first, total=last, **tqdm_kwargs):
+            if self.ended:
+                break
             yield step
             while self.writes and self.writes[0].done():
                 self.writes.popleft().result()
@@ -124,7 +125,7 @@ class Run:
         self._finish_writes()
         self.ranks.wait()  # when one process exits, a launcher kills the others
         self.accelerator.end_training()
-        if self.state.step < self.config.num_steps:
+        if self.state.step < self.config.num_steps and not self.ended:
             raise KeyboardInterrupt(
                 f"stopped at step {self.state.step}, all saved; run the same command again to resume"
             )
@@ -146,12 +147,14 @@ def open_run(
     state: State,
     accelerator: Accelerator,
     weights: dict[str, torch.Tensor] | None = None,
+    weights_every: int = 0,
 ) -> Iterator[Run]:
     """Opens a run and resumes it from its newest training state, if there is one.
 
     Inside the context Ctrl-C and SIGTERM ask the run to stop after the current step. weights: those to be saved during
-    training, for the check of disk space. Raises UserError if another process uses its folders or the disk has too
-    little space; WeightsError or ContractError if the state belongs to another training.
+    training, and weights_every: least steps between their saves, see `missing_bytes`. Raises UserError if another
+    process uses its folders or the disk has too little space; WeightsError or ContractError if the state belongs to
+    another training.
     """
     folder, log_dir = config.checkpoint_dir / name, config.log_dir / name
     with ExitStack() as stack:
@@ -161,7 +164,7 @@ def open_run(
         accelerator.wait_for_everyone()
         resumed = resume(state, folder, check_sums=accelerator.is_main_process)
         if accelerator.is_main_process:
-            check_disk(folder, config, state, weights)
+            check_disk(folder, config, state, weights, weights_every)
         ranks = Ranks()
         main = accelerator.is_main_process
         log = RunLog(config.log_dir, name, state.step, config.tracker) if main else SilentLog()
@@ -176,7 +179,7 @@ def open_run(
 
 
 def open_batches(
-    dataset: FaceDataset | SyncDataset, first_step: int, config: RunConfig, accelerator: Accelerator
+    dataset: Samples, first_step: int, config: RunConfig, accelerator: Accelerator
 ) -> Generator[dict, None, None]:
     """Returns this process's batches from a step on. Raises UserError if shared memory is too small for them."""
     workers = worker_count(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from reprlib import repr as short
@@ -20,11 +20,13 @@ from musetalk.data.cache import Cache
 from musetalk.errors import TrainError
 from musetalk.evaluation.sync_check import MAX_OFFSET
 from musetalk.models.audio_encoder import load_audio_encoder
+from musetalk.models.lora import factors, trained_tensors
 from musetalk.models.trained_unet import find_unet, read_unet_contract
 from musetalk.models.unet import UNet
 from musetalk.models.vae import VAE, load_vae
 from musetalk.models.weights import Network, WeightsError, load_strictly, read_tensors, unwrap
 from musetalk.training.checkpoint import GO_BACK
+from musetalk.training.fine_tuning import Best
 from musetalk.training.protocols import State
 
 MAX_STEPS = 2**53
@@ -77,10 +79,11 @@ class TrainState:
     contract: FeatureContract  # of the data and the audio window
     optimizer: torch.optim.Optimizer
     optimizer_name: str  # a key of `OPTIMIZERS`, shared with the discriminators
-    ema: dict[str, torch.Tensor]  # averaged weights with diffusers' names, on the device or in host memory
+    ema: dict[str, torch.Tensor]  # averages of the trained parameters by name, on the device or in host memory
     gan_losses: dict[str, Any] = field(default_factory=dict)  # by region, each with `network` and `optimizer`
     adaptive_weights: dict[str, torch.Tensor] = field(default_factory=dict)  # factor of adv_g by region
     sync_offset: int = 0  # frames by which the sync expert's mel is shifted, as its check measured
+    best: Best = field(default_factory=Best)  # validation
     step: int = 0  # optimizer updates made
 
     @property
@@ -100,6 +103,7 @@ class TrainState:
             },
             "adaptive_weights": self.adaptive_weights,
             "sync_offset": self.sync_offset,
+            "best": asdict(self.best),
             "contract": self.contract.as_dict(ALL_FIELDS),
         }
 
@@ -108,6 +112,7 @@ class TrainState:
 
         Raises WeightsError if it is of another training, ContractError if its contract differs.
         """
+        saved = {"best": asdict(Best())} | saved  # older states have none
         check_keys(self, saved, path)
         FeatureContract.from_dict(saved["contract"], ALL_FIELDS, str(path)).require(
             self.contract, ALL_FIELDS, str(path.parent)
@@ -119,17 +124,28 @@ class TrainState:
             )
         check_number(saved, "step", 0, MAX_STEPS, path)
         check_number(saved, "sync_offset", -MAX_OFFSET, MAX_OFFSET, path)
+        best = restored_best(saved["best"], path)
+        self._check_trained(saved["ema"], path)
         self._check_discriminators(saved, path)
-        load_strictly(self.unet.model, saved["ema"], path)
-        self.restart_ema()
         load_strictly(self.unet.model, saved["unet"], path)
+        self.restart_ema()
+        load_strictly(self.unet.model, saved["unet"] | saved["ema"], path)
+        self._swap()
         restore_optimizer_state(self.optimizer, saved["optimizer"], path)
         for region, gan_loss in self.gan_losses.items():
             load_strictly(gan_loss.network, saved["gan_losses"][region]["network"], path)
             restore_optimizer_state(gan_loss.optimizer, saved["gan_losses"][region]["optimizer"], path)
         for region, weight in self.adaptive_weights.items():
             weight.copy_(saved["adaptive_weights"][region])
-        self.step, self.sync_offset = saved["step"], saved["sync_offset"]
+        self.step, self.sync_offset, self.best = saved["step"], saved["sync_offset"], best
+
+    def _check_trained(self, ema: object, path: Path) -> None:
+        """Raises WeightsError if the saved averages are not those of the parameters that this training trains."""
+        if not isinstance(ema, dict) or ema.keys() != self.ema.keys():
+            raise WeightsError(
+                f"{path} was saved with another value of `trained`; set it back, or train another preset from its "
+                "weights with start_from"
+            )
 
     def _check_discriminators(self, saved: dict, path: Path) -> None:
         """Raises WeightsError if the saved discriminators are not those of this training."""
@@ -153,19 +169,20 @@ class TrainState:
         if contract:
             fields = tuple(field for field in ALL_FIELDS if field != "encode_dtype")
             contract.require(self.contract, fields, str(file))
-        load_strictly(self.unet.model, unwrap(read_tensors(file), file), file)
+        model = self.unet.model
+        load_strictly(model, unwrap(read_tensors(file), file) | factors(model.state_dict()), file)
         self.restart_ema()
         return f"starts from {file}" + ("" if contract else ", which carries no contract; this run's is assumed")
 
     def restart_ema(self) -> None:
         """Sets the average to the weights."""
-        for name, value in self.unet.model.state_dict().items():
+        for name, value in trained_tensors(self.unet.model).items():
             self.ema[name].copy_(value)
 
     def update_ema(self, decay: float) -> None:
         """Moves the average towards the weights; the decay warms up, so that the initial weights are soon forgotten."""
         decay = min(decay, (1 + self.step) / (10 + self.step))
-        for name, value in self.unet.model.state_dict().items():
+        for name, value in trained_tensors(self.unet.model).items():
             self.ema[name].lerp_(value.to(self.ema[name].device), 1 - decay)
 
     @contextmanager
@@ -177,7 +194,7 @@ class TrainState:
 
     def _swap(self) -> None:
         """Exchanges the average and the weights, one tensor after the other."""
-        for name, value in self.unet.model.state_dict().items():
+        for name, value in trained_tensors(self.unet.model).items():
             weight = value.clone()
             value.copy_(self.ema[name])
             self.ema[name].copy_(weight)
@@ -193,6 +210,14 @@ def check_number(saved: dict, name: str, least: int, most: int, path: Path) -> N
     """Raises WeightsError if a saved value is not an integer in [least, most]."""
     if type(saved[name]) is not int or not least <= saved[name] <= most:
         raise WeightsError(f"{path} has an invalid {name}: {short(saved[name])}; {GO_BACK}")
+
+
+def restored_best(values: object, path: Path) -> Best:
+    """Returns the best validation as it was saved. Raises WeightsError if it is invalid."""
+    kinds = {name: type(value) for name, value in asdict(Best()).items()}
+    if not isinstance(values, dict) or {name: type(value) for name, value in values.items()} != kinds:
+        raise WeightsError(f"{path} has an invalid best: {short(values)}; {GO_BACK}")
+    return Best(**values)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict:

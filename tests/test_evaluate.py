@@ -159,7 +159,7 @@ def test_weights_of_one_name_are_told_apart_by_their_folders(mini, make_cache, t
     paths = [save_unet(tmp_path / name, 1, unet.model.state_dict(), contract) for name in "ab"]
     torch.save(unet.model.state_dict(), tmp_path / "released.pth")
     config = EvaluateConfig(tmp_path, checkpoint=(*paths, tmp_path / "released.pth"), contract="musetalk_v15")
-    candidates = load_candidates(config)
+    candidates = load_candidates(config, [])
     assert [candidate.name for candidate in candidates] == ["a/unet-0000001", "b/unet-0000001", "released"]
     crops = [candidate.pipeline.contract.crop for candidate in candidates]
     assert crops == [contract.crop, contract.crop, "nose_centred"] and contract.crop == "rigid"

@@ -427,7 +427,9 @@ def log_result(state: TrainState, run: Run, config: TrainConfig, table_clips: li
             clips=table_clips,
         )
         advice = "put the folder of the videos in place of path/to/videos"
-        run.log.line(f"to compare it with its start on clips that nothing has looked at ({advice}):\n{command}")
+        run.log.line(
+            f"to compare it with the weights it started from, on the clips kept for this ({advice}):\n{command}"
+        )
 
 
 class Due(NamedTuple):

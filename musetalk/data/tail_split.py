@@ -12,10 +12,10 @@ LEAST = 3  # videos: to train on, for the table, for validation
 
 
 class TailSplit(NamedTuple):
-    """Names of clips by what they are for."""
+    """The names of the clips for each purpose."""
 
     train: list[str]
-    table: list[str]  # looked at neither in training nor in validation; the first clip of each video
+    table: list[str]  # used neither in training nor in validation; the first clip of each video
     validation: list[str]
     note: str  # a sentence for the log
 

@@ -15,7 +15,7 @@ from musetalk.data.cache import Clip
 from musetalk.evaluation.candidates import OTHER, OWN, SILENCE, Candidate
 from musetalk.evaluation.comparison import COPYING, CROSS, RECONSTRUCTION, SILENT, TRUTH, Comparison
 from musetalk.evaluation.frechet_distance import MIN_FRAMES, frechet_distance
-from musetalk.evaluation.measures import BATCH, Measures, aspect_ratios
+from musetalk.evaluation.measures import BATCH, Measures, aspect_ratios, chance_level
 from musetalk.evaluation.metrics import Faces, correlation, finite_mean, lip_leak
 from musetalk.evaluation.validation import SHIFTS
 from musetalk.evaluation.windows import MIN_FRAMES as MIN_WINDOW
@@ -58,14 +58,12 @@ class Evaluator:
     def _evaluate(self, window: Window, other: Clip | None) -> dict[str, Rows]:
         """The figures of a window by column."""
         truth = self.measures.detect(window.images())
-        still = self.measures.detect(window.clip.image(window.closed)[None])
-        copied = Faces(np.repeat(still.images, len(truth.images), axis=0), still.found * len(truth.images))
-        chance = [correlation(window.openings, x.openings) for x in self.windows if x is not window]
+        copied = self.measures.copied(window)
         columns = {
             TRUTH: self._rows(window, other and window.clip, {OWN: truth, OTHER: truth}, truth),
             COPYING: self._rows(window, other, {OWN: copied, OTHER: copied, SILENCE: copied}, truth),
         }
-        columns[TRUTH].setdefault(CROSS, {})["chance"] = finite_mean(np.array(chance))
+        columns[TRUTH].setdefault(CROSS, {})["chance"] = chance_level(window, self.windows)
         for candidate in self.candidates:
             images = candidate(window, other)
             faces = {kind: self.measures.detect(x) for kind, x in images.items()}
@@ -116,7 +114,7 @@ class Evaluator:
         if count < MIN_FRAMES:
             comparison.notes.append(f"not measured: fid; of fewer than {MIN_FRAMES} frames it is noise: {count}")
             return
-        comparison.notes.append(f"fid is of {count} frames")
+        comparison.notes.append(f"fid: measured on {count} frames")
         for column, x in features.items():
             if column != TRUTH and len(x) == count:
                 comparison.fid[column] = frechet_distance(x, features[TRUTH])

@@ -55,6 +55,11 @@ class Measures:
         """Detects the faces in images BGR uint8 (F, 256, 256, 3)."""
         return Faces(images, detect_in_crops(images, self.backend))
 
+    def copied(self, window: Window) -> Faces:
+        """The reference with a closed mouth in place of each frame of a window."""
+        still, count = self.detect(window.clip.image(window.closed)[None]), window.stop - window.start
+        return Faces(np.repeat(still.images, count, axis=0), still.found * count)
+
     def __call__(self, window: Window, faces: Faces, truth: Faces | None = None) -> dict[str, float]:
         """The figures of faces that speak a window's own audio. truth: the true faces, None if these are they."""
         mouths = mouth_crops(window, faces)
@@ -128,6 +133,11 @@ class Measures:
 def mouth_crops(window: Window, faces: Faces) -> np.ndarray:
     """The mouths of faces in the boxes of the true ones, BGR uint8 (F, 64, 128, 3)."""
     return to_uint8(crop_mouth(to_tensor(faces.images), window.mouth_boxes))
+
+
+def chance_level(window: Window, windows: Sequence[Window]) -> float:
+    """Mean correlation of the true mouth openings of a window with those of the others; nan if there are none."""
+    return finite_mean(np.array([correlation(window.openings, x.openings) for x in windows if x is not window]))
 
 
 def aspect_ratios(faces: Sequence[Face | None]) -> np.ndarray:

@@ -20,8 +20,8 @@ from musetalk.data.audio import audio_features, audio_windows
 from musetalk.data.cache import Cache
 from musetalk.data.dataset import read_windows
 from musetalk.data.face import load_face_backend
-from musetalk.evaluation.measures import BATCH, Distance, Measures, aspect_ratios
-from musetalk.evaluation.metrics import Faces, bootstrap_interval, correlation, finite_mean, lip_leak
+from musetalk.evaluation.measures import BATCH, Distance, Measures, aspect_ratios, chance_level
+from musetalk.evaluation.metrics import bootstrap_interval, correlation, finite_mean, lip_leak
 from musetalk.evaluation.pictures import ClipResult
 from musetalk.evaluation.windows import MIN_FRAMES, Window, choose_windows, true_openings
 from musetalk.images import batched, to_uint8
@@ -106,9 +106,7 @@ class Validator:
         results: list[ClipResult] = []
         for window, other in zip(self.windows, self.windows[1:] + self.windows[:1], strict=True):
             result = self._generate_all(window, other)
-            unrelated = [x.openings for x in self.windows if x is not window]
-            chance = [correlation(window.openings, openings) for openings in unrelated]
-            row = {"chance": finite_mean(np.array(chance))}
+            row = {"chance": chance_level(window, self.windows)}
             rows.append(row | self._probe(result) | self._shifts(window) | self._measure(result))
             if len(results) < PICTURED:
                 results.append(result)
@@ -205,9 +203,8 @@ class Validator:
     def _measure(self, result: ClipResult) -> dict[str, float]:
         """The figures of a window that all columns have."""
         window, truth = result.window, self.measures.detect(result.truth)
-        still = self.measures.detect(window.clip.image(window.closed)[None])
-        copied = Faces(np.repeat(still.images, len(truth.images), axis=0), still.found * len(truth.images))
-        columns = (result.faces["prediction"], truth, self.measures.detect(self._decoded(window)), copied)
+        decoded, copied = self.measures.detect(self._decoded(window)), self.measures.copied(window)
+        columns = (result.faces["prediction"], truth, decoded, copied)
         figures: dict[str, float] = {}
         for column, faces in zip(COLUMNS, columns, strict=True):
             row = self.measures(window, faces, None if faces is truth else truth)

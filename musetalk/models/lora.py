@@ -1,4 +1,4 @@
-"""What of a UNet is trained: all of it, its attention, or low-rank adapters (LoRA) of its attention.
+"""The trained part of a UNet: all of it, its attention, or low-rank adapters (LoRA) of its attention.
 
 LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) freezes the weight W (out, in) of a linear layer and uses
 W + B A instead, with trained factors A (rank, in), random at first, and B (out, rank), zero at first. Names and scale

@@ -23,7 +23,7 @@ class Best:
     validations_since: int = 0
 
     def update(self, step: int, lmd: float) -> bool:
-        """Takes account of a validation. Returns whether it is the best so far, as the first one always is.
+        """Records a validation. Returns whether it is the best so far, as the first one always is.
 
         lmd: nan if no validation clip has it.
         """
